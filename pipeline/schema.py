@@ -1,0 +1,13 @@
+"""The base of every configuration section: strict, frozen, and unforgiving of unknown keys."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """One section of a recipe. Declared beside the code that it configures; composed in `recipe.py`.
+
+    Values are never coerced (no "1" for 1), unknown keys are errors, and nothing changes after construction.
+    A field's `description` is what `--help-config` prints.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
