@@ -1,0 +1,139 @@
+"""The training objective: evidence lower bound with KL warm-up, KL balancing and free bits.
+
+Sources: Vahdat and Kautz, "NVAE: A Deep Hierarchical Variational Autoencoder", 2020, appendix A (warm-up, balancing);
+Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", 2016 (free bits).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from pipeline.models.base import LatentGroup, VAEOutput
+from pipeline.schema import Section
+
+ACTIVE_UNIT_NATS = 0.1
+Balancing = Literal["none", "equal", "linear", "sqrt", "square"]
+
+
+class ObjectiveConfig(Section):
+    """What is minimised."""
+
+    beta: float = Field(1.0, ge=0)
+    """Weight of the KL after its warm-up."""
+    kl_warmup_portion: float = Field(0.3, ge=0, le=1)
+    """Share of the training steps over which the KL weight rises linearly to `beta`; 0: constant from the start."""
+    kl_warmup_delay: float = Field(1e-4, ge=0, le=1)
+    """Share of the training steps before that rise begins."""
+    kl_warmup_floor: float = Field(1e-4, ge=0, le=1)
+    """Smallest share of `beta`, used until the rise has reached it."""
+    kl_balancing: Balancing = "square"
+    """How strongly KL balancing favours the high-resolution groups during the warm-up; `none` switches it off."""
+    free_bits: float = Field(0.0, ge=0)
+    """Nats per latent group that cost nothing: a group whose mean KL is not above this has no KL gradient. 0: off."""
+
+
+class Objective:
+    """Turns a model's output into the scalar to minimise, in nats per image.
+
+    `mean_over_ranks` averages a tensor over the processes; for a single process it is the identity. KL balancing and
+    free bits decide by averages over the whole batch, so that one process and many agree.
+    """
+
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        groups: Sequence[LatentGroup],
+        total_steps: int,
+        mean_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ):
+        self.config = config
+        self.groups = tuple(groups)
+        self.total_steps = total_steps
+        self.mean_over_ranks = mean_over_ranks
+        self._alpha = torch.tensor(resolution_factors(groups, config.kl_balancing), dtype=torch.float64)
+
+    def warmup(self, step: int) -> float:
+        """Progress of the KL warm-up in [0, 1] at optimiser step `step`, counted from 0."""
+        return kl_warmup(step, self.total_steps, self.config)
+
+    def beta(self, step: int) -> float:
+        """Weight of the KL at optimiser step `step`."""
+        return self.config.beta * self.warmup(step)
+
+    def __call__(self, out: VAEOutput, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss (a scalar with gradient) and statistics (detached scalars): this process's means over its images."""
+        beta = self.beta(step)
+        balancing = self.config.kl_balancing != "none" and self.warmup(step) < 1
+        kl = self._weighted_kl(out.kl, balancing)  # (B, G)
+        loss = (beta * kl.sum(dim=1) - out.log_px).mean()
+        return loss, self._statistics(out, loss, beta)
+
+    def _weighted_kl(self, kl: Tensor, balancing: bool) -> Tensor:
+        """KL per image and group after free bits and balancing: (B, G) -> (B, G)."""
+        if not balancing and not self.config.free_bits:
+            return kl
+        means = torch.stack([kl.detach().mean(dim=0), kl.detach().abs().mean(dim=0)])  # (2, G)
+        mean_kl, mean_abs_kl = self.mean_over_ranks(means)  # one collective for both
+        if self.config.free_bits:
+            kl = kl.where(mean_kl > self.config.free_bits, self.config.free_bits)
+        if balancing:
+            self._alpha = self._alpha.to(kl)  # moves once
+            kl = balancing_weights(mean_abs_kl, self._alpha) * kl
+        return kl
+
+    @torch.no_grad()
+    def _statistics(self, out: VAEOutput, loss: Tensor, beta: float) -> dict[str, Tensor]:
+        kl = out.kl.mean(dim=0)  # (G,)
+        log_px = out.log_px.mean()
+        active = pad_sequence(list(out.kl_units), batch_first=True).gt(ACTIVE_UNIT_NATS)  # (G, channels)
+        statistics = {
+            "loss": loss.detach(),
+            "elbo": log_px - kl.sum(),
+            "log_px": log_px,
+            "kl": kl.sum(),
+            "beta": torch.full_like(loss, beta),
+        }
+        for group, group_kl, group_active in zip(self.groups, kl, active.sum(dim=1, dtype=kl.dtype), strict=True):
+            statistics[f"kl/{group.name}"] = group_kl
+            statistics[f"active_units/{group.name}"] = group_active
+        return statistics
+
+
+def kl_warmup(step: int, total_steps: int, config: ObjectiveConfig) -> float:
+    """Linear rise of the KL weight from `kl_warmup_floor` to 1, as a pure function of the optimiser step."""
+    if config.kl_warmup_portion == 0:
+        return 1.0
+    risen = (step - config.kl_warmup_delay * total_steps) / (config.kl_warmup_portion * total_steps)
+    return max(min(risen, 1.0), config.kl_warmup_floor)
+
+
+def resolution_factors(groups: Sequence[LatentGroup], rule: Balancing) -> list[float]:
+    """The alpha of KL balancing for each group: larger means a lighter KL weight. The smallest is 1.
+
+    Groups of one resolution form a scale; scale i counts from 0 in drawing order (lowest resolution first).
+    """
+    group_count = Counter(group.shape[1:] for group in groups)
+    scale = {resolution: i for i, resolution in enumerate(group_count)}
+    formulas = {
+        "none": lambda i, n: 1.0,
+        "equal": lambda i, n: 1.0,
+        "linear": lambda i, n: 2.0**i,
+        "sqrt": lambda i, n: 2.0 ** (i / 2),
+        "square": lambda i, n: 4.0**i / n,
+    }
+    raw = [formulas[rule](scale[group.shape[1:]], group_count[group.shape[1:]]) for group in groups]
+    return [value / min(raw) for value in raw]
+
+
+def balancing_weights(mean_abs_kl: Tensor, alpha: Tensor) -> Tensor:
+    """KL weight per group, (G,) with mean 1: what carries little is charged little, so that no group dies early.
+
+    `mean_abs_kl` (G,) is the batch mean of |KL| in nats; 0.01 nats are added so that a dead group keeps some weight.
+    """
+    weights = (mean_abs_kl.detach() + 0.01) / alpha
+    return weights / weights.mean()

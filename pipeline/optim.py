@@ -1,0 +1,105 @@
+"""Optimisers, and the learning rate as a pure function of the optimiser step."""
+
+import math
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from pipeline.schema import Section
+
+
+class OptimConfig(Section):
+    """The optimiser and its learning rate. Defaults are those of the NVAE paper."""
+
+    name: Literal["adamax", "adamw", "adam"] = "adamax"
+    """`adamax` and `adam` add weight decay to the gradient; `adamw` decouples it."""
+    lr: float = Field(1e-2, gt=0)
+    """Peak learning rate."""
+    lr_min: float = Field(1e-4, ge=0)
+    """Learning rate at the end of the cosine."""
+    schedule: Literal["cosine", "cosine_per_epoch", "constant"] = "cosine"
+    """`cosine` falls every step, `cosine_per_epoch` as in the NVAE reference release. All begin with the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up. Give this or `warmup_epochs`."""
+    warmup_epochs: float = Field(0.0, ge=0)
+    """Epochs of linear warm-up. Give this or `warmup_steps`."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the mean of gradients."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of the mean square (adam, adamw) or maximum (adamax) of gradients."""
+    eps: float = Field(1e-3, gt=0)
+    """Added to the denominator. 1e-3 belongs to NVAE's Adamax; Adam and AdamW are commonly used with 1e-8."""
+    weight_decay: float = Field(3e-4, ge=0)
+    """L2 coefficient, on every parameter."""
+    clip: float = Field(0.0, ge=0)
+    """Largest global norm of the gradient; longer gradients are shortened to it. 0: off."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.warmup_steps and self.warmup_epochs:
+            raise ValueError("optim.warmup_steps and optim.warmup_epochs are both set; keep one of them")
+        if self.lr_min > self.lr:
+            raise ValueError(f"optim.lr_min={self.lr_min} is above optim.lr={self.lr}; lower it")
+        return self
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimiser over all parameters, one group in registration order. The caller sets its `lr` each step."""
+    classes = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+    return classes[config.name](
+        model.parameters(),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        foreach=True,  # a few kernels for thousands of small tensors
+    )
+
+
+class LearningRate:
+    """(step) -> learning rate, for optimiser steps counted from 0. `steps_per_epoch` may be fractional."""
+
+    def __init__(self, config: OptimConfig, total_steps: int, steps_per_epoch: float):
+        self.config = config
+        self.total_steps = total_steps
+        self.steps_per_epoch = steps_per_epoch
+        self.warmup_steps = config.warmup_steps or config.warmup_epochs * steps_per_epoch
+        self.warmup_epochs = config.warmup_epochs or config.warmup_steps / steps_per_epoch
+
+    def __call__(self, step: int) -> float:
+        rules = {"cosine": self._cosine, "cosine_per_epoch": self._cosine_per_epoch, "constant": self._constant}
+        return rules[self.config.schedule](step)
+
+    def _constant(self, step: int) -> float:
+        return self.config.lr * self._warmup(step)
+
+    def _cosine(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.config.lr * self._warmup(step)
+        return self._fall(self.config.lr, (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1))
+
+    def _warmup(self, step: int) -> float:
+        """Linear warm-up that does not waste its first step on a learning rate of zero."""
+        return min((step + 1) / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
+
+    def _cosine_per_epoch(self, step: int) -> float:
+        """The reference release's rule: zero at step 0, held for one epoch after the warm-up, then a cosine by epochs.
+
+        The cosine falls from the last warm-up value rather than from `lr`; the last epoch is trained at `lr_min`.
+        """
+        if step < self.warmup_steps:
+            return self.config.lr * step / self.warmup_steps
+        peak = self.config.lr * (1 - 1 / self.warmup_steps) if self.warmup_steps else self.config.lr
+        epoch = math.floor(step / self.steps_per_epoch)
+        fallen = epoch - math.floor(
+            self.warmup_epochs
+        )  # epochs since the warm-up; the first of them still holds the peak
+        epochs = math.ceil(self.total_steps / self.steps_per_epoch) - math.floor(self.warmup_epochs) - 1
+        return self._fall(peak, fallen / epochs) if fallen > 0 else peak
+
+    def _fall(self, peak: float, progress: float) -> float:
+        """Half a cosine from `peak` at progress 0 to `lr_min` at progress 1 and after."""
+        lr_min = self.config.lr_min
+        return lr_min + (peak - lr_min) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
