@@ -1,0 +1,5 @@
+"""The data sets that can be converted: each module has one source class, `add_arguments` and `from_arguments`."""
+
+from shard_data.sources import mnist
+
+SOURCES = {"mnist": mnist}

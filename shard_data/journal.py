@@ -1,0 +1,75 @@
+"""unfinished.jsonl: what a conversion means to write and which shards it has finished, so that the same command can go on.
+
+First line: the plan, and the files in the folder that are ours to delete. Then one line per finished shard. The file goes away when
+the manifest is there.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from shard_data.files import PARTIAL, replacing, sha256
+
+FILE = "unfinished.jsonl"
+
+
+class Journal:
+    """The record of an unfinished conversion into `folder`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.path = folder / FILE
+        lines = _lines(self.path)
+        head = lines[0] if lines else {"plan": None, "ours": []}
+        self.plan: dict[str, Any] | None = head["plan"]
+        self.ours: list[str] = head["ours"]
+        self.finished: dict[str, dict[str, Any]] = {entry["file"]: entry for entry in lines[1:]}
+
+    def begin(self, plan: dict[str, Any], ours: list[str]) -> None:
+        """Take `plan` as the one to follow; finished shards are kept where it is the plan of before and their hashes hold."""
+        kept = [entry for entry in self.finished.values() if plan == self.plan and self._holds(entry)]
+        self.ours = sorted({*self.ours, *ours})
+        self.plan, self.finished = plan, {entry["file"]: entry for entry in kept}
+        with replacing(self.path) as file:
+            for line in ({"plan": plan, "ours": self.ours}, *kept):
+                file.write(_line(line))
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Note a finished shard."""
+        self.finished[entry["file"]] = entry
+        with open(self.path, "ab") as file:
+            file.write(_line(entry))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def sweep(self) -> None:
+        """Delete what is ours and not a finished shard."""
+        keep = {name for entry in self.finished.values() for name in (entry["file"], entry["index"])}
+        for name in self.ours:
+            (self.folder / (name + PARTIAL)).unlink(missing_ok=True)
+            if name not in keep:
+                (self.folder / name).unlink(missing_ok=True)
+
+    def end(self) -> None:
+        """The set is complete."""
+        self.path.unlink(missing_ok=True)
+
+    def _holds(self, entry: dict[str, Any]) -> bool:
+        hashes = ((entry["file"], entry["sha256"]), (entry["index"], entry["index_sha256"]))
+        return all((self.folder / name).is_file() and sha256(self.folder / name) == digest for name, digest in hashes)
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value) + "\n").encode()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        with contextlib.suppress(ValueError):  # a kill can tear the last line; its shard is simply made again
+            lines.append(json.loads(line))
+    return lines

@@ -1,0 +1,102 @@
+"""manifest.json: what a shard set is, with the hash of every part. It is written last, so where it is, the set is complete."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from shard_data.errors import DataError
+from shard_data.files import replacing, sync_folder
+from shard_data.source import Source
+
+FILE = "manifest.json"
+FORMAT = "webdataset-shards"
+VERSION = 1
+NOT_IN_FINGERPRINT = ("fingerprint", "source", "omitted")
+REQUIRED = ("image", "encoding", "splits", "fingerprint", "classes", "attributes", "transform", "name")
+
+Manifest = dict[str, Any]
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with one spelling per value: keys sorted, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """sha256 over everything that decides the samples; where the originals lay and what was left out is not in it."""
+    content = {key: value for key, value in manifest.items() if key not in NOT_IN_FINGERPRINT}
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def header(source: Source, encoding: str) -> Manifest:
+    """The manifest of a source without its splits and fingerprint. Raises DataError where the originals cannot be used."""
+    description = source.description()
+    height, width, channels = source.image_shape
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": source.name,
+        "image": {"height": height, "width": width, "channels": channels},
+        "encoding": encoding,
+        "transform": source.transform(),
+        "classes": source.classes and list(source.classes),
+        "attributes": source.attributes and list(source.attributes),
+        "source": description,
+        "omitted": [],
+    }
+
+
+def complete(head: Manifest, shards: dict[str, list[dict[str, Any]]]) -> Manifest:
+    """The header joined by the splits' shards, and the fingerprint of the whole."""
+    splits = {
+        split: {"count": sum(s["count"] for s in entries), "shards": entries} for split, entries in shards.items()
+    }
+    manifest = {**head, "splits": splits}
+    return {**manifest, "fingerprint": fingerprint(manifest)}
+
+
+def save(manifest: Manifest, root: Path) -> None:
+    """Write manifest.json in one rename, after everything that it speaks of is on the disk."""
+    sync_folder(root)
+    with replacing(root / FILE) as file:
+        file.write((json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    sync_folder(root)
+
+
+def load(root: Path) -> Manifest:
+    """Read a set's manifest. Raises DataError where there is none, or none of this format."""
+    path = Path(root) / FILE
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(
+            f"{path}: not found, so {root} holds no complete shard set; make one with python -m shard_data"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path}: not readable as JSON ({error}); make the set again in an empty folder") from None
+    _check(manifest, path)
+    return manifest
+
+
+def _check(manifest: Any, path: Path) -> None:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DataError(
+            f"{path}: not the manifest of a shard set (its format is not '{FORMAT}'); choose another folder"
+        )
+    if manifest.get("version") != VERSION:
+        raise DataError(
+            f"{path}: format version {manifest.get('version')}, this program reads {VERSION}; make the set again"
+        )
+    missing = [key for key in REQUIRED if key not in manifest]
+    if missing:
+        raise DataError(f"{path}: lacks {', '.join(missing)}; make the set again with --overwrite")
+    for shard in all_shards(manifest):
+        for name in (shard["file"], shard["index"]):
+            if Path(name).name != name:
+                raise DataError(f"{path}: names a file outside of its folder, {name!r}; do not use this set")
+
+
+def all_shards(manifest: Manifest) -> list[dict[str, Any]]:
+    """The entries of all shards, split by split."""
+    return [shard for split in manifest["splits"].values() for shard in split["shards"]]

@@ -1,0 +1,131 @@
+"""MNIST from its four IDX files, gzipped or not, kept at 28 x 28. Format: http://yann.lecun.com/exdb/mnist/ (big-endian header)."""
+
+import argparse
+import gzip
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from shard_data.errors import DataError
+from shard_data.files import sha256
+from shard_data.source import Record, Sample
+
+IMAGES, LABELS = 2051, 2049
+PREFIX = {"train": "train", "test": "t10k"}
+SIDE = 28
+NUM_CLASSES = 10
+MAX_BYTES = 1 << 28  # five times MNIST's largest file: a gzip file can unpack to a thousand times its size
+REMEDY = "fetch the file again, whole, from a mirror of MNIST"
+
+
+class Mnist:
+    """60,000 training and 10,000 test digits as uint8 (28, 28, 1), labels 0 to 9, in the order of the files."""
+
+    name: ClassVar[str] = "mnist"
+    classes: ClassVar[tuple[str, ...]] = tuple("0123456789")
+    attributes: ClassVar[None] = None
+    columns: ClassVar[frozenset[str]] = frozenset({"label"})
+    splits: ClassVar[tuple[str, ...]] = ("train", "test")
+    image_shape: ClassVar[tuple[int, int, int]] = (SIDE, SIDE, 1)
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "_pairs": {}}  # a worker process reads the files itself
+
+    def transform(self) -> dict[str, Any]:
+        return {}
+
+    def description(self) -> dict[str, Any]:
+        paths = [path for split in self.splits for path in self._paths(split)]
+        for split in self.splits:
+            self._read(split)
+        return {"files": {path.name: {"sha256": sha256(path)} for path in paths}}
+
+    def records(self, split: str) -> Sequence[Record]:
+        images, _ = self._read(split)
+        return [Record(f"{split}-{i:05d}", (split, i)) for i in range(len(images))]
+
+    def load(self, record: Record) -> Sample:
+        split, i = record.where
+        images, labels = self._read(split)
+        return Sample(images[i], label=int(labels[i]))
+
+    def _read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        if split not in self._pairs:
+            self._pairs[split] = read_pair(*self._paths(split))
+        return self._pairs[split]
+
+    def _paths(self, split: str) -> tuple[Path, Path]:
+        return find(self.folder, PREFIX[split], "images-idx3"), find(self.folder, PREFIX[split], "labels-idx1")
+
+
+def find(folder: Path, prefix: str, kind: str) -> Path:
+    """The IDX file as it is named on people's disks: a dash or a dot before "idx", gzipped or not."""
+    name = f"{prefix}-{kind}-ubyte"
+    for candidate in (name + ".gz", name, name.replace("-idx", ".idx"), name.replace("-idx", ".idx") + ".gz"):
+        if (folder / candidate).is_file():
+            return folder / candidate
+    raise DataError(
+        f"{folder / name}[.gz]: not found; --source must be the folder with the four MNIST files (*-ubyte or *-ubyte.gz)"
+    )
+
+
+def read_pair(image_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 (N, 28, 28, 1) and labels uint8 (N,). Raises DataError where the two files are not a whole pair."""
+    images = read_idx(image_path, IMAGES, ndim=3)
+    labels = read_idx(label_path, LABELS, ndim=1)
+    if images.shape[1:] != (SIDE, SIDE):
+        raise DataError(
+            f"{image_path}: images of {images.shape[1]} x {images.shape[2]} instead of {SIDE} x {SIDE}; this is not MNIST"
+        )
+    if not len(images):
+        raise DataError(f"{image_path}: holds no images; {REMEDY}")
+    if len(images) != len(labels):
+        raise DataError(
+            f"{label_path}: {len(labels)} labels for the {len(images)} images of {image_path.name}; {REMEDY}"
+        )
+    if labels.max() >= NUM_CLASSES:
+        raise DataError(f"{label_path}: holds the label {labels.max()}; MNIST has 0 to {NUM_CLASSES - 1}: {REMEDY}")
+    return images[..., None], labels
+
+
+def read_idx(path: Path, magic: int, ndim: int) -> np.ndarray:
+    """One IDX file of uint8. Raises DataError for another magic number, a truncated file or bytes to spare."""
+    data = _read_bytes(path)
+    start = 4 + 4 * ndim
+    if len(data) < start or int.from_bytes(data[:4], "big") != magic:
+        what = data[:4].hex(" ") or "nothing"
+        raise DataError(f"{path}: not an IDX file of the expected kind (starts with {what}, not {magic:08x}); {REMEDY}")
+    shape = struct.unpack_from(f">{ndim}I", data, 4)
+    expected = start + int(np.prod(shape, dtype=object))
+    if len(data) != expected:
+        state = "truncated" if len(data) < expected else "too long"
+        raise DataError(f"{path}: {state}, {len(data)} bytes where its header promises {expected}; {REMEDY}")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            return file.read(MAX_BYTES)
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{path}: truncated or damaged gzip file ({error}); {REMEDY}") from None
+    except OSError as error:  # gzip.BadGzipFile is one
+        raise DataError(f"{path}: cannot be read ({error}); {REMEDY}") from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--source", type=Path, required=True, metavar="DIR", help="folder with the four IDX files, gzipped or not"
+    )
+
+
+def from_arguments(arguments: argparse.Namespace) -> Mnist:
+    return Mnist(arguments.source)

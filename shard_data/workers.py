@@ -1,0 +1,115 @@
+"""Shards written by several processes at once, with one progress bar.
+
+A task is a whole shard, so no byte depends on which process writes it. Processes are spawned, not forked: they import only what this
+package needs, whatever the program that started them holds in memory.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from shard_data.errors import DataError
+from shard_data.shard import Layout, write_shard
+from shard_data.source import Record, Sample, Source
+
+TICK = 32  # images between two looks at the common counter
+
+
+class Task(NamedTuple):
+    """One shard to write."""
+
+    stem: str
+    records: Sequence[Record]
+
+
+class Stopped(Exception):
+    """Another worker failed or the user interrupted: the shard under way is given up."""
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """What a process needs to write any shard of a set."""
+
+    source: Source
+    folder: Path
+    layout: Layout
+
+    def write(self, task: Task, tick) -> dict[str, Any]:
+        """Write the task's shard, calling `tick(number of images)` now and then; returns its manifest entry."""
+        return write_shard(self.folder, task.stem, self._samples(task.records, tick), self.layout)
+
+    def _samples(self, records: Sequence[Record], tick) -> Iterator[tuple[str, Sample]]:
+        for start in range(0, len(records), TICK):
+            part = records[start : start + TICK]
+            for record in part:
+                yield record.key, self.source.load(record)
+            tick(len(part))
+
+
+def write_all(writer: ShardWriter, tasks: Sequence[Task], workers: int, bar: tqdm) -> Iterator[dict[str, Any]]:
+    """Write every task's shard and yield the entries as they are finished, in any order."""
+    if workers == 1 or len(tasks) < 2:
+        return (writer.write(task, bar.update) for task in tasks)
+    return _write_in_processes(writer, tasks, min(workers, len(tasks)), bar)
+
+
+def _write_in_processes(
+    writer: ShardWriter, tasks: Sequence[Task], workers: int, bar: tqdm
+) -> Iterator[dict[str, Any]]:
+    context = multiprocessing.get_context("spawn")
+    counter, stop = context.Value("q", 0), context.Event()
+    with ProcessPoolExecutor(workers, context, _start_worker, (writer, counter, stop)) as pool:
+        try:
+            waiting = {pool.submit(_work, task) for task in tasks}
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+                bar.update(counter.value - bar.n)
+                yield from map(_result, done)
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _result(future: Future) -> dict[str, Any]:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process was killed, most likely for memory; run the same command again with --workers 1, and it goes on"
+        ) from None
+
+
+def _start_worker(writer: ShardWriter, counter, stop) -> None:
+    """Runs once in each worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes the interrupt and sets `stop`
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    global _work_here
+    _work_here = (writer, counter, stop)
+
+
+def _die_with_parent() -> None:
+    """A killed parent cannot say goodbye; without this its workers would wait for tasks for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _work(task: Task) -> dict[str, Any]:
+    writer, counter, stop = _work_here
+
+    def tick(count: int) -> None:
+        with counter.get_lock():
+            counter.value += count
+        if stop.is_set():
+            raise Stopped
+
+    return writer.write(task, tick)
