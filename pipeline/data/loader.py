@@ -1,0 +1,212 @@
+"""From shards to batches: PyTorch's DataLoader over whole micro-batches.
+
+A micro-batch is read, preprocessed and handed over as one item, and which samples it holds is decided by its number
+alone. So the number of workers cannot change what the model sees, and starting at any micro-batch costs nothing.
+"""
+
+import signal
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.data.order import Order
+from pipeline.data.preprocess import Binarise, Preprocess
+from pipeline.data.shards import TarShards
+from pipeline.schema import Section
+
+
+class DataConfig(Section):
+    """Which images, and how they are made ready for the model."""
+
+    root: str | None = None
+    """Folder of the shard set (python -m shard_data makes one); `--data DIR` sets it."""
+    train_split: str = "train"
+    """Split that is trained on."""
+    validation_split: str = "test"
+    """Split that validation reads."""
+    size: int = Field(default=32, ge=1)
+    """Height and width, in pixels, that the stored images must have, before padding."""
+    channels: int = Field(default=3, ge=1)
+    """Colour channels that the stored images must have."""
+    flip: bool = False
+    """Mirror training images left and right with probability 1/2."""
+    binarise: Binarise = "none"
+    """dynamic: each value becomes 255 with probability grey / 255 and else 0, drawn anew in every epoch; or none."""
+    pad: int = Field(default=0, ge=0)
+    """Black pixels added on each side."""
+    bits: int = Field(default=8, ge=1, le=8)
+    """Bits per colour channel that the model sees."""
+    window: int = Field(default=32, ge=1, le=256)
+    """Shards shuffled together: more mix better, fewer need less memory for the page cache (32 MiB each, about)."""
+    workers: int = Field(default=2, ge=0)
+    """Reading processes per training process; 0 reads in the training process. Does not change the batches."""
+    trace: bool = False
+    """Write the epoch and the sample keys of every global batch to data_trace.jsonl."""
+
+    @property
+    def padded_size(self) -> int:
+        """Height and width of the images that the model gets."""
+        return self.size + 2 * self.pad
+
+
+class Batch(NamedTuple):
+    """b samples of one rank, on the CPU. A NamedTuple, so that DataLoader can pin and transfer it."""
+
+    images: Tensor
+    """(b, C, H, W) uint8, padded."""
+    positions: Tensor
+    """(b,) int64 position in the training stream; in evaluation the index."""
+    epochs: Tensor
+    """(b,) int64."""
+    indices: Tensor
+    """(b,) int64 number of the sample in its split."""
+    labels: Tensor
+    """(b,) int64; -1 where there is none."""
+    attributes: Tensor
+    """(b, A) int8: 1 present, 0 absent, -1 unknown; A = 0 in a set without attributes."""
+
+
+def check_data(config: DataConfig, shards: TarShards) -> None:
+    """Raises ValueError, naming the setting, when the shard set is not what the recipe expects."""
+    height, width, channels = shards.image_shape
+    if (height, width) != (config.size, config.size):
+        raise ValueError(
+            f"data.size is {config.size}, but {shards.root} holds images of {height}x{width}; "
+            f"use a recipe for that size, or make the shards again with --size {config.size}"
+        )
+    if channels != config.channels:
+        raise ValueError(
+            f"data.channels is {config.channels}, but {shards.root} holds images of {channels} channels; "
+            f"use a recipe for that data set, or name another set with --data"
+        )
+    splits = ", ".join(shards.manifest.splits)
+    for key in ("train_split", "validation_split"):
+        if getattr(config, key) not in shards.manifest.splits:
+            raise ValueError(
+                f"data.{key}: {shards.root} has no split '{getattr(config, key)}'; set it to one of: {splits}"
+            )
+
+
+def build_preprocess(config: DataConfig, seed: int, train: bool) -> Preprocess:
+    """The preprocessing of training or of evaluation images; the latter are never flipped."""
+    return Preprocess(seed, flip=config.flip and train, binarise=config.binarise, pad=config.pad)
+
+
+def build_train_loader(
+    shards: TarShards,
+    preprocess: Preprocess,
+    order: Order,
+    *,
+    micro_batch: int,
+    start: int,
+    stop: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """This rank's share of the global micro-batches start, start + 1 ... stop - 1: one Batch each.
+
+    Micro-batch m holds the positions [m * micro_batch, (m + 1) * micro_batch); rank r takes the r-th of `world_size`
+    equal, contiguous shares. Iterate once: every iteration begins at `start` again. Raises ValueError when the shares
+    would be unequal; a damaged shard's error comes out of the iteration with its own message, whichever worker met it.
+    """
+    if micro_batch % world_size:
+        raise ValueError(f"a global micro-batch of {micro_batch} does not divide among {world_size} processes")
+    dataset = _TrainBatches(shards, preprocess, order, micro_batch, rank, world_size)
+    return _loader(dataset, range(start, stop), workers, pin_memory)
+
+
+def build_eval_loader(
+    shards: TarShards,
+    preprocess: Preprocess,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    limit: int | None = None,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """The first `limit` samples (default: all) in natural order, each on exactly one rank; positions are indices, epochs 0.
+
+    `batch_size` is global: a rank gets about batch_size / world_size samples at a time. Ragged tails are kept, so ranks
+    may get different numbers of samples and of batches, and none at all when there are more ranks than samples: reduce
+    sums and counts.
+    """
+    count = len(shards) if limit is None else min(limit, len(shards))
+    mine = range(count * rank // world_size, count * (rank + 1) // world_size)
+    dataset = _EvalBatches(shards, preprocess, mine, max(1, batch_size // world_size))
+    return _loader(dataset, range(len(dataset)), workers, pin_memory)
+
+
+def trace_keys(shards: TarShards, order: Order, positions: Sequence[int] | np.ndarray) -> tuple[list[int], list[str]]:
+    """Epochs and sample keys at these positions: what data_trace.jsonl records of a global batch."""
+    epochs, indices = order.at(positions)
+    return epochs.tolist(), shards.keys(indices)
+
+
+class _TrainBatches(Dataset):
+    """Item m: this rank's share of global micro-batch m."""
+
+    def __init__(
+        self, shards: TarShards, preprocess: Preprocess, order: Order, micro_batch: int, rank: int, world_size: int
+    ):
+        self.shards = shards
+        self.preprocess = preprocess
+        self.order = order
+        self.micro_batch = micro_batch
+        self.share = range(micro_batch * rank // world_size, micro_batch * (rank + 1) // world_size)
+
+    def __getitem__(self, number: int) -> Batch:
+        positions = np.asarray(self.share) + number * self.micro_batch
+        epochs, indices = self.order.at(positions)
+        return _read_batch(self.shards, self.preprocess, positions, epochs, indices)
+
+
+class _EvalBatches(Dataset):
+    """Item i: the i-th batch of the indices in `mine`."""
+
+    def __init__(self, shards: TarShards, preprocess: Preprocess, mine: range, batch: int):
+        self.shards = shards
+        self.preprocess = preprocess
+        self.mine = mine
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return -(-len(self.mine) // self.batch)
+
+    def __getitem__(self, number: int) -> Batch:
+        indices = np.asarray(self.mine[number * self.batch : (number + 1) * self.batch])
+        return _read_batch(self.shards, self.preprocess, indices, np.zeros_like(indices), indices)
+
+
+def _read_batch(
+    shards: TarShards, preprocess: Preprocess, positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray
+) -> Batch:
+    images = preprocess(shards.images(indices), epochs, indices)
+    columns = (images, positions, epochs, indices, shards.labels(indices), shards.attributes(indices))
+    return Batch(*map(torch.from_numpy, columns))
+
+
+def _loader(dataset: Dataset, numbers: range, workers: int, pin_memory: bool) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=None,  # an item is a batch already
+        sampler=numbers,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def _start_worker(_worker: int) -> None:
+    """Ctrl-C reaches the whole process group: the training process decides what it means and stops its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

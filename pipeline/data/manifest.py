@@ -1,0 +1,91 @@
+"""The reader's side of manifest.json, which says what a shard set holds and that it is complete (docs/architecture.md)."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+FILE_NAME = "manifest.json"
+VERSION = 1
+
+Positive = Annotated[int, Field(ge=1)]
+# A plain name: a manifest does not reach outside its own folder.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
+
+
+class Entry(BaseModel):
+    """Part of a manifest. Further keys are allowed: a later writer may tell more."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+
+class ShardEntry(Entry):
+    file: FileName
+    sha256: str
+    bytes: Positive
+    count: Positive
+    index: FileName
+    index_sha256: str
+
+
+class SplitEntry(Entry):
+    count: Positive
+    shards: list[ShardEntry]
+
+    @model_validator(mode="after")
+    def _adds_up(self):
+        total = sum(shard.count for shard in self.shards)
+        if total != self.count:
+            raise ValueError(f"the shards hold {total} samples, but count says {self.count}")
+        return self
+
+
+class ImageEntry(Entry):
+    height: Positive
+    width: Positive
+    channels: Literal[1, 3, 4]
+
+
+class Manifest(Entry):
+    format: Literal["webdataset-shards"]
+    version: Literal[1]
+    name: str
+    image: ImageEntry
+    encoding: Literal["npy", "png"]
+    transform: dict[str, Any]
+    classes: list[str] | None
+    attributes: list[str] | None
+    splits: dict[str, SplitEntry]
+    fingerprint: str
+
+
+def load_manifest(root: Path) -> Manifest:
+    """Read and check ROOT/manifest.json. Raises ValueError that says what is wrong with the folder and what to do."""
+    path = root / FILE_NAME
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder; make a shard set with: python -m shard_data SOURCE --out {root}")
+    if not path.is_file():
+        raise ValueError(
+            f"{root}: no {FILE_NAME}, so this is not a complete shard set; "
+            f"make it, or finish it, with: python -m shard_data SOURCE --out {root}"
+        )
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}); make the shard set again") from error
+    return _validated(path, content)
+
+
+def _validated(path: Path, content: Any) -> Manifest:
+    version = content.get("version") if isinstance(content, dict) else None
+    if version is not None and version != VERSION:
+        raise ValueError(
+            f"{path}: version {version}, but this release reads version {VERSION}; make the shard set again with it"
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise ValueError(f"{path}: {where}: {first['msg']}; make the shard set again") from error

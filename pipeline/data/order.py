@@ -1,0 +1,88 @@
+"""Which sample stands at which position of the training stream: integers only.
+
+Positions count samples from the start of training and run on over epochs, so nothing is dropped or padded at an epoch's
+end. The order is a pure function of (shard sizes, seed, window): it knows no rank, no worker and no state, so it is the
+same for every world size and worker count, and resuming is a matter of one integer.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.data.hashing import Stream, hash64
+from pipeline.data.recent import Recent
+
+
+class Order:
+    """Position -> (epoch, slot in the epoch) -> sample index.
+
+    An epoch is a random order of the shards, cut into windows of `window` shards each, and then a random order of the
+    samples inside each window. `window` trades mixing for memory: samples of a window are drawn together, so only the
+    window's shards need to be in the page cache; a window of all shards is a uniform shuffle of the whole set. As the
+    windows' members change from epoch to epoch, and shards are shuffled when they are written, a window of a few shards
+    already mixes well.
+
+    Cost, one core: opening a window sorts its samples, 0.1 s and 8 MB (24 MB while sorting) per million, once per
+    window and process. So a set of 1e6 samples in one window costs 0.1 s and 8 MB per epoch. A set of 1e8 in shards of
+    10,000 with a window of 16 costs 15 ms and 1.3 MB per window; all of it in one window would cost 15 s and 800 MB.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int, window: int):
+        """`shard_sizes`: samples per shard, at least 1. `seed`: |seed| < 2^63. `window`: shards shuffled together, at least 1.
+
+        Raises ValueError for an empty set, an empty shard, or a window below 1.
+        """
+        if not len(shard_sizes) or min(shard_sizes) < 1:
+            raise ValueError("an order needs at least one shard, and at least one sample in each shard")
+        if window < 1:
+            raise ValueError(
+                f"window is {window}: it counts the shards that are shuffled together and must be at least 1"
+            )
+        self.seed = seed
+        self.window = window
+        self._sizes = np.asarray(shard_sizes, np.int64)
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._plans = Recent(2)
+        self._windows = Recent(4)
+
+    @property
+    def epoch_size(self) -> int:
+        """Samples in one epoch."""
+        return int(self._sizes.sum())
+
+    def at(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Epoch and sample index at each of the positions (n,): int64 arrays (n,). Raises ValueError below position 0."""
+        positions = np.asarray(positions, np.int64)
+        if positions.size and positions.min() < 0:
+            raise ValueError(f"position {positions.min()}: positions count from 0")
+        epochs, slots = np.divmod(positions, self.epoch_size)
+        indices = np.empty_like(positions)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            indices[here] = self._epoch_slots(epoch, slots[here])
+        return epochs, indices
+
+    def _epoch_slots(self, epoch: int, slots: np.ndarray) -> np.ndarray:
+        """Sample indices (n,) at slots (n,) of one epoch."""
+        shards, bounds = self._plans.get(epoch, lambda: self._plan(epoch))
+        numbers = np.searchsorted(bounds, slots, side="right") - 1
+        indices = np.empty_like(slots)
+        for number in np.unique(numbers).tolist():
+            members = shards[number * self.window : (number + 1) * self.window]
+            samples = self._windows.get((epoch, number), lambda members=members: self._shuffled(epoch, members))
+            here = numbers == number
+            indices[here] = samples[slots[here] - bounds[number]]
+        return indices
+
+    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's order of shards (S,), and the first slot of each window (ceil(S / window),)."""
+        keys = hash64(self.seed, Stream.SHARDS, epoch, np.arange(len(self._sizes)))
+        shards = np.argsort(keys, kind="stable")
+        sizes = self._sizes[shards]
+        return shards, (np.cumsum(sizes) - sizes)[:: self.window]
+
+    def _shuffled(self, epoch: int, shards: np.ndarray) -> np.ndarray:
+        """The sample indices of these shards in the epoch's order."""
+        samples = np.concatenate([np.arange(self._sizes[s]) + self._starts[s] for s in shards])
+        keys = hash64(self.seed, Stream.SAMPLES, epoch, samples)
+        return samples[np.argsort(keys, kind="stable")]

@@ -1,0 +1,69 @@
+"""Between the shard and the model: flip, binarise and pad on the CPU, scaling to [0, 1] on the device.
+
+Chance depends on (seed, epoch, index) alone, so a sample is treated alike on every rank, in every worker and after a
+resume.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.hashing import GOLDEN_GAMMA, Stream, hash64, mix64
+
+Binarise = Literal["none", "dynamic"]
+
+MAX_DRAW = 2**32 - 2
+GREY_STEP = (2**32 - 1) // 255  # 16843009 exactly
+
+
+class Preprocess:
+    """Images as stored -> images as the model gets them, before scaling.
+
+    `flip`: mirror left and right with probability 1/2. `binarise`: "dynamic" makes a pixel 255 with probability
+    grey/255 and else 0, drawn anew in each epoch (Burda et al. 2016, "Importance weighted autoencoders", section 5).
+    `pad`: black pixels on each side. Evaluation asks for epoch 0 always, and so sees the same pixels each time.
+    """
+
+    def __init__(self, seed: int, flip: bool = False, binarise: Binarise = "none", pad: int = 0):
+        self.seed = seed
+        self.flip = flip
+        self.binarise = binarise
+        self.pad = pad
+
+    def __call__(self, images: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """(n, H, W, C) uint8 with epochs and indices (n,) -> (n, C, H + 2 pad, W + 2 pad) uint8, C-contiguous."""
+        n, height, width, channels = images.shape
+        if self.binarise == "dynamic":
+            images = self._binarised(images, epochs, indices)
+        pad = self.pad
+        out = np.zeros((n, channels, height + 2 * pad, width + 2 * pad), np.uint8)
+        out[:, :, pad : pad + height, pad : pad + width] = images.transpose(0, 3, 1, 2)
+        if self.flip:
+            mirrored = hash64(self.seed, Stream.FLIP, epochs, indices) >> np.uint64(63) == 1
+            out[mirrored] = out[mirrored, :, :, ::-1]
+        return out
+
+    def _binarised(self, images: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """One 32-bit draw per value of the image, two from each hash of the sample's own SplitMix64 sequence.
+
+        The draw u in 0 .. 2^32 - 2 is compared with grey * (2^32 - 1) / 255, a whole number: grey 0 is never on, 255
+        always, and the probability of the others is off by less than 2^-32.
+        """
+        size = images[0].size
+        states = hash64(self.seed, Stream.BINARISE, epochs, indices)[:, None]  # (n, 1)
+        steps = np.arange(1, (size + 1) // 2 + 1, dtype=np.uint64) * GOLDEN_GAMMA
+        draws = mix64(states + steps).astype("<u8", copy=False).view("<u4")[:, :size]  # (n, H W C)
+        on = np.minimum(draws, MAX_DRAW) < images.reshape(len(images), size) * np.uint32(GREY_STEP)
+        return (on * np.uint8(255)).reshape(images.shape)
+
+
+def to_model_input(images: Tensor, bits: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 images of any shape -> `dtype` in [0, 1], on the images' device: floor(x / 2^(8 - bits)) / (2^bits - 1).
+
+    The reference's x <- floor(x 255 / 2^(8 - bits)) / (2^bits - 1) of x in [0, 1] gives the same values.
+    """
+    levels = images >> (8 - bits) if bits < 8 else images
+    # A divisor on the device: CUDA multiplies by the reciprocal of a plain number, which rounds otherwise.
+    return levels.to(dtype) / torch.full((), 2**bits - 1, dtype=dtype, device=images.device)
