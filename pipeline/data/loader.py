@@ -133,7 +133,7 @@ def build_eval_loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """The first `limit` samples (default: all) in natural order, each on exactly one rank; positions are indices, epochs 0.
+    """The first `limit` samples (default: all) in natural order, each on one rank; positions are indices, epochs 0.
 
     `batch_size` is global: a rank gets about batch_size / world_size samples at a time. Ragged tails are kept, so ranks
     may get different numbers of samples and of batches, and none at all when there are more ranks than samples: reduce

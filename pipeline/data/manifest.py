@@ -1,4 +1,4 @@
-"""The reader's side of manifest.json, which says what a shard set holds and that it is complete (docs/architecture.md)."""
+"""The reader's side of manifest.json, what a shard set holds, and the sign that it is complete."""
 
 import json
 from pathlib import Path

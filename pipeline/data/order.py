@@ -28,7 +28,7 @@ class Order:
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, window: int):
-        """`shard_sizes`: samples per shard, at least 1. `seed`: |seed| < 2^63. `window`: shards shuffled together, at least 1.
+        """`shard_sizes`: samples per shard. `seed`: |seed| < 2^63. `window`: number of shards that are shuffled together.
 
         Raises ValueError for an empty set, an empty shard, or a window below 1.
         """
@@ -51,7 +51,7 @@ class Order:
         return int(self._sizes.sum())
 
     def at(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Epoch and sample index at each of the positions (n,): int64 arrays (n,). Raises ValueError below position 0."""
+        """Epoch and sample index at each of the positions (n,): int64 (n,) each. Raises ValueError below position 0."""
         positions = np.asarray(positions, np.int64)
         if positions.size and positions.min() < 0:
             raise ValueError(f"position {positions.min()}: positions count from 0")
