@@ -1,0 +1,68 @@
+"""Pictures for people: grids of images, and PNG files of them."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+MIN_SIDE = 64
+"""Pixels below which an image is enlarged by a whole factor: 28-pixel digits are hard to see."""
+
+
+def image_grid(images: Tensor, columns: int) -> np.ndarray:
+    """A grid of images (B, C, H, W), uint8 or floating point in [0, 1], row by row: uint8 array (height, width, 3).
+
+    C is 1 or 3. Values outside [0, 1] are clipped; non-finite ones become black. Small images are enlarged by repeating
+    pixels. Two black pixels lie between images.
+    """
+    from pipeline.torchvision_guard import torchvision  # a second to import, and needed by the main process alone
+
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images have shape {tuple(images.shape)}, which is not (B, 1 or 3, H, W)")
+    pixels = _enlarge(to_uint8(images.detach()))
+    grid = torchvision.utils.make_grid(pixels, nrow=columns, padding=2)  # (3, height, width)
+    return grid.permute(1, 2, 0).contiguous().numpy()
+
+
+def reconstruction_grid(originals: Tensor, reconstructions: Tensor, columns: int) -> np.ndarray:
+    """Rows of originals (B, C, H, W), each above the row of their reconstructions: uint8 array (height, width, 3)."""
+    if originals.shape != reconstructions.shape:
+        raise ValueError(
+            f"originals {tuple(originals.shape)} and reconstructions {tuple(reconstructions.shape)} differ in shape"
+        )
+    pairs = zip(to_uint8(originals).split(columns), to_uint8(reconstructions).split(columns), strict=True)
+    rows = [torch.cat([_fill_row(above, columns), _fill_row(below, columns)]) for above, below in pairs]
+    return image_grid(torch.cat(rows), columns)
+
+
+def save_png(path: Path | str, grid: np.ndarray) -> None:
+    """Write a uint8 array (height, width, 3); whoever looks at `path` sees a whole picture or none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        Image.fromarray(grid).save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """uint8 on the CPU from uint8, or from floating point in [0, 1] by rounding."""
+    if images.dtype == torch.uint8:
+        return images.cpu()
+    return images.float().nan_to_num(0, 0, 0).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+
+
+def _enlarge(images: Tensor) -> Tensor:
+    factor = max(1, -(-MIN_SIDE // max(images.shape[-2:])))
+    return images.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
+
+
+def _fill_row(images: Tensor, columns: int) -> Tensor:
+    """(columns, C, H, W): black images fill up the last row, so that pairs stay above each other."""
+    missing = columns - len(images)
+    return torch.cat([images, images.new_zeros(missing, *images.shape[1:])])

@@ -1,0 +1,136 @@
+"""Running means on the device, throughput, and the units they are told in."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def bits_per_dimension(nats: float, num_dimensions: int) -> float:
+    """Bits per dimension of a negative log-likelihood (or bound) of `nats` per image: nats / (D ln 2)."""
+    return nats / (num_dimensions * math.log(2))
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """`values` summed over all processes, in place; as it is where there is one process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+    return values
+
+
+class Meter:
+    """Means over samples, exact for ragged batches on any number of processes: sums and counts are added, then divided.
+
+    `add` never reads the device; `reduce` makes one collective and one read. Sums are kept in float64.
+    `names` are those that a process must report even if it never sees a sample of them, because every process has to
+    bring the same names to `reduce`.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", names: Iterable[str] = ()):
+        self.device = torch.device(device)
+        self._declared = tuple(names)
+        self._sums: dict[tuple[str, ...], Tensor] = {}  # a batch of names that came together -> (names,)
+        self._counts: dict[tuple[str, ...], Tensor | float] = {}
+
+    def add(self, name: str, value_sum: Tensor | float, count: Tensor | float) -> None:
+        """Add the sum of `count` values."""
+        self.add_all({name: value_sum}, count)
+
+    def add_all(self, value_sums: Mapping[str, Tensor | float], count: Tensor | float) -> None:
+        """Add several sums of `count` values each, in one go on the device."""
+        names = tuple(value_sums)
+        sums = self._stack(value_sums.values())  # (names,)
+        self._sums[names] = self._sums[names] + sums if names in self._sums else sums
+        self._counts[names] = self._counts.get(names, 0.0) + count
+
+    def reduce(self, across_ranks: Callable[[Tensor], Tensor] = sum_over_ranks) -> dict[str, float]:
+        """{name: mean over all processes since the last call}, sorted by name; NaN where nothing was counted.
+
+        Then starts anew.
+        """
+        names = tuple(dict.fromkeys((*self._declared, *(name for group in self._sums for name in group))))
+        if not names:
+            return {}
+        order = sorted(names)
+        totals = torch.zeros(2, len(order), dtype=torch.float64, device=self.device)
+        for group, sums in self._sums.items():
+            columns = torch.tensor([order.index(name) for name in group], device=self.device)
+            totals[0].index_add_(0, columns, sums)
+            totals[1].index_add_(0, columns, self._stack([self._counts[group]] * len(group)))
+        self._sums, self._counts = {}, {}
+        sums, counts = across_ranks(totals).tolist()
+        return {
+            name: total / count if count else math.nan for name, total, count in zip(order, sums, counts, strict=True)
+        }
+
+    def _stack(self, values: Iterable[Tensor | float]) -> Tensor:
+        """One float64 vector; tensors that are on the device already cost one kernel for all of them."""
+        return torch.stack([self._scalar(value) for value in values]).double()
+
+    def _scalar(self, value: Tensor | float) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.detach().to(self.device).reshape(())
+        return torch.tensor(value, dtype=torch.float64, device=self.device)
+
+
+class Throughput:
+    """Speed of the training loop on this process's clock, in seconds; `clock` is injectable for tests."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._seconds_per_step = math.nan
+        self._restart()
+
+    def _restart(self) -> None:
+        self._start = self._clock()
+        self._waited = self._paused = 0.0
+        self._steps = self._images = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the fetch of a batch."""
+        start = self._clock()
+        yield
+        self._waited += self._clock() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training: validation, pictures, checkpoints."""
+        start = self._clock()
+        yield
+        self._paused += self._clock() - start
+
+    def count(self, images: int) -> None:
+        """One optimiser step of `images` images (of all processes) is done."""
+        self._steps += 1
+        self._images += images
+
+    def report(self) -> dict[str, float]:
+        """Since the last report: images per second, milliseconds per step, share [0, 1] of time waiting for data."""
+        seconds = self._clock() - self._start - self._paused
+        if not self._steps or seconds <= 0:
+            return {}
+        self._seconds_per_step = seconds / self._steps
+        figures = {
+            "perf/images_per_second": self._images / seconds,
+            "perf/step_ms": 1000 * self._seconds_per_step,
+            "perf/data_wait": self._waited / seconds,
+        }
+        self._restart()
+        return figures
+
+    def seconds_left(self, steps: int) -> float:
+        """Estimate for `steps` more steps, from the last report; NaN before the first."""
+        return steps * self._seconds_per_step
+
+
+def gpu_memory(device: torch.device) -> dict[str, float]:
+    """Highest memory held by tensors on a CUDA `device` since the last call, GiB; empty on other devices."""
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"perf/gpu_memory_gib": peak / 2**30}
