@@ -1,0 +1,230 @@
+"""Distributions over latents and pixels, all computed in float32 or better.
+
+Pixels are given as x in [0, 1] and modelled as y = 2x - 1 in [-1, 1]. `log_prob` and `kl` are in nats. Sampling takes its
+randomness as an argument: standard normal noise for `Normal`, uniforms in (0, 1) for the others.
+"""
+
+from functools import cached_property
+from math import log, pi
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BinRule = Literal["published", "exact"]
+
+SOFT_CLAMP = 5.0
+MIN_SIGMA = 0.01
+MIN_LOG_SCALE = -7.0
+NARROW_BIN = log(1e-5)
+"""The published rule replaces the mass of a bin below this (log) probability by its density at the centre times its width."""
+WIDE_LOG_SCALE = 20.0
+"""Above this log-scale a bin's mass is its density times its width to the last bit of float64."""
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """`values` in float32 if they were half precision; float32 and float64 stay."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+def soft_clamp(values: Tensor) -> Tensor:
+    """Smooth clamp to (-5, 5); the identity near 0."""
+    return torch.tanh(values / SOFT_CLAMP) * SOFT_CLAMP
+
+
+class Normal:
+    """Diagonal normal from raw, unbounded network outputs a and l, elementwise.
+
+    mu = 5 tanh(a/5), sigma = temperature * (exp(5 tanh(l/5)) + 0.01): the bounds that keep NVAE stable (NVAE section 3.2 and its
+    reference release, which applies them to every Normal, so that raw zeros mean sigma = 1.01).
+    """
+
+    def __init__(self, raw_mean: Tensor, raw_log_sigma: Tensor, temperature: float = 1.0):
+        self.mean = soft_clamp(at_least_float32(raw_mean))
+        sigma = torch.exp(soft_clamp(at_least_float32(raw_log_sigma))) + MIN_SIGMA
+        self.sigma = sigma if temperature == 1.0 else sigma * temperature
+
+    @cached_property
+    def log_sigma(self) -> Tensor:
+        return torch.log(self.sigma)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mu + sigma * noise, for standard normal noise of the same shape."""
+        return torch.addcmul(self.mean, self.sigma, noise.to(self.mean.dtype))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density per element, nats."""
+        return -0.5 * ((z - self.mean) / self.sigma).square() - (self.log_sigma + 0.5 * log(2 * pi))
+
+    def kl(self, other: "Normal") -> Tensor:
+        """KL(self || other) per element, nats."""
+        distance = ((self.mean - other.mean) / other.sigma).square()
+        ratio = (self.sigma / other.sigma).square()
+        return 0.5 * (distance + ratio - 1) + (other.log_sigma - self.log_sigma)
+
+
+class PixelNormal:
+    """Continuous density of y = 2x - 1 under a soft-clamped `Normal`; not comparable with the discrete likelihoods in bits."""
+
+    def __init__(self, raw_mean: Tensor, raw_log_sigma: Tensor):
+        self.normal = Normal(raw_mean, raw_log_sigma)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density of y per element (B, C, H, W), nats."""
+        return self.normal.log_prob(2 * at_least_float32(x) - 1)
+
+    @property
+    def mean(self) -> Tensor:
+        """(B, C, H, W) in [0, 1]."""
+        return to_image(self.normal.mean)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] from standard normal noise of that shape."""
+        return to_image(self.normal.sample(noise))
+
+
+class Bernoulli:
+    """Independent binary pixels from logits (B, C, H, W)."""
+
+    def __init__(self, logits: Tensor):
+        self.logits = at_least_float32(logits)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-probability per element (B, C, H, W), nats; linear in x, so grey values in [0, 1] are also taken."""
+        return -F.binary_cross_entropy_with_logits(self.logits, x.to(self.logits.dtype), reduction="none")
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.sigmoid(self.logits)
+
+    def sample(self, uniform: Tensor) -> Tensor:
+        """0 or 1 per element: 1 where the uniform is below the mean."""
+        return (uniform < self.mean).to(self.logits.dtype)
+
+
+class DiscretizedLogistic:
+    """One logistic per channel, integrated over the 2^bits grey levels; the outermost bins reach to infinity.
+
+    mean, log_scale: (B, C, H, W) for y in [-1, 1]. log_scale is clamped from below at -7.
+    """
+
+    def __init__(self, mean: Tensor, log_scale: Tensor, bits: int = 8):
+        self.location = at_least_float32(mean)
+        self.log_scale = at_least_float32(log_scale).clamp(min=MIN_LOG_SCALE)
+        self.bits = bits
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-probability of the grey levels x (B, C, H, W) in [0, 1], per element, nats; sums to one over the levels."""
+        y = 2 * x.to(self.location.dtype) - 1
+        return discretized_logistic_log_prob(y, self.location, self.log_scale, self.bits, "exact")
+
+    @property
+    def mean(self) -> Tensor:
+        return to_image(self.location)
+
+    def sample(self, uniform: Tensor) -> Tensor:
+        """Images in [0, 1], not rounded to levels, from uniforms of the image's shape."""
+        return to_image(self.location + torch.exp(self.log_scale) * torch.logit(uniform.to(self.location.dtype)))
+
+
+class DiscretizedLogisticMixture:
+    """Mixture of K discretized logistics over RGB pixels, channels conditioned in the order R, G, B (PixelCNN++, section 2).
+
+    params: (B, 10K, H, W) = K mixture logits, then for each of R, G, B: K means, K log-scales, K raw coefficients.
+    bin_rule "published": as NVAE's published figures are computed. Every level y > 0.99 takes the whole upper tail, which at 8 bits
+    counts the mass of 255 for level 254 as well, and improbable bins use the density. "exact": sums to one over the levels.
+    """
+
+    def __init__(self, params: Tensor, bits: int = 8, bin_rule: BinRule = "published"):
+        params = at_least_float32(params)
+        self.num_components = num_components = params.shape[1] // 10
+        if params.shape[1] != 10 * num_components:
+            raise ValueError(f"a mixture over RGB takes 10 channels per component, got {params.shape[1]} channels")
+        self.bits, self.bin_rule = bits, bin_rule
+        self.mixture_logits = params[:, :num_components]  # (B, K, H, W)
+        per_channel = params[:, num_components:].unflatten(1, (3, 3 * num_components))  # (B, 3, 3K, H, W)
+        self.means, log_scales, coefficients = per_channel.split(num_components, dim=2)  # each (B, 3, K, H, W)
+        self.log_scales = log_scales.clamp(min=MIN_LOG_SCALE)
+        self.coefficients = torch.tanh(coefficients)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-probability (B, H, W) of RGB pixels x (B, 3, H, W) in [0, 1], nats per pixel."""
+        y = 2 * x.to(self.means.dtype).unsqueeze(2) - 1  # (B, 3, 1, H, W)
+        channels = discretized_logistic_log_prob(y, self._means_given(y), self.log_scales, self.bits, self.bin_rule)
+        return torch.logsumexp(channels.sum(dim=1) + torch.log_softmax(self.mixture_logits, dim=1), dim=1)
+
+    def _means_given(self, y: Tensor) -> Tensor:
+        """Component means (B, 3, K, H, W), each channel shifted by the true values of the channels before it."""
+        red, green = y[:, 0], y[:, 1]
+        c0, c1, c2 = self.coefficients.unbind(1)
+        shift = torch.stack([torch.zeros_like(c0), c0 * red, torch.addcmul(c1 * red, c2, green)], dim=1)
+        return self.means + shift
+
+    @property
+    def mean(self) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1]: the mixture's average parameters through the chain R, G, B."""
+        weights = torch.softmax(self.mixture_logits, dim=1).unsqueeze(1)  # (B, 1, K, H, W)
+        return self._chain((self.means * weights).sum(2), (self.coefficients * weights).sum(2))
+
+    def sample(self, uniform_mixture: Tensor, uniform_logistic: Tensor, temperature: float = 1.0) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], not rounded to levels, from uniforms (B, K, H, W) and (B, 3, H, W) in (0, 1).
+
+        As in the reference release, a temperature below 1 sharpens the choice of component but *widens* the logistic noise.
+        """
+        dtype = self.means.dtype
+        gumbel = -torch.log(-torch.log(uniform_mixture.to(dtype)))
+        chosen = torch.argmax(self.mixture_logits / temperature + gumbel, dim=1)[:, None, None]  # (B, 1, 1, H, W)
+        chosen = chosen.expand(-1, 3, -1, -1, -1)
+        mean, log_scale, coefficient = (
+            values.gather(2, chosen).squeeze(2) for values in (self.means, self.log_scales, self.coefficients)
+        )
+        noise = torch.logit(uniform_logistic.to(dtype))
+        return self._chain(mean + torch.exp(log_scale) / temperature * noise, coefficient)
+
+    @staticmethod
+    def _chain(values: Tensor, coefficients: Tensor) -> Tensor:
+        """Clamp R, then G given R, then B given both; values and coefficients (B, 3, H, W)."""
+        c0, c1, c2 = coefficients.unbind(1)
+        red = values[:, 0].clamp(-1, 1)
+        green = (values[:, 1] + c0 * red).clamp(-1, 1)
+        blue = (values[:, 2] + c1 * red + c2 * green).clamp(-1, 1)
+        return to_image(torch.stack([red, green, blue], dim=1))
+
+
+def to_image(y: Tensor) -> Tensor:
+    """From [-1, 1], clamped, to [0, 1]."""
+    return (y.clamp(-1, 1) + 1) / 2
+
+
+def discretized_logistic_log_prob(y: Tensor, mean: Tensor, log_scale: Tensor, bits: int, rule: BinRule) -> Tensor:
+    """Log of the logistic mass in the bin of each grey level y in [-1, 1], elementwise with broadcasting, nats.
+
+    With a = (y + 1/N - mean) / scale and b = (y - 1/N - mean) / scale, N = 2^bits - 1, the mass sigmoid(a) - sigmoid(b) equals
+    sigmoid(a) sigmoid(-b) (1 - exp(b - a)), whose logarithm needs no difference of nearly equal numbers.
+    """
+    num_steps = 2**bits - 1
+    inverse_scale = torch.exp(-log_scale)
+    centred = (y - mean) * inverse_scale
+    half_width = inverse_scale / num_steps
+    below_upper_edge = F.softplus(-centred - half_width)  # -log sigmoid(a)
+    above_lower_edge = F.softplus(centred - half_width)  # -log sigmoid(-b)
+    lowest, highest = _edge_levels(y, num_steps, rule)
+    inside = _log_relative_width(log_scale, num_steps) - below_upper_edge - above_lower_edge
+    if rule == "published":
+        density = centred - log_scale - 2 * F.softplus(centred) - log(num_steps / 2)
+        inside = torch.where(inside > NARROW_BIN, inside, density)
+    return torch.where(lowest, -below_upper_edge, torch.where(highest, -above_lower_edge, inside))
+
+
+def _edge_levels(y: Tensor, num_steps: int, rule: BinRule) -> tuple[Tensor, Tensor]:
+    """Masks of the lowest and of the highest grey level."""
+    if rule == "published":
+        return y < -0.999, y > 0.99
+    return y < -1 + 1 / num_steps, y > 1 - 1 / num_steps
+
+
+def _log_relative_width(log_scale: Tensor, num_steps: int) -> Tensor:
+    """log(1 - exp(-width / scale)) for bins of width 2/N, also where the width vanishes beside the scale."""
+    bounded = log_scale.clamp(max=WIDE_LOG_SCALE)
+    return torch.log(-torch.expm1(-2 / num_steps * torch.exp(-bounded))) - (log_scale - bounded)

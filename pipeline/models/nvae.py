@@ -1,0 +1,367 @@
+"""NVAE: a deep hierarchical variational autoencoder (Vahdat & Kautz 2020, arXiv:2007.03898).
+
+An encoder climbs from the image to ever coarser features and remembers one per latent group. The decoder starts from a learned
+tensor at the coarsest resolution and walks back down; at each group it forms the prior from its own state and, when inferring,
+the posterior from that state and the group's remembered feature; the latent drawn is merged into the state.
+
+Shape legend as in base.py. "Level" counts halvings: level 0 is the image's resolution, and a level's width is its base width
+(encoder_channels or decoder_channels) times 2^level.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline.distributions import Normal, at_least_float32
+from pipeline.likelihoods import Likelihood, LogisticMixtureLikelihood, PixelDistribution
+from pipeline.models.base import VAE, LatentGroup, VAEOutput
+from pipeline.nn.cells import CELLS, ResidualCell, Resize
+from pipeline.nn.flows import FlowPair
+from pipeline.nn.layers import WNConv2d, find_convs, normalized_once
+from pipeline.schema import Section
+
+Count = Annotated[int, Field(ge=1, strict=True)]
+Architecture = Literal[tuple(CELLS)]
+
+
+class NVAEConfig(Section):
+    """Architecture of an NVAE. The defaults are a small one."""
+
+    name: Literal["nvae"] = "nvae"
+    groups_per_scale: Annotated[tuple[Count, ...], Field(min_length=1, strict=False)] = (6,)
+    """Latent groups at each latent resolution, lowest resolution first: the order in which they are drawn."""
+    encoder_channels: Count = 32
+    """Width of the encoder at the image's resolution; it doubles with every halving of the resolution."""
+    decoder_channels: Count = 32
+    """Width of the decoder at the image's resolution."""
+    latent_channels: Count = 20
+    """Channels of each latent group."""
+    num_blocks: Count = 1
+    """Halvings between the image and the highest latent resolution: of preprocessing, and as many of postprocessing."""
+    num_preprocess_cells: Count = 2
+    """Cells in each preprocessing block; the last one halves the resolution."""
+    num_postprocess_cells: Count = 2
+    """Cells in each postprocessing block; the first one doubles the resolution."""
+    num_encoder_cells: Count = 2
+    """Encoder cells per latent group."""
+    num_decoder_cells: Count = 2
+    """Decoder cells per latent group."""
+    num_flows: Annotated[int, Field(ge=0)] = 0
+    """Pairs of autoregressive flow layers on each group's posterior. With flows the KL is a one-sample estimate."""
+    squeeze_excitation: bool = True
+    """Channel gates at the end of every cell's branch."""
+    residual_posterior: bool = True
+    """Whether the posterior's raw parameters are relative to the prior's."""
+    cells: Architecture = "res_mbconv"
+    """Which cells are used where. `res_mbconv` is the paper's: plain convolutions encode, inverted residuals decode."""
+    likelihood: Likelihood = LogisticMixtureLikelihood()
+    """p(x | z)."""
+
+    @property
+    def num_halvings(self) -> int:
+        """Between the image and the lowest latent resolution."""
+        return self.num_blocks + len(self.groups_per_scale) - 1
+
+    @property
+    def is_vanilla(self) -> bool:
+        """A single latent group: no towers, a plain VAE."""
+        return sum(self.groups_per_scale) == 1
+
+
+class LatentDraw(NamedTuple):
+    """One group of latents, as inferred for a batch; every tensor (B, *group.shape)."""
+
+    posterior: Normal
+    prior: Normal
+    base: Tensor
+    """The posterior's sample, before flows: where its density is taken."""
+    z: Tensor
+    """The latent: `base` after flows."""
+
+
+class EncoderStep(nn.Module):
+    """Cells down to one latent group's feature, and the 1x1 convolution by which the decoder's state is added to that feature.
+
+    The topmost group's feature stands alone: no convolution.
+    """
+
+    def __init__(self, cells: list[nn.Module], combine: nn.Module | None):
+        super().__init__()
+        self.cells = nn.Sequential(*cells)
+        self.combine = combine
+
+
+class DecoderStep(nn.Module):
+    """Cells up to one latent group, and the 1x1 convolution that merges the latent into the state."""
+
+    def __init__(self, cells: list[nn.Module], combine: nn.Module):
+        super().__init__()
+        self.cells = nn.Sequential(*cells)
+        self.combine = combine
+
+
+class NVAE(VAE):
+    """See the module's docstring.
+
+    `border` pixels on every side are padding: the network sees them, the likelihood and `num_dimensions` do not count them.
+    `bits`: colour depth, which sets the bins of the discrete likelihoods. A single latent group gives a plain VAE without towers.
+    Raises ValueError for images that are not square or that the halvings do not divide.
+    """
+
+    def __init__(self, config: NVAEConfig, image_shape: tuple[int, int, int], border: int = 0, bits: int = 8):
+        super().__init__()
+        check_image_shape(config, image_shape)
+        channels, height, width = self.image_shape = tuple(image_shape)
+        self.config, self.border, self.bits = config, border, bits
+        self.num_dimensions = channels * (height - 2 * border) * (width - 2 * border)
+        self.groups = latent_groups(config, height)
+        self._build(config)
+
+    def _build(self, config: NVAEConfig) -> None:
+        # The order of registration is that of the reference release: optimizer slots and spectral stacks depend on it.
+        channels, size, _ = self.image_shape
+        encoder_width, decoder_width = (
+            base << config.num_halvings for base in (config.encoder_channels, config.decoder_channels)
+        )
+        if not config.is_vanilla:
+            top = size >> config.num_halvings
+            self.start = nn.Parameter(torch.rand(decoder_width, top, top))
+        self.stem = WNConv2d(channels, config.encoder_channels, 3, padding=1)
+        self.preprocess = build_preprocess(config)
+        self.encoder = build_encoder(config)
+        self.encoder_top = WNConv2d(encoder_width, encoder_width, 1)
+        self.posteriors, self.priors = build_samplers(config)
+        self.flows = nn.ModuleList(
+            nn.Sequential(*(FlowPair(config.latent_channels) for _ in range(config.num_flows))) for _ in self.groups
+        )
+        if config.is_vanilla:
+            self.decoder_start = WNConv2d(config.latent_channels, decoder_width, 1)
+        self.decoder = build_decoder(config)
+        self.postprocess = build_postprocess(config)
+        num_outputs = config.likelihood.num_outputs(channels)
+        self.output = WNConv2d(config.decoder_channels, num_outputs, 3, padding=1)
+        self._normalized_convs = [conv for conv in find_convs(self).values() if isinstance(conv, WNConv2d)]
+
+    # ---- the interface of VAE ----------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, noise: Sequence[Tensor]) -> VAEOutput:
+        outputs, draws = self.infer(x, noise)
+        likelihood = self.config.likelihood.build(self._without_border(outputs), self.bits)
+        log_px = likelihood.log_prob(self._without_border(x)).flatten(1).sum(1)  # (B,)
+        log_q = [draw.posterior.log_prob(draw.base) for draw in draws]  # G tensors (B, *group.shape)
+        log_p = [draw.prior.log_prob(draw.z) for draw in draws]
+        if self.config.num_flows > 0:
+            kl = [q - p for q, p in zip(log_q, log_p, strict=True)]
+        else:
+            kl = [draw.posterior.kl(draw.prior) for draw in draws]
+        kl_units = [group.sum((2, 3)) for group in kl]  # G tensors (B, channels)
+        return VAEOutput(
+            log_px=log_px,
+            kl=torch.stack([group.sum(1) for group in kl_units], dim=1),
+            log_qz=sum(group.flatten(1).sum(1) for group in log_q),
+            log_pz=sum(group.flatten(1).sum(1) for group in log_p),
+            kl_units=tuple(group.mean(0) for group in kl_units),
+        )
+
+    def sample(self, noise: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+        return self.likelihood(self.generate(noise, temperature)).mean
+
+    def reconstruct(self, x: Tensor, noise: Sequence[Tensor]) -> Tensor:
+        outputs, _ = self.infer(x, noise)
+        return self.likelihood(outputs).mean
+
+    def compilable_cells(self) -> Iterator[nn.Module]:
+        return (module for module in self.modules() if isinstance(module, ResidualCell))
+
+    # ---- what lies beneath it ----------------------------------------------------------------------------------------------
+
+    def infer(self, x: Tensor, noise: Sequence[Tensor]) -> tuple[Tensor, list[LatentDraw]]:
+        """Decoder outputs (B, C_out, H, W), raw, and what each group drew, for images x (B, C, H, W) in [0, 1]."""
+        draws: list[LatentDraw] = []
+
+        def draw(k: int, h: Tensor | None) -> Tensor:
+            draws.append(self._infer_group(k, features[k], h, noise[k]))
+            return draws[-1].z
+
+        with normalized_once(self._normalized_convs):
+            features = self._encode(x)
+            return self._decode(draw), draws
+
+    def generate(self, noise: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+        """Decoder outputs (B, C_out, H, W), raw, for latents drawn from the priors with sigmas times `temperature`.
+
+        Flows take no part: they belong to the posteriors.
+        """
+
+        def draw(k: int, h: Tensor | None) -> Tensor:
+            return Normal(*self._raw_prior(k, h, noise[k]), temperature).sample(noise[k])
+
+        with normalized_once(self._normalized_convs):
+            return self._decode(draw)
+
+    def likelihood(self, outputs: Tensor) -> PixelDistribution:
+        """p(x | z) of whole images, border included, from raw decoder outputs."""
+        return self.config.likelihood.build(outputs, self.bits)
+
+    def _encode(self, x: Tensor) -> list[Tensor]:
+        """One feature (B, width, H_k, W_k) per group, in drawing order."""
+        h = self.preprocess(self.stem(2 * x - 1))
+        features = []
+        for step in self.encoder:
+            h = step.cells(h)
+            features.append(h)
+        features[-1:] = [F.elu(self.encoder_top(F.elu(h)))]
+        return features[::-1]
+
+    def _decode(self, draw: Callable[[int, Tensor | None], Tensor]) -> Tensor:
+        """Raw outputs, when `draw(k, h)` gives group k's latent at decoder state h. Group 0 needs no state."""
+        z = draw(0, None)
+        h = self.decoder_start(z) if self.config.is_vanilla else self.decoder[0].combine(self._started(z))
+        for k in range(1, len(self.groups)):
+            h = self.decoder[k].cells(h)  # (B, width, H_k, W_k)
+            z = draw(k, h)
+            h = self.decoder[k].combine(torch.cat([h, z.to(h.dtype)], dim=1))
+        return self.output(F.elu(self.postprocess(h)))
+
+    def _started(self, z: Tensor) -> Tensor:
+        """The learned start beside the first latent, (B, width + latent_channels, top, top)."""
+        start = self.start.expand(z.shape[0], -1, -1, -1)
+        return torch.cat([start, z.to(start.dtype)], dim=1).contiguous(memory_format=self._memory_format(z))
+
+    def _infer_group(self, k: int, feature: Tensor, h: Tensor | None, noise: Tensor) -> LatentDraw:
+        raw_prior = self._raw_prior(k, h, noise)
+        if k > 0:
+            feature = feature + self.encoder[-1 - k].combine(h)
+        raw_posterior = _mean_and_log_sigma(self.posteriors[k](feature))
+        if k > 0 and self.config.residual_posterior:
+            raw_posterior = [a + b for a, b in zip(raw_posterior, raw_prior, strict=True)]
+        posterior = Normal(*raw_posterior)
+        base = posterior.sample(noise)
+        return LatentDraw(posterior, Normal(*raw_prior), base, self.flows[k](base))
+
+    def _raw_prior(self, k: int, h: Tensor | None, noise: Tensor) -> Sequence[Tensor]:
+        if k > 0:
+            return _mean_and_log_sigma(self.priors[k - 1](F.elu(h)))
+        zeros = torch.zeros_like(noise, dtype=self.stem.weight.dtype)
+        return zeros, zeros
+
+    def _memory_format(self, like: Tensor) -> torch.memory_format:
+        """channels_last if the first latent or the weights are."""
+        weight = self.output.weight
+        last = any(_is_channels_last(tensor) for tensor in (like, weight))
+        return torch.channels_last if last else torch.contiguous_format
+
+    def _without_border(self, images: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        return images[:, :, self.border : height - self.border, self.border : width - self.border]
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def _mean_and_log_sigma(raw: Tensor) -> Sequence[Tensor]:
+    """Raw mean and raw log sigma, each (B, latent_channels, H, W); densities are float32 from here on."""
+    return at_least_float32(raw).chunk(2, dim=1)
+
+
+# ---- construction ------------------------------------------------------------------------------------------------------------
+
+
+def check_image_shape(config: NVAEConfig, image_shape: tuple[int, int, int]) -> None:
+    """Raises ValueError, naming sizes that work, unless the images are square and divide into the lowest latent resolution."""
+    _, height, width = image_shape
+    if height != width:
+        raise ValueError(f"NVAE needs square images, got {height}x{width}; crop or pad them")
+    step = 2**config.num_halvings
+    if height < step or height % step:
+        below = height // step * step
+        sizes = " or ".join(str(size) for size in (below, below + step) if size)
+        raise ValueError(
+            f"image size {height} is not a multiple of {step}, as {config.num_blocks} blocks and "
+            f"{len(config.groups_per_scale)} latent scales need; {sizes} would work, or fewer blocks or scales"
+        )
+
+
+def latent_groups(config: NVAEConfig, size: int) -> tuple[LatentGroup, ...]:
+    """The latent groups of images of this size, in drawing order."""
+    groups = []
+    for scale, count in enumerate(config.groups_per_scale):
+        r = size >> (config.num_halvings - scale)
+        groups += [LatentGroup(f"{r}x{r}_group{n:02d}", (config.latent_channels, r, r)) for n in range(count)]
+    return tuple(groups)
+
+
+def _cell(config: NVAEConfig, kind: str, base_channels: int, level: int, resize: Resize = "same") -> ResidualCell:
+    return ResidualCell(base_channels << level, resize, CELLS[config.cells][kind], config.squeeze_excitation)
+
+
+def build_preprocess(config: NVAEConfig) -> nn.Sequential:
+    """Blocks of cells, the last cell of each halving the resolution."""
+    sizes: list[Resize] = ["same"] * (config.num_preprocess_cells - 1) + ["down"]
+    return nn.Sequential(
+        *(
+            _cell(config, "preprocess", config.encoder_channels, level, resize)
+            for level in range(config.num_blocks)
+            for resize in sizes
+        )
+    )
+
+
+def build_postprocess(config: NVAEConfig) -> nn.Sequential:
+    """Blocks of cells, the first cell of each doubling the resolution."""
+    cells = []
+    for level in range(config.num_blocks, 0, -1):
+        cells.append(_cell(config, "postprocess", config.decoder_channels, level, "up"))
+        cells += [
+            _cell(config, "postprocess", config.decoder_channels, level - 1)
+            for _ in range(config.num_postprocess_cells - 1)
+        ]
+    return nn.Sequential(*cells)
+
+
+def build_encoder(config: NVAEConfig) -> nn.ModuleList:
+    """One step per group, highest resolution first, so in reverse of drawing order; none for a single group."""
+    levels = latent_levels(config)[::-1]
+    steps = nn.ModuleList()
+    for k, level in enumerate(levels if not config.is_vanilla else []):
+        halve = k > 0 and levels[k - 1] != level
+        cells = [_cell(config, "encoder", config.encoder_channels, level - 1, "down")] if halve else []
+        cells += [_cell(config, "encoder", config.encoder_channels, level) for _ in range(config.num_encoder_cells)]
+        is_top = k == len(levels) - 1
+        combine = None if is_top else WNConv2d(config.decoder_channels << level, config.encoder_channels << level, 1)
+        steps.append(EncoderStep(cells, combine))
+    return steps
+
+
+def build_decoder(config: NVAEConfig) -> nn.ModuleList:
+    """One step per group in drawing order; none for a single group. The first has no cells: nothing precedes its latent."""
+    levels = latent_levels(config)
+    steps = nn.ModuleList()
+    for k, level in enumerate(levels if not config.is_vanilla else []):
+        cells = []
+        if k > 0:
+            double = levels[k - 1] != level
+            cells = [_cell(config, "decoder", config.decoder_channels, level + 1, "up")] if double else []
+            cells += [_cell(config, "decoder", config.decoder_channels, level) for _ in range(config.num_decoder_cells)]
+        width = config.decoder_channels << level
+        steps.append(DecoderStep(cells, WNConv2d(width + config.latent_channels, width, 1)))
+    return steps
+
+
+def build_samplers(config: NVAEConfig) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """Convolutions to the raw parameters of the posterior of every group, and of the prior of every group but the first."""
+    num_outputs = 2 * config.latent_channels
+    levels = latent_levels(config)
+    posteriors = [WNConv2d(config.encoder_channels << level, num_outputs, 3, padding=1) for level in levels]
+    priors = [WNConv2d(config.decoder_channels << level, num_outputs, 1) for level in levels[1:]]
+    return nn.ModuleList(posteriors), nn.ModuleList(priors)
+
+
+def latent_levels(config: NVAEConfig) -> list[int]:
+    """Each group's level in drawing order: halvings between the image and its latent."""
+    return [config.num_halvings - scale for scale, count in enumerate(config.groups_per_scale) for _ in range(count)]

@@ -1,0 +1,106 @@
+"""Batch normalisation over the global batch, on any device and backend."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+MOMENTUM = 0.05
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm, optionally followed by an activation, with statistics over all processes while training.
+
+    torch's SyncBatchNorm refuses CPU tensors; this one works wherever all_gather and all_reduce do, and gives the numbers of a
+    single process that sees the whole batch. Not twice differentiable when distributed.
+
+    `copies`: the input stands for one in which every pixel occurs that many times (nearest upsampling put off until after the
+    norm). Mean and variance are the same; the unbiased running variance is not.
+    """
+
+    def __init__(self, channels: int, activation: Callable[[Tensor], Tensor] | None = None, copies: int = 1):
+        super().__init__(channels, eps=1e-5, momentum=MOMENTUM)
+        self.activation, self.copies = activation, copies
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._normalized(x)
+        return y if self.activation is None else self.activation(y)
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        self.num_batches_tracked.add_(1)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            return self._global(x)
+        return self._local(x)
+
+    def _local(self, x: Tensor) -> Tensor:
+        count = x.numel() // x.shape[1]
+        running_var = self.running_var
+        # F.batch_norm scales the batch variance by count / (count - 1); other copies change that factor, so it gets an empty one
+        if self.copies > 1:
+            running_var = torch.zeros_like(running_var)
+        y = F.batch_norm(x, self.running_mean, running_var, self.weight, self.bias, True, self.momentum, self.eps)
+        if self.copies > 1:
+            correction = (count - 1) * self.copies / (count * self.copies - 1)
+            self.running_var.mul_(1 - self.momentum).add_(running_var, alpha=correction)
+        return y
+
+    @torch.compiler.disable
+    def _global(self, x: Tensor) -> Tensor:
+        y, mean, var, count = GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        copies = count * self.copies
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (copies / (copies - 1)), self.momentum)
+        return y
+
+
+class GlobalBatchNorm(Function):
+    """(x, weight, bias, eps) -> (normalised x, mean, biased variance, count) with statistics over the batches of all processes."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        mean, var, count = global_moments(x.to(weight.dtype))
+        ctx.save_for_backward(x, weight, mean, torch.rsqrt(var + eps), count)
+        ctx.mark_non_differentiable(mean, var, count)
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps), mean, var, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, *_):
+        x, weight, mean, inverse_std, count = ctx.saved_tensors
+        wide_dy = dy.to(weight.dtype)
+        normalized = (x.to(weight.dtype) - _channels(mean)) * _channels(inverse_std)
+        local = torch.stack([wide_dy.sum((0, 2, 3)), (wide_dy * normalized).sum((0, 2, 3))])  # (2, C)
+        dbias, dweight = local.clone()
+        dist.all_reduce(local)
+        dy_mean, dy_normalized_mean = local / count
+        dx = wide_dy - _channels(dy_mean) - normalized * _channels(dy_normalized_mean)
+        return (dx * _channels(weight * inverse_std)).to(x.dtype), dweight, dbias, None
+
+
+def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (C,), biased variance (C,) and count () of x (b, C, H, W) over all processes, whose b may differ.
+
+    Local moments are combined around the global mean (Chan et al. 1979): E[x^2] - E[x]^2 would cancel.
+    """
+    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    local = torch.cat([mean, var, mean.new_full((1,), x.numel() // x.shape[1])])
+    everyones = local.new_empty(dist.get_world_size(), local.numel())
+    dist.all_gather_into_tensor(everyones, local[None])
+    means, variances, counts = everyones.split(
+        [mean.numel(), var.numel(), 1], dim=1
+    )  # (world, C), (world, C), (world, 1)
+    count = counts.sum()
+    mean = (means * counts).sum(0) / count
+    var = ((variances + (means - mean).square()) * counts).sum(0) / count
+    return mean, var, count
+
+
+def _channels(values: Tensor) -> Tensor:
+    return values[:, None, None]

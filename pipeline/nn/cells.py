@@ -1,0 +1,192 @@
+"""NVAE's residual cells (NVAE section 3.1.1, figure 3) and the architectures composed of them.
+
+Every cell maps (B, C, H, W) to: the same shape ("same"); twice the channels at half the size ("down"); half the channels at twice
+the size ("up").
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.nn.batch_norm import BatchNorm2d
+from pipeline.nn.layers import SqueezeExcitation, WNConv2d
+
+Resize = Literal["same", "down", "up"]
+
+BRANCH_SCALE = 0.1
+
+
+class BNSwishConv(nn.Module):
+    """Batch norm, swish, (nearest upsampling,) weight-normalised 3x3 convolution."""
+
+    def __init__(self, channels: int, out_channels: int, resize: Resize, dilation: int = 1):
+        super().__init__()
+        self.resize = resize
+        self.bn_swish = BatchNorm2d(channels, activation=F.silu)
+        stride = 2 if resize == "down" else 1
+        self.conv = WNConv2d(channels, out_channels, 3, stride=stride, padding=dilation, dilation=dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn_swish(x)
+        return self.conv(upsample(x) if self.resize == "up" else x)
+
+
+class BNELUConv(nn.Module):
+    """Batch norm, ELU, (nearest upsampling,) weight-normalised 3x3 convolution."""
+
+    def __init__(self, channels: int, out_channels: int, resize: Resize):
+        super().__init__()
+        self.resize = resize
+        self.bn_elu = BatchNorm2d(channels, activation=F.elu)
+        self.conv = WNConv2d(channels, out_channels, 3, stride=2 if resize == "down" else 1, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn_elu(x)
+        return self.conv(upsample(x) if self.resize == "up" else x)
+
+
+class InvertedResidual(nn.Module):
+    """Expand by a 1x1, mix in space depthwise, project by a 1x1 (Sandler et al. 2018); no weight norm, no biases.
+
+    An "up" cell upsamples by nearest neighbours. Upsampling first, as the paper draws it, gives the same function at four times the
+    work: batch norm, 1x1 convolution and swish see every pixel four times over. So it waits until the depthwise convolution.
+    """
+
+    def __init__(self, channels, out_channels, resize: Resize, expansion: int, kernel: int = 5, group_width: int = 1):
+        super().__init__()
+        self.resize = resize
+        hidden, copies = channels * expansion, 4 if resize == "up" else 1
+        self.bn_in = BatchNorm2d(channels, copies=copies)
+        self.expand = nn.Conv2d(channels, hidden, 1, bias=False)
+        self.bn_expand = BatchNorm2d(hidden, activation=F.silu, copies=copies)
+        stride = 2 if resize == "down" else 1
+        self.depthwise = nn.Conv2d(
+            hidden, hidden, kernel, stride, padding=kernel // 2, groups=hidden // group_width, bias=False
+        )
+        self.bn_depthwise = BatchNorm2d(hidden, activation=F.silu)
+        self.project = nn.Conv2d(hidden, out_channels, 1, bias=False)
+        self.bn_out = BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn_expand(self.expand(self.bn_in(x)))  # (B, hidden, H, W)
+        if self.resize == "up":
+            h = upsample(h)  # (B, hidden, 2H, 2W)
+        h = self.bn_depthwise(self.depthwise(h))
+        return self.bn_out(self.project(h))
+
+
+class FactorizedReduce(nn.Module):
+    """Swish, then (B, C, H, W) -> (B, C', H/2, W/2) by four 1x1 convolutions of stride 2, one for each pixel of every 2x2 square."""
+
+    TAPS = ((0, 0), (1, 1), (0, 1), (1, 0))
+    """(row, column) inside the square that each convolution reads."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        quarter = out_channels // 4
+        widths = [quarter, quarter, quarter, out_channels - 3 * quarter]
+        self.convs = nn.ModuleList(WNConv2d(channels, width, 1, stride=2) for width in widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.cat([self._placed(conv, tap) for conv, tap in zip(self.convs, self.TAPS, strict=True)])
+        bias = torch.cat([conv.bias for conv in self.convs])
+        return F.conv2d(F.silu(x), weight, bias, stride=2)  # one 2x2 convolution in place of four and a concatenation
+
+    @staticmethod
+    def _placed(conv: WNConv2d, tap: tuple[int, int]) -> Tensor:
+        """The 1x1 kernel at its tap of a 2x2 kernel of zeros."""
+        row, column = tap
+        return F.pad(conv.current_weight(), (column, 1 - column, row, 1 - row))
+
+
+class UpsampleProject(nn.Module):
+    """Bilinear x2 upsampling (corners aligned) and a weight-normalised 1x1 convolution without bias.
+
+    Both are linear, one in space and one in channels, so the convolution goes first, on a quarter of the pixels.
+    """
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.conv = WNConv2d(channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(self.conv(x), scale_factor=2, mode="bilinear", align_corners=True)
+
+
+class ResidualCell(nn.Module):
+    """skip(x) + 0.1 * SE(branch(x))."""
+
+    def __init__(self, channels: int, resize: Resize, branch: "BranchFactory", squeeze_excitation: bool):
+        super().__init__()
+        self.out_channels = out_channels = resized_channels(channels, resize)
+        self.skip = self._build_skip(channels, out_channels, resize)
+        self.branch = nn.Sequential(*branch(channels, out_channels, resize))
+        self.se = SqueezeExcitation(out_channels) if squeeze_excitation else None
+
+    @staticmethod
+    def _build_skip(channels: int, out_channels: int, resize: Resize) -> nn.Module | None:
+        if resize == "same":
+            return None
+        return (FactorizedReduce if resize == "down" else UpsampleProject)(channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.branch(x)
+        skip = x if self.skip is None else self.skip(x)
+        if self.se is None:
+            return torch.add(skip, branch, alpha=BRANCH_SCALE)
+        return torch.addcmul(skip, branch, self.se(branch), value=BRANCH_SCALE)
+
+
+def upsample(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, 2H, 2W) by nearest neighbours."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def resized_channels(channels: int, resize: Resize) -> int:
+    """Channels that a cell returns."""
+    return {"same": channels, "down": 2 * channels, "up": channels // 2}[resize]
+
+
+# ---- architectures: which branch each kind of cell has -----------------------------------------------------------------------
+
+BranchFactory = Callable[[int, int, Resize], list[nn.Module]]
+"""(channels, out_channels, resize) -> the modules of the branch, in order."""
+
+
+def two_convs(channels, out_channels, resize, op=BNSwishConv, dilations=(1, 1)) -> list[nn.Module]:
+    """Two 3x3 convolutions, the first of which resizes."""
+    extra = [{} if dilation == 1 else {"dilation": dilation} for dilation in dilations]
+    return [op(channels, out_channels, resize, **extra[0]), op(out_channels, out_channels, "same", **extra[1])]
+
+
+def inverted(channels, out_channels, resize, expansion, kernel=5, groups=None) -> list[nn.Module]:
+    group_width = 1 if groups is None else channels * expansion // groups
+    return [InvertedResidual(channels, out_channels, resize, expansion, kernel, group_width)]
+
+
+def _cells(preprocess, encoder, decoder, postprocess) -> dict[str, BranchFactory]:
+    return {"preprocess": preprocess, "encoder": encoder, "decoder": decoder, "postprocess": postprocess}
+
+
+_e3, _e6 = partial(inverted, expansion=3), partial(inverted, expansion=6)
+_e3_grouped = partial(inverted, expansion=3, groups=8)
+_elu = partial(two_convs, op=BNELUConv)
+_dilated = {name: partial(two_convs, dilations=d) for name, d in (("53", (2, 1)), ("35", (1, 2)), ("55", (2, 2)))}
+
+CELLS: dict[str, dict[str, BranchFactory]] = {
+    "res_mbconv": _cells(two_convs, two_convs, _e6, _e3),
+    "res_bnswish": _cells(two_convs, two_convs, two_convs, two_convs),
+    "res_bnelu": _cells(_elu, _elu, _elu, _elu),
+    "mbconv_sep": _cells(_e3, _e6, _e6, _e3),
+    "mbconv_sep11": _cells(_e3, partial(_e6, kernel=11), partial(_e6, kernel=11), _e3),
+    "mbconv_res": _cells(_e3, _e6, two_convs, two_convs),
+    "mbconv_den": _cells(_e3_grouped, _e6, _e6, _e3_grouped),
+    "res53_mbconv": _cells(_dilated["53"], _dilated["53"], _e6, _e3),
+    "res35_mbconv": _cells(_dilated["35"], _dilated["35"], _e6, _e3),
+    "res55_mbconv": _cells(_dilated["55"], _dilated["55"], _e6, _e3),
+}
+"""Branches of the four kinds of cell, by the reference release's name of the architecture. `res_mbconv` is the paper's."""
