@@ -66,12 +66,15 @@ class Objective:
         return self.config.beta * self.warmup(step)
 
     def __call__(self, out: VAEOutput, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss (a scalar with gradient) and statistics (detached scalars): this process's means over its images."""
+        """The loss (a scalar with gradient) and statistics (detached scalars), as means over this process's images.
+
+        Statistics: `elbo`, `log_px` and `kl` without weights, and per group `kl/NAME` and `active_units/NAME`.
+        """
         beta = self.beta(step)
         balancing = self.config.kl_balancing != "none" and self.warmup(step) < 1
         kl = self._weighted_kl(out.kl, balancing)  # (B, G)
         loss = (beta * kl.sum(dim=1) - out.log_px).mean()
-        return loss, self._statistics(out, loss, beta)
+        return loss, self._statistics(out)
 
     def _weighted_kl(self, kl: Tensor, balancing: bool) -> Tensor:
         """KL per image and group after free bits and balancing: (B, G) -> (B, G)."""
@@ -87,17 +90,11 @@ class Objective:
         return kl
 
     @torch.no_grad()
-    def _statistics(self, out: VAEOutput, loss: Tensor, beta: float) -> dict[str, Tensor]:
+    def _statistics(self, out: VAEOutput) -> dict[str, Tensor]:
         kl = out.kl.mean(dim=0)  # (G,)
         log_px = out.log_px.mean()
         active = pad_sequence(list(out.kl_units), batch_first=True).gt(ACTIVE_UNIT_NATS)  # (G, channels)
-        statistics = {
-            "loss": loss.detach(),
-            "elbo": log_px - kl.sum(),
-            "log_px": log_px,
-            "kl": kl.sum(),
-            "beta": torch.full_like(loss, beta),
-        }
+        statistics = {"elbo": log_px - kl.sum(), "log_px": log_px, "kl": kl.sum()}
         for group, group_kl, group_active in zip(self.groups, kl, active.sum(dim=1, dtype=kl.dtype), strict=True):
             statistics[f"kl/{group.name}"] = group_kl
             statistics[f"active_units/{group.name}"] = group_active

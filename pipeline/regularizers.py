@@ -1,0 +1,153 @@
+"""Penalties on the network itself: spectral norms of convolutions and scales of batch norm.
+
+Source: Vahdat and Kautz, "NVAE: A Deep Hierarchical Variational Autoencoder", 2020, section 3.2 (spectral
+regularization, and the penalty on batch norm's scale). Both keep activations, and so the KL of a deep hierarchy, bounded.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pipeline.nn.layers import effective_weights, find_convs
+from pipeline.noise import sample_seed
+from pipeline.schema import Section
+
+SMALLEST_NORM = 1e-3  # a vector shorter than this is not blown up to unit length
+
+
+class RegularizerConfig(Section):
+    """How strongly the network is kept smooth."""
+
+    strength: float = Field(1e-2, ge=0)
+    """Coefficient of the spectral and batch-norm penalties; 0: off."""
+    initial_strength: float | None = Field(None, gt=0)
+    """Coefficient at the start, which goes to `strength` geometrically during the KL warm-up. Unset: constant."""
+    power_iterations: int = Field(4, ge=1)
+    """Power iterations per training step, going on from the last step's vectors."""
+    first_power_iterations: int = Field(40, ge=1)
+    """Power iterations of the very first step, which starts from random vectors."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.initial_strength and not self.strength:
+            raise ValueError("initial_strength is set but strength is 0: unset the one or raise the other")
+        return self
+
+
+class Regularizers:
+    """The penalty that a training step adds to its loss, and the singular vectors that it carries from step to step.
+
+    A call leaves the carried vectors alone: `commit` makes those of the last call permanent, `discard` drops them. So a
+    skipped step changes nothing, and a repeated call gives the same penalty. Every process computes the same.
+    """
+
+    def __init__(self, config: RegularizerConfig, model: nn.Module, seed: int):
+        self.config = config
+        self._seed = seed
+        self._convs = list(find_convs(model).values())
+        self._scales = batch_norm_scales(model)
+        self._reference = next(model.parameters())
+        # Left singular vectors (n, R) by matrix shape "RxC"; empty until the first commit. The right ones follow from them.
+        self._vectors: dict[str, Tensor] = {}
+        self._pending: dict[str, Tensor] = {}
+
+    def __call__(self, warmup: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The penalty (a scalar with gradient) and statistics (detached scalars), for a KL warm-up in [0, 1].
+
+        To be called once per optimiser step, outside the forward pass.
+        """
+        if not self.config.strength:
+            return self._reference.new_zeros(()), {}
+        spectral, batch_norm = self.spectral(), self.batch_norm()
+        penalty = self.strength(warmup) * (spectral + batch_norm)
+        return penalty, {"spectral": spectral.detach(), "batch_norm": batch_norm.detach()}
+
+    def strength(self, warmup: float) -> float:
+        """The coefficient: from `initial_strength` to `strength`, geometrically, as the warm-up goes from 0 to 1."""
+        if self.config.initial_strength is None:
+            return self.config.strength
+        return math.exp((1 - warmup) * math.log(self.config.initial_strength) + warmup * math.log(self.config.strength))
+
+    def spectral(self) -> Tensor:
+        """Sum over convolutions of the largest singular value of the effective weight, as a matrix (C_out, rest).
+
+        The value is a lower bound by power iteration; the gradient takes the singular vectors as constants.
+        """
+        iterations = self.config.power_iterations if self._vectors else self.config.first_power_iterations
+        total = self._reference.new_zeros(())
+        # bfloat16 has too few digits for a power iteration.
+        with torch.autocast(self._reference.device.type, enabled=False):
+            for name, matrices in self._matrices().items():
+                u = self._vectors[name] if self._vectors else self._first_vectors(name, matrices)
+                u, v = power_iteration(matrices.detach(), u, iterations)
+                self._pending[name] = u
+                total = total + torch.einsum("nr,nrc,nc->", u, matrices, v)
+        return total
+
+    def batch_norm(self) -> Tensor:
+        """Sum over batch-norm layers of the largest |scale|. Channels that tie for it share its gradient equally."""
+        by_width = defaultdict(list)
+        for scale in self._scales:
+            by_width[scale.numel()].append(scale)
+        # amax divides the gradient among ties; max along a dimension would give it all to one channel.
+        largest = [torch.stack(scales).abs().amax(dim=1) for scales in by_width.values()]
+        return torch.cat(largest).sum() if largest else self._reference.new_zeros(())
+
+    def commit(self) -> None:
+        """Carry the singular vectors of the last call on to the next step."""
+        self._vectors, self._pending = self._pending or self._vectors, {}
+
+    def discard(self) -> None:
+        """Forget the singular vectors of the last call: the step was skipped."""
+        self._pending = {}
+
+    def state(self) -> dict[str, Tensor]:
+        """The carried vectors (n, R) by matrix shape "RxC", for a checkpoint. Empty before the first commit."""
+        return dict(self._vectors)
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave. Raises ValueError if the vectors are those of another model."""
+        matrices = self._matrices() if state else {}
+        expected = {name: tuple(stack.shape[:2]) for name, stack in matrices.items()}
+        found = {name: tuple(vectors.shape) for name, vectors in state.items()}
+        if found != expected:
+            differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+            raise ValueError(f"singular vectors of the checkpoint do not fit the model's matrices of shape {differing}")
+        self._vectors = {name: vectors.to(matrices[name]) for name, vectors in state.items()}
+        self._pending = {}
+
+    def _matrices(self) -> dict[str, Tensor]:
+        """Effective convolution weights as matrices, equal shapes stacked in registration order: "RxC" -> (n, R, C)."""
+        by_shape = defaultdict(list)
+        for weight in effective_weights(self._convs):
+            matrix = weight.flatten(1)  # (C_out, C_in / groups * k * k)
+            by_shape["{}x{}".format(*matrix.shape)].append(matrix)
+        stacks = {name: torch.stack(matrices) for name, matrices in by_shape.items()}
+        return {name: stack if stack.dtype == torch.float64 else stack.float() for name, stack in stacks.items()}
+
+    def _first_vectors(self, name: str, matrices: Tensor) -> Tensor:
+        """Random unit vectors (n, R), a function of the seed and the shape: the same on every process and device."""
+        generator = torch.Generator().manual_seed(sample_seed(self._seed, f"spectral {name}", 0))
+        vectors = torch.randn(matrices.shape[:2], generator=generator).to(matrices)
+        return normalize(vectors, dim=1, eps=SMALLEST_NORM)
+
+
+def batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
+    """The learned scales (C,) of the model's batch-norm layers, in registration order."""
+    return [module.weight for module in model.modules() if isinstance(module, _BatchNorm) and module.affine]
+
+
+@torch.no_grad()
+def power_iteration(matrices: Tensor, u: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Singular vectors u (n, R) and v (n, C) to the largest singular values of matrices (n, R, C), starting from u."""
+    for _ in range(iterations):
+        v = normalize(torch.bmm(u.unsqueeze(1), matrices).squeeze(1), dim=1, eps=SMALLEST_NORM)
+        u = normalize(torch.bmm(matrices, v.unsqueeze(2)).squeeze(2), dim=1, eps=SMALLEST_NORM)
+    return u, v
