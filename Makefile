@@ -1,0 +1,40 @@
+# Everything runs in .venv, which the first target that needs it makes. `make demo` is the tour.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint format bench clean help
+
+help:            ## List the targets
+	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 demo")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[test,lint]' --constraint constraints.txt
+	touch $@
+
+demo: $(STAMP)   ## Train a small NVAE on drawn faces: shards, checkpoint, metrics and sample pictures in runs/nvae
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml pipeline/train.py --model nvae tracking.wandb=disabled
+	@echo "Sample pictures: runs/nvae/samples   metrics: runs/nvae/metrics.jsonl   checkpoints: runs/nvae/checkpoints"
+
+test: $(STAMP)   ## Run the tests
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)   ## Check style and common faults
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## Rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## Measure training steps and data reading (takes minutes; run it alone)
+	$(BIN)/python -m benchmarks.training
+
+clean:           ## Remove the environment and caches; data/ and runs/ stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,176 @@
+"""Three layers into one strict, frozen config: defaults < recipe file < `section.key=value` words.
+
+Knows no section. Values are YAML on both layers; validation, types and error paths are pydantic's. What is ours: reading YAML
+strictly (no duplicate keys, `5e-3` is a number), laying words over it, and messages that name the dotted path and the remedy.
+"""
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.schema import Section
+
+SectionType = TypeVar("SectionType", bound=Section)
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names its dotted path and what is allowed."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader, with numbers as people write them and without silent last-one-wins."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        doubled = {str(key) for key in keys if keys.count(key) > 1}
+        if doubled:
+            raise yaml.constructor.ConstructorError(None, None, f"key {sorted(doubled)[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads 5e-3 and 1e5 as strings; YAML 1.2 and people read numbers.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text. Raises ConfigError naming `where` and the line."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError where the file is missing or is not a mapping."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such recipe file")
+    data = parse_yaml(path.read_text(), str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of sections, this is {type(data).__name__}")
+    return data
+
+
+def parse_word(word: str) -> tuple[list[str], Any]:
+    """`train.batch_size=64`, with or without a leading `--`, to (["train", "batch_size"], 64)."""
+    name, equals, value = word.removeprefix("--").partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", name):
+        raise ConfigError(f"{word!r}: settings are given as section.key=value, for instance train.batch_size=64")
+    return name.split("."), parse_yaml(value, name)
+
+
+def overlay(data: Mapping[str, Any], words: Iterable[str]) -> dict[str, Any]:
+    """A copy of `data` with each word's value set at its dotted path."""
+    result = json.loads(json.dumps(data, default=str))
+    for word in words:
+        path, value = parse_word(word)
+        place = result
+        for depth, key in enumerate(path[:-1], start=1):
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{'.'.join(path[:depth])}: holds a value, so '{'.'.join(path)}' cannot be set inside it")
+        place[path[-1]] = value
+    return result
+
+
+def build(kind: type[SectionType], data: Mapping[str, Any]) -> SectionType:
+    """`data` as a validated, frozen `kind`. Raises ConfigError with one line for each fault."""
+    try:
+        # JSON mode is strict about types yet lets a list stand for a tuple, which YAML cannot write.
+        return kind.model_validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        raise ConfigError("\n".join(dict.fromkeys(_explain(kind, fault) for fault in error.errors()))) from None
+
+
+def dump(section: Section) -> str:
+    """The section as YAML that `build` reads back to an equal section."""
+    return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, width=120, default_flow_style=None)
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted paths."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        path = f"{prefix}{key}"
+        flat.update(flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def _explain(kind: type[Section], fault: Mapping[str, Any]) -> str:
+    path, holder = _locate(kind, fault["loc"])
+    dotted = ".".join(path) or kind.__name__.lower()
+    if fault["type"] == "extra_forbidden":
+        return f"{dotted}: unknown key{_suggestion(path[-1], holder)}"
+    if fault["type"] == "missing":
+        return f"{dotted}: is required and has no default"
+    if fault["type"] == "union_tag_invalid":
+        return f"{dotted}.name: {_shown(fault)} is not allowed; choose from {fault['ctx']['expected_tags']}"
+    if fault["type"] == "literal_error":
+        return f"{dotted}: {_shown(fault)} is not allowed; choose from {fault['ctx']['expected']}"
+    if fault["type"] == "union_tag_not_found":
+        return f"{dotted}: needs a 'name' that says which kind it is"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{dotted}: {message}" if fault["type"] == "value_error" else f"{dotted}: {message} (given: {_shown(fault)})"
+
+
+def _shown(fault: Mapping[str, Any]) -> str:
+    value = fault.get("ctx", {}).get("tag", fault.get("input"))
+    return repr(value)[:80]
+
+
+def _locate(kind: type[Section], loc: tuple) -> tuple[list[str], type[Section] | None]:
+    """The path as the user writes it (without the tags that pydantic puts in for unions) and the section that holds its last key."""
+    path: list[str] = []
+    holder: type[Section] | None = kind
+    current: Any = kind
+    for part in loc:
+        members = {_tag(section): section for section in _sections_in(current)}
+        if part in members and part not in _fields(current):
+            current = members[part]  # a union's tag, which the user did not write
+            continue
+        holder = current if _is_section(current) else None
+        path.append(str(part))
+        field = _fields(current).get(part)
+        current = field.annotation if field is not None else None
+        sections = _sections_in(current)
+        if len(sections) == 1:
+            current = sections[0]
+    return path, holder
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def _fields(kind: Any) -> dict:
+    return kind.model_fields if _is_section(kind) else {}
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    if _is_section(annotation):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        return [section for part in typing.get_args(annotation) for section in _sections_in(part)]
+    return []
+
+
+def _tag(section: type[Section]) -> str | None:
+    field = section.model_fields.get("name")
+    return field.default if field is not None and isinstance(field.default, str) else section.__name__
+
+
+def _suggestion(key: str, holder: type[Section] | None) -> str:
+    names = list(_fields(holder))
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known keys: {', '.join(names)}" if names else ""

@@ -1,0 +1,103 @@
+"""Figures on held-out images: the evidence lower bound and the importance-weighted likelihood, exact on any number of processes."""
+
+from collections.abc import Callable, Iterable
+from math import log
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.data.loader import Batch
+from pipeline.metrics import Meter, bits_per_dimension
+from pipeline.models.base import VAE, VAEOutput
+from pipeline.noise import draw_noise
+from pipeline.schema import Section
+
+
+class ValidationConfig(Section):
+    """When and on what the model is validated."""
+
+    every: int = Field(1000, ge=0)
+    """Steps between validations; also after the last step. 0: never."""
+    split: str = "test"
+    """Split of the shard set that is read."""
+    images: int | None = Field(None, gt=0)
+    """Only the first so many images of the split; all by default."""
+    batch_size: int = Field(100, gt=0)
+    """Images per forward pass over all processes. Does not change the figures."""
+    importance_samples: int = Field(0, ge=0)
+    """Draws per image for the importance-weighted bound (Burda et al. 2016, eq. 8), `val/nll`; 0: not computed."""
+
+
+class Evaluator:
+    """Validation of one model on this rank's share of a split.
+
+    Sums and counts are reduced rather than means, so that a ragged tail is exact. Noise is a function of (seed, image, draw): the figures of
+    one model are the same at every validation and on any world size.
+    """
+
+    def __init__(
+        self,
+        config: ValidationConfig,
+        batches: Callable[[], Iterable[Batch]],
+        model_input: Callable[[Batch], Tensor],
+        seed: int,
+        device: torch.device,
+        autocast: Callable,
+        sum_over_ranks: Callable[[Tensor], Tensor],
+    ):
+        self.config = config
+        self.batches = batches
+        self.model_input = model_input
+        self.seed = seed
+        self.device = device
+        self.autocast = autocast
+        self.sum_over_ranks = sum_over_ranks
+
+    @torch.no_grad()
+    def run(self, model: VAE) -> dict[str, float]:
+        """`val/elbo` and, with importance samples, `val/nll` in nats per image; each in bits per dimension too. The model is left in its mode."""
+        training = model.training
+        model.eval()
+        meter = Meter(self.device, self._names())
+        try:
+            for batch in self.batches():
+                self._add(meter, model, batch)
+        finally:
+            model.train(training)
+        return self._figures(meter.reduce(self.sum_over_ranks), model.num_dimensions)
+
+    def _add(self, meter: Meter, model: VAE, batch: Batch) -> None:
+        x = self.model_input(batch)
+        count = len(x)
+        first = self._forward(model, x, batch, draw=0)
+        meter.add("elbo", first.elbo.sum(), count)
+        meter.add("log_px", first.log_px.sum(), count)
+        meter.add("kl", first.kl.sum(), count)
+        if self.config.importance_samples:
+            weights = [_log_weight(first)]
+            weights += [_log_weight(self._forward(model, x, batch, draw)) for draw in range(1, self.config.importance_samples)]
+            log_px = torch.stack(weights).logsumexp(dim=0) - log(self.config.importance_samples)  # (B,)
+            meter.add("nll", -log_px.sum(), count)
+
+    def _forward(self, model: VAE, x: Tensor, batch: Batch, draw: int) -> VAEOutput:
+        noise = draw_noise(model.groups, self.seed, f"validate/{draw}", batch.positions.tolist(), x.device, x.dtype)
+        with self.autocast():
+            return model(x, noise)
+
+    def _names(self) -> list[str]:
+        """Every rank brings these to the reduction, also one that had no image."""
+        return ["elbo", "log_px", "kl"] + (["nll"] if self.config.importance_samples else [])
+
+    @staticmethod
+    def _figures(means: dict[str, float], num_dimensions: int) -> dict[str, float]:
+        figures = {f"val/{name}": value for name, value in means.items()}
+        figures["val/bpd"] = bits_per_dimension(-means["elbo"], num_dimensions)
+        if "nll" in means:
+            figures["val/bpd_nll"] = bits_per_dimension(means["nll"], num_dimensions)
+        return figures
+
+
+def _log_weight(out: VAEOutput) -> Tensor:
+    """(B,) log p(x, z) - log q(z | x), nats."""
+    return out.log_px + out.log_pz - out.log_qz

@@ -1,0 +1,90 @@
+"""A whole experiment as one frozen config: every section, and the checks that span them."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import Field, model_validator
+
+from pipeline.checkpoint import CheckpointConfig
+from pipeline.config import ConfigError, build, load_yaml, overlay
+from pipeline.data.loader import DataConfig
+from pipeline.evaluation import ValidationConfig
+from pipeline.models.base import VAE
+from pipeline.models.nvae import NVAE, NVAEConfig
+from pipeline.objective import ObjectiveConfig
+from pipeline.optim import OptimConfig
+from pipeline.regularizers import RegularizerConfig
+from pipeline.sampling import SamplesConfig
+from pipeline.schema import Section
+from pipeline.tracking import TrackingConfig
+from pipeline.trainer import TrainConfig
+
+RECIPES = Path(__file__).parent / "configs"
+
+
+class Recipe(Section):
+    """Everything that determines a run, but for the number of processes."""
+
+    model: NVAEConfig
+    data: DataConfig
+    train: TrainConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    regularizers: RegularizerConfig = RegularizerConfig()
+    optim: OptimConfig = OptimConfig()
+    validation: ValidationConfig = ValidationConfig()
+    samples: SamplesConfig = SamplesConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @model_validator(mode="after")
+    def _spans_sections(self) -> Self:
+        train = self.train
+        if (train.steps is None) == (train.epochs is None):
+            raise ValueError("train: give one of train.steps and train.epochs")
+        if train.batch_size % (train.micro_batch or train.batch_size):
+            sizes = [size for size in range(1, train.batch_size + 1) if train.batch_size % size == 0]
+            raise ValueError(f"train.micro_batch: {train.micro_batch} does not divide train.batch_size={train.batch_size}; {sizes} do")
+        with torch.device("meta"):
+            build_model(self)  # the model's own checks: sizes that the scales divide, channels, likelihood
+        return self
+
+
+def build_model(recipe: Recipe) -> VAE:
+    """The recipe's model, freshly initialised from torch's global generator."""
+    data = recipe.data
+    side = data.size + 2 * data.pad
+    return NVAE(recipe.model, (data.channels, side, side), border=data.pad, bits=data.bits)
+
+
+def recipe_path(name: str) -> Path:
+    """The recipe that `--model NAME` means. Raises ConfigError with the names there are."""
+    path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise ConfigError(f"--model {name}: there is no such recipe; known: {known}")
+    return path
+
+
+def load_recipe(path: Path, words: list[str], data_root: Path | None = None) -> Recipe:
+    """The recipe file under the words of the command line. Raises ConfigError naming each fault."""
+    data = _one_duration(overlay(load_yaml(path), words), words)
+    if data_root is not None:
+        data.setdefault("data", {})["root"] = str(data_root)
+    return build(Recipe, data)
+
+
+def _one_duration(data: dict[str, Any], words: list[str]) -> dict[str, Any]:
+    """`train.epochs=` on the command line replaces the recipe's `train.steps`, and the other way round."""
+    said = {word.removeprefix("--").partition("=")[0] for word in words} & {"train.steps", "train.epochs"}
+    if len(said) == 1:
+        other = ({"train.steps", "train.epochs"} - said).pop().removeprefix("train.")
+        data["train"].pop(other, None)
+    return data
+
+
+def total_steps(recipe: Recipe, epoch_size: int) -> int:
+    """Optimizer steps of the whole run; an epoch has `epoch_size` images."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    return max(1, round(recipe.train.epochs * epoch_size / recipe.train.batch_size))

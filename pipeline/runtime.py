@@ -1,0 +1,160 @@
+"""Processes and devices: the one door to Accelerate, and every collective of the trainer.
+
+Nothing here knows models or data. With one process each collective is the identity.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+Precision = Literal["fp32", "bf16", "fp64"]
+Result = TypeVar("Result")
+log = logging.getLogger("pipeline")
+
+
+class Runtime:
+    """Where this process stands among the others, and how they talk."""
+
+    def __init__(self, precision: Precision = "fp32", cpu_threads: int | None = None, expect_processes: int | None = None):
+        """Joins the process group that the launcher set up.
+
+        Raises ValueError where the launcher made fewer processes than it announced or than `expect_processes` asks for.
+        """
+        # Static shapes and synchronised batch norm leave DDP nothing to broadcast.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            cpu=not torch.cuda.is_available(),
+            kwargs_handlers=[ddp],
+        )
+        self.precision = precision
+        self.dtype = torch.float64 if precision == "fp64" else torch.float32
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.is_main: bool = self.accelerator.is_main_process
+        check_process_count(self.world_size, expect_processes)
+        if self.device.type == "cpu":
+            torch.set_num_threads(cpu_threads or cores_per_process())
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The model behind DDP (with more than one process) and autocast, and the optimizer, both on the device."""
+        return self.accelerator.prepare(model, optimizer)
+
+    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager:
+        """Gradients stay on their rank until the last micro-batch of a step."""
+        return nullcontext() if last else self.accelerator.no_sync(model)
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def autocast(self) -> AbstractContextManager:
+        """Mixed precision for calls that do not go through the prepared model's forward."""
+        return self.accelerator.autocast()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a detached tensor over ranks."""
+        return self.sum(value) / self.world_size
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a detached tensor over ranks."""
+        if self.world_size == 1:
+            return value
+        value = value.detach().clone()
+        dist.all_reduce(value)
+        return value
+
+    def agree(self, flag: Tensor) -> bool:
+        """Whether the flag is true on every rank: one collective, one read of the device."""
+        votes = self.sum(flag.to(torch.float32))
+        return votes.item() == self.world_size
+
+    def gather(self, value: Tensor) -> Tensor:
+        """Equal-sized tensors of all ranks, joined along dimension 0 in rank order, on every rank."""
+        return self.accelerator.gather(value)
+
+    def on_main(self, work: Callable[[], Result]) -> Result | None:
+        """Runs `work` on the main process while the others wait. Its result stays there; its ValueError or OSError reaches every rank."""
+        result, failure = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except (ValueError, OSError) as error:
+                failure = error
+        failure = self.from_main(failure)
+        if failure is not None:
+            raise failure
+        return result
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leaves the process group, so that the interpreter ends without a warning."""
+        self.accelerator.end_training()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def describe(self) -> str:
+        """One line for the banner."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        threads = f", {torch.get_num_threads()} threads each" if self.device.type == "cpu" else ""
+        return f"{self.world_size} process{'es' if self.world_size > 1 else ''} on {device}{threads}, {self.precision}"
+
+
+def cores_per_process() -> int:
+    """The cores this process may use, shared fairly with the other local ranks. (`accelerate launch` sets OMP_NUM_THREADS=1.)"""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def check_process_count(world_size: int, expected: int | None) -> None:
+    """Launchers may silently start one process where several were asked for; training on must not go unnoticed."""
+    announced = int(os.environ.get("WORLD_SIZE", "1"))
+    if announced != world_size:
+        raise ValueError(
+            f"the launcher announced WORLD_SIZE={announced} but {world_size} process(es) joined; "
+            "on CPU launch with --config_file accelerate_configs/cpu_2proc.yaml"
+        )
+    if expected is not None and expected != world_size:
+        raise ValueError(
+            f"train.expect_processes: {expected} processes were expected and {world_size} started; "
+            "look at the launcher's num_processes (accelerate_configs/ holds configurations that work)"
+        )
+
+
+def launched_rank() -> int:
+    """This process's rank as the launcher tells it, before any process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def start_logging(log_file: Path | None, is_main: bool) -> None:
+    """Messages of the package go to the terminal on the main process (warnings on the others) and, where given, to `log_file`."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    terminal = logging.StreamHandler()
+    terminal.setLevel(logging.INFO if is_main else logging.WARNING)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(terminal)
+    if log_file is not None:
+        file = logging.FileHandler(log_file)
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(file)

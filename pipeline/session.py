@@ -1,0 +1,255 @@
+"""One training run: its folder, its parts put together from a recipe, and what is done at which cadence."""
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint import Checkpoint, Checkpoints
+from pipeline.config import dump
+from pipeline.data.loader import Batch, build_eval_loader, build_train_loader, check_data
+from pipeline.data.order import Order
+from pipeline.data.preprocess import Preprocess, to_model_input
+from pipeline.data.shards import TarShards
+from pipeline.ema import EMA
+from pipeline.evaluation import Evaluator
+from pipeline.images import image_grid, reconstruction_grid, save_png
+from pipeline.objective import Objective
+from pipeline.optim import LearningRate, build_optimizer
+from pipeline.recipe import Recipe, build_model, total_steps
+from pipeline.regularizers import Regularizers
+from pipeline.resume import changed_settings, check_fingerprint
+from pipeline.runtime import Runtime
+from pipeline.sampling import Pictures
+from pipeline.state import TrainingState
+from pipeline.trace import Trace
+from pipeline.tracking import Tracker
+from pipeline.trainer import Cadence, Trainer
+
+log = logging.getLogger("pipeline")
+
+
+class Data:
+    """The shard set of a run as its parts need it: micro-batches for training, a split for validation, floats for the model."""
+
+    def __init__(self, recipe: Recipe, runtime: Runtime):
+        self.recipe = recipe
+        self.runtime = runtime
+        config = recipe.data
+        self.train = TarShards(config.root, config.train_split)
+        check_data(config, self.train)
+        self.held_out = TarShards(config.root, recipe.validation.split)
+        self.order = Order(self.train.shard_sizes, recipe.train.seed, config.window)
+        self._augment = Preprocess(recipe.train.seed, flip=config.flip, binarise=config.binarise, pad=config.pad)
+        self._plain = Preprocess(recipe.train.seed, binarise=config.binarise, pad=config.pad)
+
+    def batches(self, step: int) -> Iterable[Batch]:
+        """This rank's micro-batches from optimizer step `step` to the end of the run."""
+        train = self.recipe.train
+        return build_train_loader(
+            self.train,
+            self._augment,
+            self.order,
+            micro_batch=train.micro_batch or train.batch_size,
+            start=step * train.micro_batches,
+            stop=self.total_steps * train.micro_batches,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            workers=self.recipe.data.workers,
+            pin_memory=self.runtime.device.type == "cuda",
+        )
+
+    def held_out_batches(self) -> Iterable[Batch]:
+        """This rank's share of the validation images, in their natural order."""
+        config = self.recipe.validation
+        return build_eval_loader(
+            self.held_out,
+            self._plain,
+            batch_size=config.batch_size,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            limit=config.images,
+        )
+
+    def held_out_images(self, count: int) -> Tensor:
+        """The first images of the validation split as model input, the same on every rank."""
+        batch = next(iter(build_eval_loader(self.held_out, self._plain, batch_size=count, limit=count)))
+        return self.model_input(batch)
+
+    def model_input(self, batch: Batch) -> Tensor:
+        """(b, C, H, W) in [0, 1] on the device."""
+        images = batch.images.to(self.runtime.device, non_blocking=True)
+        x = to_model_input(images, self.recipe.data.bits, self.runtime.dtype)
+        return x.contiguous(memory_format=torch.channels_last) if self.recipe.train.channels_last else x
+
+    @property
+    def total_steps(self) -> int:
+        return total_steps(self.recipe, self.order.epoch_size)
+
+
+def build_trainer(recipe: Recipe, runtime: Runtime, data: Data) -> Trainer:
+    """The trainer at step 0. Weights are drawn from the recipe's seed, alike on every rank."""
+    train = recipe.train
+    torch.manual_seed(train.seed)
+    model = build_model(recipe).to(runtime.dtype)
+    if train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if train.compile:
+        for cell in model.compilable_cells():
+            cell.compile(dynamic=False)
+    model.to(runtime.device)
+    wrapped, optimizer = runtime.prepare(model, build_optimizer(model, recipe.optim))
+    ema = EMA(model, train.ema_decay) if train.ema_decay else None
+    steps_per_epoch = data.order.epoch_size / train.batch_size
+    return Trainer(
+        train,
+        runtime=runtime,
+        model=model,
+        wrapped_model=wrapped,
+        state=TrainingState(model, optimizer, Regularizers(recipe.regularizers, model, train.seed), ema),
+        objective=Objective(recipe.objective, model.groups, data.total_steps, runtime.mean),
+        learning_rate=LearningRate(recipe.optim, data.total_steps, steps_per_epoch),
+        clip=recipe.optim.clip,
+        total_steps=data.total_steps,
+        batches=data.batches,
+        model_input=data.model_input,
+    )
+
+
+class Session:
+    """A run in its folder. `prepare()` resumes or starts; `run()` trains to the end."""
+
+    def __init__(self, recipe: Recipe, runtime: Runtime, folder: Path):
+        self.recipe = recipe
+        self.runtime = runtime
+        self.folder = folder
+        self.data = Data(recipe, runtime)
+        self.trainer = build_trainer(recipe, runtime, self.data)
+        self.checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint.keep)
+        self.pictures = Pictures(recipe.samples, recipe.train.seed, runtime.device, runtime.dtype, runtime.autocast)
+        self.evaluator = Evaluator(
+            recipe.validation,
+            batches=self.data.held_out_batches,
+            model_input=self.data.model_input,
+            seed=recipe.train.seed,
+            device=runtime.device,
+            autocast=runtime.autocast,
+            sum_over_ranks=runtime.sum,
+        )
+        self.settings: dict[str, Any] = recipe.model_dump(mode="json")
+        self.score: float | None = None
+        self.tracker: Tracker | None = None
+
+    # ------------------------------------------------------------------------------------------------------------- beginning
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continues from a checkpoint. Raises ValueError where it belongs to another model, recipe or data set."""
+        check_fingerprint(checkpoint.facts["data_fingerprint"], self.data.train.fingerprint)
+        for change in changed_settings(checkpoint.facts["settings"], self.settings):
+            log.info("changed since the checkpoint: %s", change)
+        self.trainer.resume(checkpoint.facts["progress"], checkpoint.tensors)
+        log.info("resumed from %s at step %d", checkpoint.path, self.trainer.step)
+
+    @property
+    def finished(self) -> bool:
+        return self.trainer.step >= self.trainer.total_steps
+
+    def run(self, tracker: Tracker) -> None:
+        """Trains to the last step."""
+        self.tracker = tracker
+        if self.runtime.is_main:
+            (self.folder / "config.yaml").write_text(dump(self.recipe))
+        recipe, trainer = self.recipe, self.trainer
+        trainer.cadences = [
+            Cadence(recipe.validation.every, self.validate),
+            Cadence(recipe.tracking.log_every, self.report),
+            Cadence(recipe.samples.every, self.draw),
+            Cadence(recipe.checkpoint.every, self.save),
+        ]
+        if recipe.data.trace:
+            trainer.on_batches = Trace(self.folder, trainer.step, self.data.train, self.runtime).add
+        trainer.fit()
+
+    # --------------------------------------------------------------------------------------------------------------- cadences
+
+    def report(self, step: int) -> None:
+        """Means over the interval, to metrics.jsonl, W&B and the terminal."""
+        scalars = self.trainer.interval_scalars()
+        self.tracker.log(step, scalars)
+        shown = [f"{name.split('/')[-1]} {scalars[name]:.4g}" for name in self.SHOWN if name in scalars]
+        log.info("step %d/%d  %s", step, self.trainer.total_steps, "  ".join(shown))
+
+    SHOWN = ("train/loss", "train/elbo", "train/bpd", "train/kl", "train/lr", "perf/images_per_second")
+
+    def validate(self, step: int) -> None:
+        """Held-out figures of the averaged weights, where there are any."""
+        with self.trainer.averaged_weights():
+            figures = self.evaluator.run(self.trainer.model)
+        self.score = -figures["val/elbo"]
+        self.tracker.log(step, figures)
+        log.info("step %d validation: %s", step, "  ".join(f"{name[4:]} {value:.4f}" for name, value in figures.items()))
+
+    def draw(self, step: int) -> None:
+        """Prior samples and reconstructions, as PNG files and in W&B. Every rank draws (batch norm may have to talk); one writes."""
+        with self.trainer.averaged_weights():
+            grids = {name: image_grid(x, columns=8) for name, x in self.pictures.samples(self.trainer.model).items()}
+            if self.recipe.samples.reconstructions:
+                x = self.data.held_out_images(self.recipe.samples.reconstructions)
+                drawn = self.pictures.reconstructions(self.trainer.model, x)
+                grids["reconstructions"] = reconstruction_grid(x.float().cpu(), drawn, columns=8)
+        if self.runtime.is_main:
+            for name, grid in grids.items():
+                folder, _, suffix = name.partition("/")
+                save_png(self.folder / folder / f"step_{step:08d}{'_' + suffix if suffix else ''}.png", grid)
+        self.tracker.log(step, {}, grids)
+
+    def save(self, step: int) -> None:
+        """A checkpoint, written by the main process: every rank holds the same state."""
+        self.runtime.on_main(lambda: self.checkpoints.save(step, self.trainer.state.tensors(), self._facts(), self.score))
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "progress": self.trainer.progress(),
+            "settings": self.settings,
+            "data_fingerprint": self.data.train.fingerprint,
+            "torch": torch.__version__,
+            "world_size": self.runtime.world_size,
+        }
+
+
+def choose_checkpoint(checkpoints: Checkpoints, resume: str) -> Checkpoint | None:
+    """The checkpoint that `--resume` means: `auto` the run's latest, `never` none, or a path to start this run from.
+
+    A run that has checkpoints of its own goes on from them also when a path is given, so that repeating a command continues it.
+    Raises ValueError where `never` meets a run that has some, or a path has none.
+    """
+    if resume == "never":
+        if checkpoints.steps():
+            raise ValueError(
+                f"--resume never: {checkpoints.folder} holds checkpoints up to step {checkpoints.steps()[-1]}; "
+                "name another --run-dir, or remove that folder"
+            )
+        return None
+    own = checkpoints.latest()
+    if own is not None or resume == "auto":
+        return own
+    return checkpoints.load(resume)
+
+
+def describe(recipe: Recipe) -> Callable[[], str]:
+    """What --dry-run prints of a recipe's model: parameters, groups and memory."""
+    with torch.device("meta"):
+        model = build_model(recipe)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    copies = 3 + bool(recipe.train.ema_decay) + 1  # weights, gradients, two moments of the optimizer, moving average
+    lines = [
+        f"model       {recipe.model.name}: {parameters:,} parameters in {len(list(model.parameters()))} tensors",
+        f"memory      {4 * parameters / 2**20:,.1f} MiB of weights; {4 * copies * parameters / 2**20:,.1f} MiB with gradients, optimizer"
+        + (" and moving average" if recipe.train.ema_decay else ""),
+        f"latents     {len(model.groups)} groups, {sum(torch.Size(g.shape).numel() for g in model.groups):,} dimensions",
+        *(f"  {group.name:<18} {'x'.join(map(str, group.shape))}" for group in model.groups),
+    ]
+    return "\n".join(lines)

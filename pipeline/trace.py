@@ -1,0 +1,42 @@
+"""data_trace.jsonl: which samples each step saw, as read rather than as planned."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from pipeline.data.loader import Batch
+from pipeline.data.shards import TarShards
+from pipeline.runtime import Runtime
+
+
+class Trace:
+    """One line per optimizer step: {"step": s, "epochs": [...], "keys": [...]} of the global batch, in its order."""
+
+    def __init__(self, folder: Path, start: int, shards: TarShards, runtime: Runtime):
+        """Lines of steps from `start` on, which will be taken again, are cut off."""
+        self.path = folder / "data_trace.jsonl"
+        self.shards = shards
+        self.runtime = runtime
+        if runtime.is_main:
+            cut_lines(self.path, start)
+
+    def add(self, step: int, micro_batches: list[Batch]) -> None:
+        """Gathers the step's samples from all ranks; the main process writes them."""
+        seen = [torch.stack([b.positions, b.epochs, b.indices], dim=1).to(self.runtime.device) for b in micro_batches]
+        rows = torch.cat([self.runtime.gather(part) for part in seen]).tolist()  # (batch_size, 3)
+        if self.runtime.is_main:
+            keys = self.shards.keys([index for _, _, index in rows])
+            line = {"step": step, "positions": [r[0] for r in rows], "epochs": [r[1] for r in rows], "keys": keys}
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def cut_lines(path: Path, start: int) -> None:
+    """Keeps the lines of steps before `start`."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] < start]
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)

@@ -1,0 +1,174 @@
+"""Trains a model.
+
+    accelerate launch pipeline/train.py --model nvae
+    accelerate launch pipeline/train.py --config pipeline/configs/nvae_celeba64.yaml --data data/celeba64 train.batch_size=64 optim.lr=5e-3
+
+Run the same command again to continue an interrupted run.
+"""
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pipeline.checkpoint import Checkpoint, Checkpoints, RunLock  # noqa: E402
+from pipeline.config import dump  # noqa: E402
+from pipeline.recipe import RECIPES, Recipe, load_recipe, recipe_path  # noqa: E402
+from pipeline.runtime import Runtime, launched_rank, start_logging  # noqa: E402
+from pipeline.session import Session, choose_checkpoint, describe  # noqa: E402
+from pipeline.tracking import Tracker  # noqa: E402
+from pipeline.trainer import TrainingDiverged  # noqa: E402
+
+log = logging.getLogger("pipeline")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; settings follow it as `section.key=value` words."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Every setting of a recipe can be given as a word, for instance: train.steps=500 train.micro_batch=16 train.precision=bf16 "
+        "data.workers=4 checkpoint.every=1000 tracking.wandb=offline. --dry-run prints them all with their values.",
+    )
+    names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--model", metavar="NAME", help=f"train this model by its default recipe, or any recipe by name: {names}")
+    what.add_argument("--config", metavar="FILE", type=Path, help="a recipe file of your own")
+    parser.add_argument("--data", metavar="DIR", type=Path, help="the shard set to train on (data.root)")
+    parser.add_argument("--run-dir", metavar="DIR", type=Path, help="where checkpoints, metrics and pictures go (default: runs/<recipe>)")
+    parser.add_argument("--resume", metavar="auto|never|PATH", default="auto", help="continue the run's last checkpoint (auto, the default), "
+                        "refuse to (never), or begin from the checkpoint folder PATH")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings, parameters, latent groups and memory, then stop")
+    parser.add_argument("words", metavar="section.key=value", nargs="*", help="settings that replace the recipe's")
+    return parser
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; `--train.steps=5` is taken for `train.steps=5`, as W&B sweeps write it."""
+    parser = build_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if not (word.startswith("--") and "." in word and "=" in word)]
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]}; settings are written section.key=value")
+    if not (parsed.model or parsed.config):
+        parser.error("one of --model NAME and --config FILE is needed, for instance --model nvae")
+    parsed.words += rest
+    return parsed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0 trained or already finished, 1 diverged, 2 something the user can mend; the message says what."""
+    parsed = parse(arguments)
+    start_logging(None, launched_rank() == 0)
+    try:
+        return run(parsed)
+    except (ValueError, OSError) as error:
+        return fail(error, code=2)
+    except TrainingDiverged as error:
+        return fail(error, code=1)
+
+
+def fail(error: Exception, code: int) -> int:
+    """One message from the main process."""
+    if launched_rank() == 0:
+        log.error("error: %s", error)
+    return code
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """From the command line to a finished run."""
+    path = recipe_path(parsed.model) if parsed.model else parsed.config
+    recipe = load_recipe(path, parsed.words, parsed.data)
+    if parsed.dry_run:
+        if launched_rank() == 0:
+            print(f"{dump(recipe)}\n{describe(recipe)}")
+        return 0
+    train = recipe.train
+    runtime = Runtime(train.precision, train.cpu_threads, train.expect_processes)
+    try:
+        return train_in(parsed.run_dir or Path("runs") / path.stem, recipe, runtime, parsed.resume, made_here=parsed.data is None)
+    finally:
+        runtime.close()
+
+
+def train_in(folder: Path, recipe: Recipe, runtime: Runtime, resume: str, made_here: bool) -> int:
+    """Trains in a run folder that no other process uses."""
+    check_batch(recipe, runtime.world_size)
+    lock = runtime.on_main(lambda: RunLock(folder))  # held by the main process until it ends
+    try:
+        start_logging(folder / "log.txt" if runtime.is_main else None, runtime.is_main)
+        log.info("%s on %s in %s", recipe.model.name, runtime.describe(), folder)
+        runtime.on_main(lambda: provide_data(recipe, made_here))
+        session = Session(recipe, runtime, folder)
+        checkpoint = find_checkpoint(runtime, Checkpoints(folder / "checkpoints"), resume)
+        if checkpoint is not None:
+            session.resume(checkpoint)
+        if session.finished:
+            log.info("%s is finished: step %d of %d; train.steps=N trains on", folder, session.trainer.step, session.trainer.total_steps)
+            return 0
+        train_with_tracker(session, recipe, runtime, folder)
+        return 0
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def find_checkpoint(runtime: Runtime, checkpoints: Checkpoints, resume: str) -> Checkpoint | None:
+    """The main process chooses; every rank reads what it chose."""
+    chosen = runtime.on_main(lambda: choose_checkpoint(checkpoints, resume))
+    path = runtime.from_main(chosen.path if chosen is not None else None)
+    if path is None or chosen is not None:
+        return chosen
+    return checkpoints.load(path)
+
+
+def train_with_tracker(session: Session, recipe: Recipe, runtime: Runtime, folder: Path) -> None:
+    """Trains to the last step while metrics.jsonl and W&B listen."""
+    tracker = Tracker(recipe.tracking, folder, session.settings, is_main=runtime.is_main, start_step=session.trainer.step)
+    try:
+        session.run(tracker)
+        log.info("done: step %d; pictures, metrics and checkpoints are in %s", session.trainer.step, folder)
+    except KeyboardInterrupt:
+        log.warning("interrupted at step %d; run the same command again to continue from the last checkpoint", session.trainer.step)
+        raise
+    finally:
+        tracker.finish()
+
+
+def check_batch(recipe: Recipe, world_size: int) -> None:
+    """Raises ValueError where the processes cannot share a micro-batch equally."""
+    train = recipe.train
+    micro_batch = train.micro_batch or train.batch_size
+    if micro_batch % world_size:
+        fitting = [size for size in range(world_size, train.batch_size + 1, world_size) if train.batch_size % size == 0]
+        nearest = max(world_size, round(train.batch_size / world_size) * world_size)
+        remedy = f"train.micro_batch can be {fitting}" if fitting else f"the nearest train.batch_size that does is {nearest}"
+        raise ValueError(f"{world_size} processes cannot share a micro-batch of {micro_batch} images equally; {remedy}")
+
+
+def provide_data(recipe: Recipe, made_here: bool) -> None:
+    """Makes the embedded faces where they are missing. Raises ValueError that names the command for any other missing set."""
+    data = recipe.data
+    if data.root is None:
+        raise ValueError("data.root: the recipe names no shard set; give one with --data DIR")
+    if (Path(data.root) / "manifest.json").is_file():
+        return
+    command = ["shard_data", str(data.source), "--out", data.root, "--size", str(data.size)]
+    if data.source == "toy_faces" and made_here:
+        log.info("%s: drawing the embedded faces once: python -m %s", data.root, " ".join(command))
+        subprocess.run([sys.executable, "-m", *command], cwd=None, check=True, env=os.environ | {"PYTHONPATH": sys.path[0]})
+        return
+    given = "" if data.source == "toy_faces" else " --source DIR"
+    how = f"; make it with: python -m {' '.join(command)}{given}" if data.source else ""
+    raise ValueError(f"{data.root}: no complete shard set (no manifest.json){how}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
