@@ -5,7 +5,6 @@ alone. So the number of workers cannot change what the model sees, and starting 
 """
 
 import signal
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +23,11 @@ class DataConfig(Section):
     """Which images, and how they are made ready for the model."""
 
     root: str | None = None
-    """Folder of the shard set (python -m shard_data makes one); `--data DIR` sets it."""
+    """Folder of the shard set; `--data DIR` sets it."""
+    source: str | None = None
+    """The `python -m shard_data` source that makes this set: messages name it; toy_faces is made where missing."""
     train_split: str = "train"
     """Split that is trained on."""
-    validation_split: str = "test"
-    """Split that validation reads."""
     size: int = Field(default=32, ge=1)
     """Height and width, in pixels, that the stored images must have, before padding."""
     channels: int = Field(default=3, ge=1)
@@ -47,11 +46,6 @@ class DataConfig(Section):
     """Reading processes per training process; 0 reads in the training process. Does not change the batches."""
     trace: bool = False
     """Write the epoch and the sample keys of every global batch to data_trace.jsonl."""
-
-    @property
-    def padded_size(self) -> int:
-        """Height and width of the images that the model gets."""
-        return self.size + 2 * self.pad
 
 
 class Batch(NamedTuple):
@@ -84,17 +78,6 @@ def check_data(config: DataConfig, shards: TarShards) -> None:
             f"data.channels is {config.channels}, but {shards.root} holds images of {channels} channels; "
             f"use a recipe for that data set, or name another set with --data"
         )
-    splits = ", ".join(shards.manifest.splits)
-    for key in ("train_split", "validation_split"):
-        if getattr(config, key) not in shards.manifest.splits:
-            raise ValueError(
-                f"data.{key}: {shards.root} has no split '{getattr(config, key)}'; set it to one of: {splits}"
-            )
-
-
-def build_preprocess(config: DataConfig, seed: int, train: bool) -> Preprocess:
-    """The preprocessing of training or of evaluation images; the latter are never flipped."""
-    return Preprocess(seed, flip=config.flip and train, binarise=config.binarise, pad=config.pad)
 
 
 def build_train_loader(
@@ -125,7 +108,6 @@ def build_train_loader(
 def build_eval_loader(
     shards: TarShards,
     preprocess: Preprocess,
-    *,
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
@@ -143,12 +125,6 @@ def build_eval_loader(
     mine = range(count * rank // world_size, count * (rank + 1) // world_size)
     dataset = _EvalBatches(shards, preprocess, mine, max(1, batch_size // world_size))
     return _loader(dataset, range(len(dataset)), workers, pin_memory)
-
-
-def trace_keys(shards: TarShards, order: Order, positions: Sequence[int] | np.ndarray) -> tuple[list[int], list[str]]:
-    """Epochs and sample keys at these positions: what data_trace.jsonl records of a global batch."""
-    epochs, indices = order.at(positions)
-    return epochs.tolist(), shards.keys(indices)
 
 
 class _TrainBatches(Dataset):

@@ -44,7 +44,7 @@ class SplitEntry(Entry):
 class ImageEntry(Entry):
     height: Positive
     width: Positive
-    channels: Literal[1, 3, 4]
+    channels: Literal[1, 3]
 
 
 class Manifest(Entry):

@@ -14,8 +14,8 @@ from pipeline.data.hashing import GOLDEN_GAMMA, Stream, hash64, mix64
 
 Binarise = Literal["none", "dynamic"]
 
-MAX_DRAW = 2**32 - 2
-GREY_STEP = (2**32 - 1) // 255  # 16843009 exactly
+MAX_DRAW = np.uint32(2**32 - 2)
+GREY_STEP = np.uint32((2**32 - 1) // 255)  # nothing is lost: 255 divides 2^32 - 1
 
 
 class Preprocess:
@@ -46,17 +46,22 @@ class Preprocess:
         return out
 
     def _binarised(self, images: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """One 32-bit draw per value of the image, two from each hash of the sample's own SplitMix64 sequence.
-
-        The draw u in 0 .. 2^32 - 2 is compared with grey * (2^32 - 1) / 255, a whole number: grey 0 is never on, 255
-        always, and the probability of the others is off by less than 2^-32.
-        """
+        """One 32-bit draw per value of the image, two from each hash of the sample's own SplitMix64 sequence."""
         size = images[0].size
         states = hash64(self.seed, Stream.BINARISE, epochs, indices)[:, None]  # (n, 1)
         steps = np.arange(1, (size + 1) // 2 + 1, dtype=np.uint64) * GOLDEN_GAMMA
         draws = mix64(states + steps).astype("<u8", copy=False).view("<u4")[:, :size]  # (n, H W C)
-        on = np.minimum(draws, MAX_DRAW) < images.reshape(len(images), size) * np.uint32(GREY_STEP)
+        on = turns_on(draws, images.reshape(len(images), size))
         return (on * np.uint8(255)).reshape(images.shape)
+
+
+def turns_on(draws: np.ndarray, grey: np.ndarray) -> np.ndarray:
+    """Whether pixels of this grey (uint8) turn white under these draws (uint32): with probability grey / 255.
+
+    A draw u in 0 .. 2^32 - 2 (2^32 - 1 counts as the one before it) is compared with grey (2^32 - 1) / 255,
+    a whole number: grey 0 never turns on, 255 always, and the probability of any other is off by less than 2^-32.
+    """
+    return np.minimum(draws, MAX_DRAW) < grey * GREY_STEP
 
 
 def to_model_input(images: Tensor, bits: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -18,9 +18,7 @@ from pipeline.data.recent import Recent
 
 # Two files each, and a process may commonly hold 1,024.
 MAX_OPEN_SHARDS = 256
-PNG_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-
-REMEDY = "Copy or make the shard set again; python -m shard_data verify DIR lists all damage"
+PNG_MODES = {1: "L", 3: "RGB"}
 
 Indices = Sequence[int] | np.ndarray
 
@@ -46,7 +44,8 @@ class TarShards:
             raise ValueError(f"{self.root}: no split '{split}'; it has: {', '.join(self.manifest.splits)}")
         self.shard_sizes = tuple(shard.count for shard in self._entries)
         self._starts = np.cumsum((0, *self.shard_sizes))  # (S + 1,)
-        self._open = Recent(MAX_OPEN_SHARDS)
+        self._indexes = Recent(MAX_OPEN_SHARDS)
+        self._tars = Recent(MAX_OPEN_SHARDS)
 
     @property
     def _entries(self) -> list[ShardEntry]:
@@ -79,16 +78,16 @@ class TarShards:
     def images(self, indices: Indices) -> np.ndarray:
         """Images (n, H, W, C) uint8, C-contiguous."""
         out = np.empty((len(indices), *self.image_shape), np.uint8)
-        for shard, here, rows in self._by_shard(indices):
-            out[here] = shard.images(rows)
+        for number, here, rows in self._by_shard(indices):
+            out[here] = self._tar(number, rows[0]).images(rows)
         return out
 
     def keys(self, indices: Indices) -> list[str]:
         """The samples' names, unique within the set."""
         out = [""] * len(indices)
-        for shard, here, rows in self._by_shard(indices):
-            for place, row in zip(here.tolist(), rows.tolist(), strict=True):
-                out[place] = shard.key(row)
+        for number, here, rows in self._by_shard(indices):
+            for place, key in zip(here.tolist(), self._index(number)["key"][rows].tolist(), strict=True):
+                out[place] = key.decode()
         return out
 
     def labels(self, indices: Indices) -> np.ndarray:
@@ -100,13 +99,14 @@ class TarShards:
         return self._column("attributes", indices, np.full((len(indices), len(self.attribute_names)), -1, np.int8))
 
     def _column(self, name: str, indices: Indices, out: np.ndarray) -> np.ndarray:
-        for shard, here, rows in self._by_shard(indices):
-            if name in shard.index.dtype.names:
-                out[here] = shard.index[name][rows]
+        for number, here, rows in self._by_shard(indices):
+            index = self._index(number)
+            if name in index.dtype.names:
+                out[here] = index[name][rows]
         return out
 
-    def _by_shard(self, indices: Indices) -> Iterator[tuple["_OpenShard", np.ndarray, np.ndarray]]:
-        """Each shard concerned, the places (k,) of its samples among `indices`, and their rows (k,) in the shard."""
+    def _by_shard(self, indices: Indices) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Per shard concerned: its number, the places (k,) of its samples in `indices`, their rows (k,) in it."""
         indices = np.asarray(indices, np.int64)
         if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(
@@ -115,59 +115,90 @@ class TarShards:
         numbers = np.searchsorted(self._starts, indices, side="right") - 1
         for number in np.unique(numbers).tolist():
             here = np.flatnonzero(numbers == number)
-            shard = self._open.get(number, lambda n=number: _OpenShard(self.root, self._entries[n], self.manifest))
-            yield shard, here, indices[here] - self._starts[number]
+            yield number, here, indices[here] - self._starts[number]
+
+    def _index(self, number: int) -> np.ndarray:
+        entry = self._entries[number]
+        num_attributes = len(self.attribute_names)
+        return self._indexes.get(number, lambda: _load_index(self.root, entry, num_attributes))
+
+    def _tar(self, number: int, wanted: int) -> "_Tar":
+        entry, index = self._entries[number], self._index(number)
+        return self._tars.get(number, lambda: _Tar(self.root, entry, index, self.manifest, wanted))
 
 
-class _OpenShard:
-    """One shard: its index, and its tar once an image is asked for."""
+def _load_index(root: Path, entry: ShardEntry, num_attributes: int) -> np.ndarray:
+    """The shard's index, memory-mapped: structured, (count,). Hashed first, as a wrong label would not show later."""
+    path = root / entry.index
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != entry.index_sha256:
+            raise ValueError("its sha256 is not the manifest's")
+        index = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        _check_index(index, entry.count, num_attributes)
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or error
+        lost = f"so the {entry.count} samples of {entry.file} cannot be found"
+        raise DamagedShard(f"{path}: {problem}, {lost}. {_remedy(root)}") from error
+    return index
 
-    def __init__(self, root: Path, entry: ShardEntry, manifest: Manifest):
+
+def _check_index(index: np.ndarray, count: int, num_attributes: int) -> None:
+    fields = index.dtype.fields or {}
+    kinds = {name: fields[name][0].str for name in ("offset", "size") if name in fields}
+    if index.shape != (count,) or "key" not in fields or kinds != {"offset": "<u8", "size": "<u4"}:
+        raise ValueError(f"holds {index.dtype} {index.shape} instead of {count} rows with key, offset and size")
+    if "attributes" in fields and index.dtype["attributes"].shape != (num_attributes,):
+        raise ValueError(f"its attributes are {index.dtype['attributes'].shape}, the manifest's {num_attributes}")
+
+
+class _Tar:
+    """The images of one shard."""
+
+    def __init__(self, root: Path, entry: ShardEntry, index: np.ndarray, manifest: Manifest, wanted: int):
+        """`wanted` is the row that an error names when the whole file is unusable."""
         image = manifest.image
+        self.root = root
         self.entry = entry
-        self.path = root / entry.file
+        self.index = index
         self.encoding = manifest.encoding
         self.image_shape = (image.height, image.width, image.channels)
-        self.index = _load_index(root / entry.index, entry, len(manifest.attributes or ()))
-        self._map: mmap.mmap | None = None
-
-    def key(self, row: int) -> str:
-        return self.index["key"][row].decode()
-
-    def images(self, rows: np.ndarray) -> np.ndarray:
-        """Images (k, H, W, C) uint8 of the samples in these rows (k,), k at least 1."""
-        if self._map is None:
-            self._open_tar(rows[0])
-        # Reading a mapped file that has been cut short since kills the process, so look before each batch.
-        if self._map.size() != self.entry.bytes:
-            raise self._damaged(
-                rows[0], f"the file has {self._map.size()} bytes now, the manifest says {self.entry.bytes}"
-            )
-        if self.encoding == "npy":
-            return self._npy_images(rows)
-        return np.stack([self._png_image(row) for row in rows])
-
-    def _open_tar(self, wanted: int) -> None:
-        try:
-            size = self.path.stat().st_size
-            if size != self.entry.bytes:
-                raise self._damaged(wanted, f"the file has {size} bytes, the manifest says {self.entry.bytes}")
-            with self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise self._damaged(wanted, f"{error.strerror}") from error
+        self._map = self._open(wanted)
         self._bytes = np.frombuffer(self._map, np.uint8)
         self._check_places()
         if self.encoding == "npy":
             self._header = self._npy_header()
 
+    def images(self, rows: np.ndarray) -> np.ndarray:
+        """Images (k, H, W, C) uint8 of the samples in these rows (k,), k at least 1."""
+        # Reading a mapped file that has been cut short since kills the process, so look before each batch.
+        self._check_size(self._map.size(), rows[0])
+        if self.encoding == "npy":
+            return self._npy_images(rows)
+        return np.stack([self._png_image(row) for row in rows])
+
+    def _open(self, wanted: int) -> mmap.mmap:
+        path = self.root / self.entry.file
+        try:
+            self._check_size(path.stat().st_size, wanted)
+            with path.open("rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise self._damaged(wanted, f"{error.strerror}") from error
+
+    def _check_size(self, size: int, wanted: int) -> None:
+        if size != self.entry.bytes:
+            raise self._damaged(wanted, f"the file has {size} bytes, the manifest says {self.entry.bytes}")
+
     def _check_places(self) -> None:
-        ends = self.index["offset"] + self.index["size"]
-        outside = np.flatnonzero(ends > self.entry.bytes)
+        offsets, end = self.index["offset"], self.entry.bytes
+        outside = np.flatnonzero((offsets > end) | (offsets + self.index["size"] > end))
         if outside.size:
-            raise self._damaged(outside[0], "the index places it outside the file")
+            raise self._damaged(outside[0], f"the index places it outside the file's {end} bytes")
 
     def _record(self, row: int) -> bytes:
+        """The image member's data as they lie in the tar."""
         offset = int(self.index["offset"][row])
         return self._map[offset : offset + int(self.index["size"][row])]
 
@@ -176,68 +207,44 @@ class _OpenShard:
         record = self._record(0)
         try:
             image = np.load(io.BytesIO(record), allow_pickle=False)
+            if image.dtype != np.uint8 or image.shape != self.image_shape or not image.flags.c_contiguous:
+                raise ValueError(f"{image.dtype} {image.shape}, the manifest says uint8 {self.image_shape} in C order")
         except (ValueError, EOFError, OSError) as error:
-            raise self._damaged(0, f"not an .npy file ({error})") from error
-        if image.dtype != np.uint8 or image.shape != self.image_shape or not image.flags.c_contiguous:
-            raise self._damaged(
-                0, f"holds {image.dtype} {image.shape}, the manifest says uint8 {self.image_shape} in C order"
-            )
-        odd = np.flatnonzero(self.index["size"] != len(record))
-        if odd.size:
-            raise self._damaged(
-                odd[0], f"{self.index['size'][odd[0]]} bytes, but the shard's first sample has {len(record)}"
-            )
+            raise self._damaged(0, f"not the .npy that it should be ({error})") from error
+        self._check_equal_sizes(len(record))
         return np.frombuffer(record, np.uint8, len(record) - image.nbytes)
+
+    def _check_equal_sizes(self, size: int) -> None:
+        odd = np.flatnonzero(self.index["size"] != size)
+        if odd.size:
+            found = self.index["size"][odd[0]]
+            raise self._damaged(odd[0], f"the index gives it {found} bytes, and {size} to the shard's first sample")
 
     def _npy_images(self, rows: np.ndarray) -> np.ndarray:
         """Straight copies out of the map; the headers are compared, not parsed."""
         records = np.empty((len(rows), self.index["size"][0]), np.uint8)
         for record, offset in zip(records, self.index["offset"][rows].tolist(), strict=True):
             record[:] = self._bytes[offset : offset + len(record)]
-        headers = records[:, : len(self._header)]
-        wrong = np.flatnonzero((headers != self._header).any(axis=1))
+        start = len(self._header)
+        wrong = np.flatnonzero((records[:, :start] != self._header).any(axis=1))
         if wrong.size:
             raise self._damaged(rows[wrong[0]], "its .npy header is damaged")
-        return records[:, len(self._header) :].reshape(-1, *self.image_shape)
+        return records[:, start:].reshape(-1, *self.image_shape)
 
     def _png_image(self, row: int) -> np.ndarray:
         height, width, channels = self.image_shape
         try:
             with Image.open(io.BytesIO(self._record(row)), formats=["PNG"]) as image:
                 if image.size != (width, height) or image.mode != PNG_MODES[channels]:
-                    raise ValueError(f"{image.mode} of {image.size}, the manifest says {self.image_shape}")
+                    raise ValueError(f"{image.mode} {image.size}, the manifest says {self.image_shape}")
                 return np.asarray(image).reshape(self.image_shape)
-        except Exception as error:  # Pillow's decoder raises many kinds for broken files; each of them means damage
+        except Exception as error:  # broken files make Pillow's decoder raise many kinds; each of them means damage
             raise self._damaged(row, f"not the PNG that it should be ({error})") from error
 
     def _damaged(self, row: int, problem: str) -> DamagedShard:
-        offset = self.index["offset"][row]
-        return DamagedShard(f"{self.path}: sample '{self.key(row)}' at offset {offset}: {problem}. {REMEDY}")
+        path, key, offset = self.root / self.entry.file, self.index["key"][row].decode(), self.index["offset"][row]
+        return DamagedShard(f"{path}: sample '{key}' at offset {offset}: {problem}. {_remedy(self.root)}")
 
 
-def _load_index(path: Path, entry: ShardEntry, num_attributes: int) -> np.ndarray:
-    """The shard's index, memory-mapped: structured, (count,). Hashed first, as a wrong label would not show later."""
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != entry.index_sha256:
-            raise ValueError("its sha256 is not the manifest's")
-        index = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-        _check_index(index, entry.count, num_attributes)
-    except OSError as error:
-        raise _damaged_index(path, entry, error.strerror or str(error)) from error
-    except ValueError as error:
-        raise _damaged_index(path, entry, str(error)) from error
-    return index
-
-
-def _check_index(index: np.ndarray, count: int, num_attributes: int) -> None:
-    names = index.dtype.names or ()
-    if index.shape != (count,) or not {"key", "offset", "size"} <= set(names):
-        raise ValueError(f"{index.dtype} {index.shape}, but it should be {count} rows with key, offset and size")
-    if "attributes" in names and index.dtype["attributes"].shape != (num_attributes,):
-        raise ValueError(f"attributes {index.dtype['attributes'].shape}, but the manifest names {num_attributes}")
-
-
-def _damaged_index(path: Path, entry: ShardEntry, problem: str) -> DamagedShard:
-    return DamagedShard(f"{path}: {problem}; it places the {entry.count} samples of {entry.file}. {REMEDY}")
+def _remedy(root: Path) -> str:
+    return f"Copy or make the shard set again; all damage is listed by: python -m shard_data verify {root}"
