@@ -1,0 +1,128 @@
+"""Words and YAML become a strict, frozen config; every fault names its dotted path and the remedy."""
+
+from typing import Annotated, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field, ValidationError
+
+from pipeline.config import ConfigError, build, dump, flatten, load_yaml, overlay, parse_word, parse_yaml
+from pipeline.schema import Section
+
+
+class Flat(Section):
+    name: Literal["flat"] = "flat"
+    width: int = 3
+
+
+class Deep(Section):
+    name: Literal["deep"] = "deep"
+    depth: tuple[int, ...] = (1,)
+
+
+class Train(Section):
+    batch_size: int = Field(8, gt=0)
+    lr: float = 1e-3
+    root: str | None = None
+    mode: Literal["fast", "slow"] = "fast"
+
+
+class Root(Section):
+    model: Annotated[Flat | Deep, Field(discriminator="name")] = Flat()
+    train: Train = Train()
+
+
+def built(*words: str) -> Root:
+    return build(Root, overlay({"model": {"name": "flat"}}, words))
+
+
+def test_words_replace_what_the_recipe_says():
+    root = built("train.batch_size=64", "--train.lr=5e-3", "model.name=deep", "model.depth=[5, 10, 20]", "train.root=data/x")
+    assert root == Root(model=Deep(depth=(5, 10, 20)), train=Train(batch_size=64, lr=0.005, root="data/x"))
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("train.batchsize=64", "train.batchsize: unknown key; did you mean 'batch_size'?"),
+        ("trian.batch_size=64", "trian: unknown key; did you mean 'train'?"),
+        ("model.widht=64", "model.widht: unknown key; did you mean 'width'?"),
+        ("train.zzz=1", "train.zzz: unknown key; known keys: batch_size, lr, root, mode"),
+        ("train.batch_size=many", "train.batch_size: Input should be a valid integer (given: 'many')"),
+        ("train.batch_size='8'", "train.batch_size: Input should be a valid integer (given: '8')"),
+        ("train.batch_size=0", "train.batch_size: Input should be greater than 0 (given: 0)"),
+        ("train.mode=wild", "train.mode: 'wild' is not allowed; choose from 'fast' or 'slow'"),
+        ("model.name=round", "model.name: 'round' is not allowed; choose from 'flat', 'deep'"),
+        ("model.depth=[1]", "model.depth: unknown key"),
+        ("train.batch_size.x=3", "train.batch_size: Input should be a valid integer"),
+        ("train", "settings are given as section.key=value"),
+        ("train.lr={", "train.lr: not valid YAML"),
+    ],
+)
+def test_faults_name_path_and_remedy(word, message):
+    with pytest.raises(ConfigError) as error:
+        built(word)
+    assert message in str(error.value)
+
+
+def test_a_value_is_no_section():
+    with pytest.raises(ConfigError, match=r"train.lr: holds a value, so 'train.lr.x' cannot be set inside it"):
+        build(Root, overlay({"train": {"lr": 1.0}}, ["train.lr.x=1"]))
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        built().train.batch_size = 3
+
+
+@pytest.mark.parametrize(("text", "value"), [("5e-3", 0.005), ("1E5", 1e5), ("-2.5e+3", -2500.0), ("1e", "1e"), ("7", 7), ("none", "none")])
+def test_numbers_are_read_as_people_write_them(text, value):
+    assert parse_yaml(text, "x") == value
+    assert type(parse_yaml(text, "x")) is type(value)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("train: {lr: 1.0}\nmodel: {}\ntrain: {lr: 2.0}\n")
+    with pytest.raises(ConfigError, match="key 'train' stands twice"):
+        load_yaml(path)
+
+
+@pytest.mark.parametrize("text", ["!!python/object/apply:os.system ['true']", "!!python/name:os.system", "a: !!python/tuple [1]"])
+def test_yaml_cannot_make_objects(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_yaml(path)
+
+
+def test_a_recipe_must_be_there_and_be_a_mapping(tmp_path):
+    with pytest.raises(ConfigError, match="no such recipe file"):
+        load_yaml(tmp_path / "missing.yaml")
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    with pytest.raises(ConfigError, match="a mapping of sections, this is list"):
+        load_yaml(tmp_path / "list.yaml")
+
+
+sections = st.builds(
+    Root,
+    model=st.one_of(st.builds(Flat, width=st.integers()), st.builds(Deep, depth=st.lists(st.integers(), max_size=4).map(tuple))),
+    train=st.builds(
+        Train,
+        batch_size=st.integers(1, 10**9),
+        lr=st.floats(allow_nan=False, allow_infinity=False),
+        root=st.none() | st.text(max_size=20).filter(str.isprintable),
+    ),
+)
+
+
+@given(sections)
+def test_dump_reads_back_to_the_same(section):
+    assert build(Root, parse_yaml(dump(section), "dumped")) == section
+
+
+@given(st.from_regex(r"[a-z_]{1,8}(\.[a-z_]{1,8}){0,3}", fullmatch=True), st.integers())
+def test_a_word_is_a_path_and_a_value(path, value):
+    assert parse_word(f"{path}={value}") == (path.split("."), value)
+    assert flatten(overlay({}, [f"{path}={value}"])) == {path: value}
