@@ -70,16 +70,17 @@ class Objective:
 
         Statistics: `elbo`, `log_px` and `kl` without weights, and per group `kl/NAME` and `active_units/NAME`.
         """
-        beta = self.beta(step)
-        balancing = self.config.kl_balancing != "none" and self.warmup(step) < 1
-        kl = self._weighted_kl(out.kl, balancing)  # (B, G)
-        loss = (beta * kl.sum(dim=1) - out.log_px).mean()
+        loss = (self.charged_kl(out.kl, step) - out.log_px).mean()
         return loss, self._statistics(out)
 
+    def charged_kl(self, kl: Tensor, step: int) -> Tensor:
+        """The KL term of the loss, (B,) nats, after free bits, balancing and warm-up, from the KL per group (B, G)."""
+        balancing = self.config.kl_balancing != "none" and self.warmup(step) < 1
+        if balancing or self.config.free_bits:
+            kl = self._weighted_kl(kl, balancing)  # (B, G)
+        return self.beta(step) * kl.sum(dim=1)
+
     def _weighted_kl(self, kl: Tensor, balancing: bool) -> Tensor:
-        """KL per image and group after free bits and balancing: (B, G) -> (B, G)."""
-        if not balancing and not self.config.free_bits:
-            return kl
         means = torch.stack([kl.detach().mean(dim=0), kl.detach().abs().mean(dim=0)])  # (2, G)
         mean_kl, mean_abs_kl = self.mean_over_ranks(means)  # one collective for both
         if self.config.free_bits:

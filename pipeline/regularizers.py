@@ -1,7 +1,7 @@
 """Penalties on the network itself: spectral norms of convolutions and scales of batch norm.
 
 Source: Vahdat and Kautz, "NVAE: A Deep Hierarchical Variational Autoencoder", 2020, section 3.2 (spectral
-regularization, and the penalty on batch norm's scale). Both keep activations, and so the KL of a deep hierarchy, bounded.
+regularization, and the penalty on batch norm's scale). Both bound activations, and so the KL of a deep hierarchy.
 """
 
 import math
@@ -54,7 +54,7 @@ class Regularizers:
         self._convs = list(find_convs(model).values())
         self._scales = batch_norm_scales(model)
         self._reference = next(model.parameters())
-        # Left singular vectors (n, R) by matrix shape "RxC"; empty until the first commit. The right ones follow from them.
+        # Left singular vectors (n, R) by matrix shape "RxC"; empty until the first commit. The right ones follow.
         self._vectors: dict[str, Tensor] = {}
         self._pending: dict[str, Tensor] = {}
 

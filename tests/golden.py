@@ -51,14 +51,18 @@ def reference_input(golden: dict) -> Tensor:
     return (x // 2 ** (8 - bits)).double() / (2**bits - 1)
 
 
-def close(actual: Tensor | float, expected: Tensor | float, rtol: float = 1e-9, what: str = "") -> None:
+def close(actual: Tensor | float | list, expected: Tensor | float | list, rtol: float = 1e-9, what: str = "") -> None:
     """Asserts |actual - expected| <= rtol |expected| + rtol / 100 of the largest expected value, everywhere."""
-    actual, expected = torch.as_tensor(actual).detach().double(), torch.as_tensor(expected).double()
+    actual, expected = in_double(actual), in_double(expected)
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     largest = expected.abs().max().item() if expected.numel() else 0.0
     torch.testing.assert_close(
         actual, expected, rtol=rtol, atol=rtol * largest / 100, msg=lambda text: f"{what}\n{text}" if what else text
     )
+
+
+def in_double(value: Tensor | float | list) -> Tensor:
+    return value.detach().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
 def close_buffers(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from nvae_restatement_layout import (
+from torch import Tensor
+
+from tests.nvae_restatement_layout import (
     BINARY,
     BRANCHES,
     dec_tower,
@@ -21,7 +23,6 @@ from nvae_restatement_layout import (
     post_process,
     pre_process,
 )
-from torch import Tensor
 
 
 @dataclass
