@@ -1,4 +1,4 @@
-"""Images in, shards out: WebDataset tars with an index beside each and one manifest. Imports neither torch nor pipeline.
+"""Images in, shards out: WebDataset tars with an index beside each, one manifest. Imports neither torch nor pipeline.
 
 `convert(ToyFaces(size=32), "data/toy_faces32", workers=2)` does what `python -m shard_data toy_faces` does.
 """

@@ -5,12 +5,15 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
-from shard_data.errors import DataError
+from shard_data import info, verify
+from shard_data.errors import Damaged, DataError
 from shard_data.shard import ENCODINGS
 from shard_data.sources import SOURCES
 from shard_data.writer import convert
 
+STYLE = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
 OVERVIEW = """\
 Turn a data set into a shard set: WebDataset tars, an index beside each, and manifest.json, which is written last.
 
@@ -24,47 +27,45 @@ An interrupted conversion goes on when the same command is run again. Exit codes
 
 
 def build_parser() -> argparse.ArgumentParser:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m shard_data", description=OVERVIEW, formatter_class=layout, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser("python -m shard_data", description=OVERVIEW, **STYLE)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in SOURCES.items():
-        command = commands.add_parser(
-            name, help=_first_line(module), description=module.__doc__, formatter_class=layout, allow_abbrev=False
-        )
+        command = commands.add_parser(name, help=_first_line(module), description=module.__doc__, **STYLE)
         module.add_arguments(command)
         _add_writer_arguments(command)
         command.set_defaults(run=_convert, module=module)
+    _add_verify(commands.add_parser("verify", help="check a shard set", description=verify.__doc__, **STYLE))
+    _add_info(commands.add_parser("info", help="show what a shard set holds", description=info.__doc__, **STYLE))
     return parser
 
 
-def _first_line(module) -> str:
-    return module.__doc__.partition("\n")[0].partition(". ")[0]
+def _first_line(module: ModuleType) -> str:
+    return module.__doc__.partition("\n")[0].rstrip(".")
 
 
 def _add_writer_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("shards")
-    group.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for the shard set; made where missing"
-    )
-    group.add_argument(
-        "--encoding",
-        choices=ENCODINGS,
-        default="npy",
-        help="image members; both lossless: npy is fastest to read, png small (default npy)",
-    )
-    group.add_argument(
-        "--shard-size", type=int, metavar="N", help="samples per shard (default: what keeps a shard under about 32 MiB)"
-    )
-    group.add_argument(
-        "--workers",
-        type=int,
-        default=_cores(),
-        metavar="N",
-        help="processes; the bytes do not depend on it (default: the cores, here %(default)s)",
-    )
+    group.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the set; made where missing")
+    encoding = "of the images; both lossless: npy is fastest to read, png is small (default npy)"
+    group.add_argument("--encoding", choices=ENCODINGS, default="npy", help=encoding)
+    size = "samples per shard (default: what keeps a shard under about 32 MiB)"
+    group.add_argument("--shard-size", type=int, metavar="N", help=size)
+    workers = "processes; the bytes do not depend on it (default: the cores, here %(default)s)"
+    group.add_argument("--workers", type=int, default=_cores(), metavar="N", help=workers)
     group.add_argument("--overwrite", action="store_true", help="replace a complete set that lies in --out")
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("root", type=Path, metavar="DIR", help="folder of the shard set")
+    decode = "also read every sample with stock webdataset and compare picture, label and attributes"
+    parser.add_argument("--decode", action="store_true", help=decode)
+    parser.set_defaults(run=_verify)
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("root", type=Path, metavar="DIR", help="folder of the shard set")
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="also write a contact sheet with labels")
+    parser.set_defaults(run=_info)
 
 
 def _cores() -> int:
@@ -87,13 +88,33 @@ def _convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(arguments: argparse.Namespace) -> int:
+    faults = verify.verify(arguments.root, arguments.decode, progress=True)
+    for fault in faults:
+        print(f"error: {arguments.root}/{fault}", file=sys.stderr)
+    if faults:
+        print(f"error: {arguments.root}: damaged; make the set again with --overwrite", file=sys.stderr)
+        return 1
+    depth = "hashes, counts, index and every sample" if arguments.decode else "hashes, counts and index"
+    print(f"{arguments.root}: in order ({depth})")
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    print(info.describe(arguments.root))
+    if arguments.sheet:
+        info.contact_sheet(arguments.root, arguments.sheet)
+        print(f"contact sheet: {arguments.sheet}")
+    return 0
+
+
 def main(words: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(words)
     try:
         return arguments.run(arguments)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, Damaged) else 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again, and it goes on", file=sys.stderr)
         return 130

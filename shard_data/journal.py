@@ -1,7 +1,7 @@
-"""unfinished.jsonl: what a conversion means to write and which shards it has finished, so that the same command can go on.
+"""unfinished.jsonl: what a conversion means to write and which shards are finished, so that the same command can go on.
 
-First line: the plan, and the files in the folder that are ours to delete. Then one line per finished shard. The file goes away when
-the manifest is there.
+First line: the plan, and the files in the folder that are ours to delete. Then one line per finished shard. The file
+goes away when the manifest is there.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ class Journal:
         self.finished: dict[str, dict[str, Any]] = {entry["file"]: entry for entry in lines[1:]}
 
     def begin(self, plan: dict[str, Any], ours: list[str]) -> None:
-        """Take `plan` as the one to follow; finished shards are kept where it is the plan of before and their hashes hold."""
+        """Follow `plan`; finished shards are kept where it is the plan of before and their hashes hold."""
         kept = [entry for entry in self.finished.values() if plan == self.plan and self._holds(entry)]
         self.ours = sorted({*self.ours, *ours})
         self.plan, self.finished = plan, {entry["file"]: entry for entry in kept}

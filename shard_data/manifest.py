@@ -1,11 +1,11 @@
-"""manifest.json: what a shard set is, with the hash of every part. It is written last, so where it is, the set is complete."""
+"""manifest.json: what a shard set is, with the hash of every part. Written last: where it is, the set is complete."""
 
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from shard_data.errors import DataError
+from shard_data.errors import Damaged, DataError
 from shard_data.files import replacing, sync_folder
 from shard_data.source import Source
 
@@ -13,7 +13,7 @@ FILE = "manifest.json"
 FORMAT = "webdataset-shards"
 VERSION = 1
 NOT_IN_FINGERPRINT = ("fingerprint", "source", "omitted")
-REQUIRED = ("image", "encoding", "splits", "fingerprint", "classes", "attributes", "transform", "name")
+REMAKE = "delete the folder and make the set again"
 
 Manifest = dict[str, Any]
 
@@ -30,7 +30,7 @@ def fingerprint(manifest: Manifest) -> str:
 
 
 def header(source: Source, encoding: str) -> Manifest:
-    """The manifest of a source without its splits and fingerprint. Raises DataError where the originals cannot be used."""
+    """A source's manifest but for splits and fingerprint. Raises DataError where the originals cannot be used."""
     description = source.description()
     height, width, channels = source.image_shape
     return {
@@ -65,36 +65,23 @@ def save(manifest: Manifest, root: Path) -> None:
 
 
 def load(root: Path) -> Manifest:
-    """Read a set's manifest. Raises DataError where there is none, or none of this format."""
+    """Read a set's manifest. Raises DataError where there is none of this format, Damaged where it is broken."""
     path = Path(root) / FILE
     try:
         manifest = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(
-            f"{path}: not found, so {root} holds no complete shard set; make one with python -m shard_data"
-        ) from None
+        raise DataError(f"{path}: not found, so {root} holds no complete set; make one: python -m shard_data") from None
     except ValueError as error:
-        raise DataError(f"{path}: not readable as JSON ({error}); make the set again in an empty folder") from None
-    _check(manifest, path)
-    return manifest
-
-
-def _check(manifest: Any, path: Path) -> None:
+        raise Damaged(f"{path}: not readable as JSON ({error}); {REMAKE}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(
-            f"{path}: not the manifest of a shard set (its format is not '{FORMAT}'); choose another folder"
-        )
+        raise DataError(f"{path}: not the manifest of a shard set (its format is not {FORMAT}); choose another folder")
     if manifest.get("version") != VERSION:
-        raise DataError(
-            f"{path}: format version {manifest.get('version')}, this program reads {VERSION}; make the set again"
-        )
-    missing = [key for key in REQUIRED if key not in manifest]
-    if missing:
-        raise DataError(f"{path}: lacks {', '.join(missing)}; make the set again with --overwrite")
-    for shard in all_shards(manifest):
-        for name in (shard["file"], shard["index"]):
-            if Path(name).name != name:
-                raise DataError(f"{path}: names a file outside of its folder, {name!r}; do not use this set")
+        raise DataError(f"{path}: format version {manifest.get('version')}; this program reads {VERSION}: {REMAKE}")
+    if "fingerprint" not in manifest or fingerprint(manifest) != manifest["fingerprint"]:
+        raise Damaged(f"{path}: its content does not fit its fingerprint, so it was edited or damaged; {REMAKE}")
+    if any(Path(shard[name]).name != shard[name] for shard in all_shards(manifest) for name in ("file", "index")):
+        raise Damaged(f"{path}: names a file outside of its folder; do not use this set")
+    return manifest
 
 
 def all_shards(manifest: Manifest) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a data set has to offer to the writer: a fixed list of records, and a pure function from a record to its sample."""
+"""What a data set offers to the writer: a fixed list of records, and a pure function from a record to its sample."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Record(NamedTuple):
-    """One sample before it is loaded. `key` is unique within the set and holds no dot; `where` is the source's own business."""
+    """One sample before it is loaded. `key` is unique in the set and holds no dot; `where` is the source's business."""
 
     key: str
     where: Any
@@ -33,10 +33,10 @@ class Sample:
 
 
 class Source(Protocol):
-    """A data set to convert. It is sent to worker processes, so it must pickle, and cheaply: paths and options, no pixels.
+    """A data set to convert. It is sent to worker processes, so it pickles cheaply: paths and options, no pixels.
 
-    `records` lists a split in an order that never changes; `load` depends on the record alone. So neither the number of workers nor
-    the order in which they work can show in the shards.
+    `records` lists a split in an order that never changes; `load` depends on the record alone. So neither the number
+    of workers nor the order in which they work can show in the shards.
     """
 
     name: ClassVar[str]

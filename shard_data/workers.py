@@ -1,7 +1,7 @@
 """Shards written by several processes at once, with one progress bar.
 
-A task is a whole shard, so no byte depends on which process writes it. Processes are spawned, not forked: they import only what this
-package needs, whatever the program that started them holds in memory.
+A task is a whole shard, so no byte depends on which process writes it. Processes are spawned, not forked: nothing that
+the calling program holds (threads, locks, torch) is carried along.
 """
 
 import multiprocessing
@@ -85,7 +85,7 @@ def _result(future: Future) -> dict[str, Any]:
         return future.result()
     except BrokenProcessPool:
         raise DataError(
-            "a worker process was killed, most likely for memory; run the same command again with --workers 1, and it goes on"
+            "a worker process was killed, most likely for memory; the same command with --workers 1 goes on"
         ) from None
 
 

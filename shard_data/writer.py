@@ -5,7 +5,6 @@ The plan (header, splits, shard size) decides every byte; the workers only decid
 
 import errno
 import json
-import os
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -39,10 +38,11 @@ def convert(
 ) -> Manifest:
     """Write the whole of `source` as a shard set into the folder `out`, and return its manifest.
 
-    `shard_size` is in samples per shard; every shard of a split but the last holds as many. The same arguments give the same bytes
-    for any number of `workers` (processes); with more than one, call this from a module guarded by `__name__ == "__main__"`. An
-    unfinished conversion of the same content goes on where it stopped. Raises AlreadyComplete where `out` holds a complete set and
-    `overwrite` is not given, DataError for originals, options or folders that cannot be used.
+    `shard_size` is in samples per shard; every shard of a split but the last holds as many. The same arguments give the
+    same bytes for any number of `workers` (processes); with more than one, the main program must be guarded by
+    `if __name__ == "__main__"`. An unfinished conversion of the same content goes on where it stopped. Raises
+    AlreadyComplete where `out` holds a complete set and `overwrite` is not given, DataError for originals, options or
+    folders that cannot be used.
     """
     folder = Path(out)
     _check_options(encoding, shard_size, workers)
@@ -152,7 +152,7 @@ def _finish(folder: Path, head: Manifest, tasks: list[Task], journal: Journal) -
 
 
 def _explain(error: OSError, folder: Path) -> str:
-    place = error.filename or folder
+    place, reason = error.filename or folder, error.strerror or error
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{place}: the disk is full; free some space and run the same command again, and it goes on"
-    return f"{place}: cannot be written ({os.strerror(error.errno or errno.EIO)}); choose an --out folder that you may write to"
+    return f"{place}: cannot be used ({reason}); choose an --out folder that you may write to"

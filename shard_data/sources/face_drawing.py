@@ -1,7 +1,7 @@
 """Drawing of toy_faces: a picture as a pure function of its factors.
 
-Coordinates run from -1 to 1, right and down. Everything is a polygon in them, moved by the pose and drawn at several times the size;
-reducing it once makes the edges smooth.
+Everything is a polygon in face coordinates (see face_shapes.py), moved by the pose and drawn at several times the size;
+reducing the picture once makes the edges smooth. Sizes were chosen by eye, so that each attribute shows at 32 pixels.
 """
 
 import colorsys
@@ -11,16 +11,13 @@ from math import cos, pi, radians, sin
 import numpy as np
 from PIL import Image, ImageDraw
 
+from shard_data.sources import face_shapes as shapes
 from shard_data.sources.face_factors import RED, Face
+from shard_data.sources.face_shapes import CIRCLE, LINE
 
 Colour = tuple[int, int, int]
 
-ANGLES = np.linspace(0, 2 * pi, 32, endpoint=False)
-CIRCLE = np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1)  # (32, 2)
-LINE = np.linspace(-1, 1, 13)
-PIVOT = np.array([0.0, 0.45])  # about which the head tilts
-
-SKINS = np.array([(246, 206, 168), (236, 184, 142), (222, 164, 118), (186, 124, 82), (150, 96, 64), (112, 70, 50)])
+SKINS = np.array([(246, 206, 168), (236, 184, 142), (222, 164, 118), (186, 124, 82), (154, 100, 68), (124, 78, 55)])
 PALE = np.array([(255, 234, 222), (250, 226, 214)])
 HAIRS = {  # darkest, lightest, and the colour of what lies behind the head
     "Black_Hair": ((24, 22, 28), (48, 42, 52), (18, 16, 20)),
@@ -55,12 +52,15 @@ class Look:
     def __init__(self, face: Face):
         self.skin = along(PALE if "Pale_Skin" in face.present else SKINS, face.skin)
         self.shade = blend(self.skin, (120, 40, 40), 0.22)
-        self.blush = blend(self.skin, (236, 70, 80), 0.50)
+        self.blush = blend(self.skin, (240, 66, 78), 0.52)
+        self.shine = blend(self.skin, (255, 255, 255), 0.22)
+        self.nose = blend(self.skin, (176, 44, 36), 0.36)
+        self.nostril = blend(self.skin, (60, 10, 16), 0.6)
         dark, light, behind = HAIRS[face.hair_colour]
         self.hair = blend(dark, light, face.hair_shade)
         self.hair_behind = blend(behind, self.hair, 0.2)
         self.hair_light = blend(self.hair, (255, 240, 225), 0.28)
-        self.brow = blend(self.hair, (40, 20, 12), 0.5)
+        self.brow = blend(self.hair, (28, 14, 10), 0.68)
         self.beard = blend(self.hair, (40, 20, 12), 0.28)
         self.lip = (206, 24, 62) if "Wearing_Lipstick" in face.present else blend(self.skin, (184, 50, 62), 0.55)
         self.lip_line = blend(self.lip, (60, 10, 20), 0.62)
@@ -82,10 +82,10 @@ class Pen:
         self.half = canvas.width / 2
         angle = radians(tilt)
         self.matrix = np.array([[cos(angle), sin(angle)], [-sin(angle), cos(angle)]]) * (face.zoom * self.half)
-        self.origin = (np.add(PIVOT, face.shift) + 1) * self.half - PIVOT @ self.matrix
+        self.origin = (np.add(shapes.PIVOT, face.shift) + 1) * self.half - shapes.PIVOT @ self.matrix
 
     def place(self, points: np.ndarray, depth: float) -> list[float]:
-        """Canvas coordinates. `depth` is how far in front of the head's axis a shape lies: the turn moves it that much."""
+        """Canvas coordinates. `depth`: how far a shape lies before the head's axis; the turn moves it that much."""
         return (points @ self.matrix + (self.origin + (self.turn * depth) * self.matrix[0])).ravel().tolist()
 
     def fill(self, points: np.ndarray, colour: Colour, depth: float = 0.0) -> None:
@@ -157,16 +157,16 @@ def _hair_behind(pen: Pen, face: Face, look: Look) -> None:
             if not hat or y > -0.3:
                 pen.oval(x, y, 0.20, 0.20, look.hair_behind)
     elif face.hair_style == "long":
-        pen.fill(LONG_HAIR, look.hair_behind)
+        pen.fill(shapes.LONG_HAIR, look.hair_behind)
     else:
-        pen.fill(SHORT_HAIR, look.hair_behind)
+        pen.fill(shapes.SHORT_HAIR, look.hair_behind)
 
 
 def _body(pen: Pen, look: Look) -> None:
     pen.oval(0, 1.14, 0.86, 0.40, look.clothes)
     pen.oval(0, 0.80, 0.29, 0.15, look.collar)
     pen.oval(0, 0.78, 0.22, 0.13, look.shade)
-    pen.fill(NECK, look.shade)
+    pen.fill(shapes.NECK, look.shade)
 
 
 def _ears(pen: Pen, face: Face, look: Look) -> None:
@@ -179,17 +179,21 @@ def _ears(pen: Pen, face: Face, look: Look) -> None:
 
 
 def _skin(pen: Pen, face: Face, look: Look) -> None:
-    pen.fill(FACE, blend(look.skin, look.shade, 0.55))
-    pen.fill(FACE * (0.95, 0.97) + (0.024 * face.light, -0.012), look.skin)
+    pen.fill(shapes.FACE, blend(look.skin, look.shade, 0.55))
+    pen.fill(shapes.FACE * (0.95, 0.97) + (0.024 * face.light, -0.012), look.skin)
     if "Rosy_Cheeks" in face.present:
         for side in (-1, 1):
             pen.oval(side * 0.35, 0.235, 0.12, 0.085, look.blush, 0.08)
 
 
 def _nose(pen: Pen, face: Face, look: Look) -> None:
-    width, height = (0.125, 0.095) if "Big_Nose" in face.present else (0.055, 0.042)
-    pen.oval(0, 0.175, width, height, look.shade, 0.14)
-    pen.oval(0, 0.160, width * 0.8, height * 0.75, blend(look.skin, (255, 255, 255), 0.15), 0.15)
+    if "Big_Nose" not in face.present:
+        pen.oval(0, 0.175, 0.055, 0.042, look.shade, 0.14)
+        return
+    pen.oval(0, 0.185, 0.155, 0.11, look.nose, 0.14)
+    pen.oval(-0.015, 0.155, 0.10, 0.06, look.shine, 0.15)
+    for side in (-1, 1):
+        pen.oval(side * 0.06, 0.245, 0.032, 0.024, look.nostril, 0.14)
 
 
 def _facial_hair(pen: Pen, face: Face, look: Look) -> None:
@@ -218,7 +222,7 @@ def _mouth(pen: Pen, face: Face, look: Look) -> None:
 
 
 def _eye(pen: Pen, face: Face, look: Look, side: int) -> None:
-    x, y, depth = side * 0.245, 0.03, 0.09
+    x, y, depth = side * 0.245, 0.05, 0.09
     tall = 0.065 if "Narrow_Eyes" in face.present else 0.145
     pen.oval(x, y, 0.135, tall, (255, 255, 255), depth)
     pen.oval(x, y + 0.005, 0.100, min(0.118, tall), look.eye, depth + 0.03)
@@ -226,74 +230,24 @@ def _eye(pen: Pen, face: Face, look: Look, side: int) -> None:
     pen.oval(x - 0.034, y - 0.042 if tall > 0.1 else y - 0.02, 0.032, 0.034, (255, 255, 255), depth + 0.03)
     pen.band(x, y - tall * np.sqrt(1 - (0.98 * LINE) ** 2), 0.145, 0.045 + 0 * LINE, INK, depth)
     bushy = "Bushy_Eyebrows" in face.present
-    arch = y - 0.215 - 0.035 * (1 - LINE**2)
-    pen.band(x, arch, 0.16 if bushy else 0.13, (0.10 if bushy else 0.042) * (1 - 0.6 * LINE**4), look.brow, depth)
+    arch = y - 0.20 - 0.035 * (1 - LINE**2)
+    pen.band(x, arch, 0.17 if bushy else 0.13, (0.12 if bushy else 0.040) * (1 - 0.6 * LINE**4), look.brow, depth)
 
 
 def _hair_in_front(pen: Pen, face: Face, look: Look) -> None:
-    front = FRINGE if "Bangs" in face.present else HAIRLINE
+    front = shapes.FRINGE if "Bangs" in face.present and "Wearing_Hat" not in face.present else shapes.HAIRLINE
     pen.fill(front * (0.93, 1) + (0, 0.035), look.shade)  # its shadow on the forehead
     pen.fill(front, look.hair)
-    pen.line(GLOSS, 0.05, look.hair_light)
+    pen.line(shapes.GLOSS, 0.05, look.hair_light)
 
 
 def _glasses(pen: Pen) -> None:
     for side in (-1, 1):
-        pen.line(np.concatenate([CIRCLE, CIRCLE[:2]]) * (0.20, 0.19) + (side * 0.245, 0.04), 0.048, INK, 0.12)
+        pen.line(np.concatenate([CIRCLE, CIRCLE[:2]]) * (0.20, 0.19) + (side * 0.245, 0.055), 0.048, INK, 0.12)
         pen.line(np.array([(side * 0.44, 0.0), (side * 0.58, -0.02)]), 0.045, INK, 0.06)
     pen.line(np.array([(-0.06, 0.02), (0.06, 0.02)]), 0.045, INK, 0.12)
 
 
 def _hat(pen: Pen, look: Look) -> None:
-    pen.fill(DOME, look.hat)
-    pen.fill(CUFF, look.cuff)
-
-
-def _arc(
-    start: float, stop: float, rx: float, ry: float, x: float = 0.0, y: float = 0.0, count: int = 20
-) -> np.ndarray:
-    """Points (count, 2) of an ellipse, from angle to angle in half turns: 0 right, 0.5 down, 1 left, 1.5 up."""
-    angles = pi * np.linspace(start, stop, count)
-    return np.stack([x + rx * np.cos(angles), y + ry * np.sin(angles)], 1)
-
-
-def _face_outline() -> np.ndarray:
-    points = _arc(0, 2, 1, 1, count=49)[:-1]
-    jaw = np.maximum(points[:, 1], 0)
-    return np.stack(
-        [0.56 * points[:, 0] * (1 - 0.10 * jaw**2), -0.04 + np.where(jaw > 0, 0.68, 0.62) * points[:, 1]], 1
-    )
-
-
-FACE = _face_outline()
-NECK = np.array([(-0.19, 0.4), (0.19, 0.4), (0.21, 0.82), (-0.21, 0.82)])
-SHORT_HAIR = _arc(0.92, 2.08, 0.62, 0.66, 0, -0.16)
-LONG_HAIR = np.concatenate(
-    [_arc(1, 2, 0.68, 0.68, 0, -0.14), _arc(0, 0.5, 0.20, 0.20, 0.54, 0.72), _arc(0.5, 1, 0.20, 0.20, -0.54, 0.72)]
-)
-HAIRLINE = np.concatenate(
-    [
-        _arc(0.98, 2.02, 0.60, 0.66, 0, -0.12),
-        _arc(1.97, 1.35, 0.52, 0.36, -0.02, -0.10),
-        _arc(1.3, 1.03, 0.42, 0.30, -0.13, -0.12),
-    ]
-)
-FRINGE = np.concatenate(
-    [
-        _arc(0.98, 2.02, 0.60, 0.66, 0, -0.12),
-        [
-            (0.53, -0.14),
-            (0.42, -0.22),
-            (0.3, -0.20),
-            (0.18, -0.26),
-            (0.04, -0.21),
-            (-0.1, -0.27),
-            (-0.24, -0.2),
-            (-0.38, -0.24),
-            (-0.53, -0.14),
-        ],
-    ]
-)
-GLOSS = _arc(1.25, 1.45, 0.46, 0.52, 0, -0.12, 6)
-DOME = _arc(1, 2, 0.66, 0.66, 0, -0.30)
-CUFF = np.concatenate([_arc(1.03, 1.97, 0.72, 0.16, 0, -0.34), _arc(0.06, 0.94, 0.70, -0.10, 0, -0.16)])
+    pen.fill(shapes.DOME, look.hat)
+    pen.fill(shapes.CUFF, look.cuff)

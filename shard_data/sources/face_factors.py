@@ -1,8 +1,8 @@
 """The factors of variation of toy_faces: what is drawn, apart from how.
 
-Every factor is drawn independently of the others, and a face is a pure function of (seed, index). Binary attributes have the names
-that CelebA gives them. Those of hair colour are four values of one factor, whose fifth, red, is none of them; so at most one is
-present, as the factor can have one value only.
+Every factor is drawn independently of the others; a face is a pure function of (seed, index). Binary attributes bear
+CelebA's names. Those of hair colour are four values of one factor, whose fifth, red, is none of them:
+so at most one is present.
 """
 
 import difflib
@@ -106,7 +106,7 @@ def hidden(face: Face) -> frozenset[str]:
 def edit(face: Face, **changes: bool) -> Face:
     """The same face with some attributes set or cleared: `edit(face, Smiling=True, Blond_Hair=True)`.
 
-    Setting a hair colour clears its rivals; clearing the one the face has leaves red hair. All else, hidden or not, stays. Raises
+    Setting a hair colour clears its rivals; clearing the one that the face has leaves red hair. All else stays. Raises
     DataError for an unknown attribute and for two hair colours at once.
     """
     for name in changes:

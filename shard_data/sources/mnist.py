@@ -1,4 +1,6 @@
-"""MNIST from its four IDX files, gzipped or not, kept at 28 x 28. Format: http://yann.lecun.com/exdb/mnist/ (big-endian header)."""
+"""MNIST from its four IDX files, gzipped or not, kept at 28 x 28.
+
+Format: http://yann.lecun.com/exdb/mnist/, big-endian."""
 
 import argparse
 import gzip
@@ -72,9 +74,7 @@ def find(folder: Path, prefix: str, kind: str) -> Path:
     for candidate in (name + ".gz", name, name.replace("-idx", ".idx"), name.replace("-idx", ".idx") + ".gz"):
         if (folder / candidate).is_file():
             return folder / candidate
-    raise DataError(
-        f"{folder / name}[.gz]: not found; --source must be the folder with the four MNIST files (*-ubyte or *-ubyte.gz)"
-    )
+    raise DataError(f"{folder / name}[.gz]: not found; the source must be the folder of the four MNIST files")
 
 
 def read_pair(image_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -82,9 +82,7 @@ def read_pair(image_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarra
     images = read_idx(image_path, IMAGES, ndim=3)
     labels = read_idx(label_path, LABELS, ndim=1)
     if images.shape[1:] != (SIDE, SIDE):
-        raise DataError(
-            f"{image_path}: images of {images.shape[1]} x {images.shape[2]} instead of {SIDE} x {SIDE}; this is not MNIST"
-        )
+        raise DataError(f"{image_path}: images of {images.shape[1:]} instead of {SIDE} x {SIDE}; this is not MNIST")
     if not len(images):
         raise DataError(f"{image_path}: holds no images; {REMEDY}")
     if len(images) != len(labels):

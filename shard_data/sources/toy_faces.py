@@ -17,7 +17,7 @@ SIZES = (16, 256)
 
 @dataclass(frozen=True)
 class ToyFaces:
-    """Drawn faces as uint8 (size, size, 3) with binary attributes; face number `index` is a pure function of (seed, index)."""
+    """Drawn faces as uint8 (size, size, 3) with binary attributes; `train`, `val` and `test` count images."""
 
     size: int = 32
     train: int = 20_000
