@@ -1,7 +1,7 @@
 """Distributions over latents and pixels, all computed in float32 or better.
 
-Pixels are given as x in [0, 1] and modelled as y = 2x - 1 in [-1, 1]. `log_prob` and `kl` are in nats. Sampling takes its
-randomness as an argument: standard normal noise for `Normal`, uniforms in (0, 1) for the others.
+Pixels are given as x in [0, 1] and modelled as y = 2x - 1 in [-1, 1]. `log_prob` and `kl` are in nats. Sampling takes
+its randomness as an argument: standard normal noise for `Normal`, uniforms in (0, 1) for the others.
 """
 
 from functools import cached_property
@@ -18,7 +18,7 @@ SOFT_CLAMP = 5.0
 MIN_SIGMA = 0.01
 MIN_LOG_SCALE = -7.0
 NARROW_BIN = log(1e-5)
-"""The published rule replaces the mass of a bin below this (log) probability by its density at the centre times its width."""
+"""Below this log-probability the published rule takes a bin's density at its centre times its width for its mass."""
 WIDE_LOG_SCALE = 20.0
 """Above this log-scale a bin's mass is its density times its width to the last bit of float64."""
 
@@ -36,8 +36,8 @@ def soft_clamp(values: Tensor) -> Tensor:
 class Normal:
     """Diagonal normal from raw, unbounded network outputs a and l, elementwise.
 
-    mu = 5 tanh(a/5), sigma = temperature * (exp(5 tanh(l/5)) + 0.01): the bounds that keep NVAE stable (NVAE section 3.2 and its
-    reference release, which applies them to every Normal, so that raw zeros mean sigma = 1.01).
+    mu = 5 tanh(a/5), sigma = temperature * (exp(5 tanh(l/5)) + 0.01): the bounds that keep NVAE stable (NVAE section
+    3.2 and its reference release, which applies them to every Normal, so that raw zeros mean sigma = 1.01).
     """
 
     def __init__(self, raw_mean: Tensor, raw_log_sigma: Tensor, temperature: float = 1.0):
@@ -65,7 +65,7 @@ class Normal:
 
 
 class PixelNormal:
-    """Continuous density of y = 2x - 1 under a soft-clamped `Normal`; not comparable with the discrete likelihoods in bits."""
+    """Continuous density of y = 2x - 1 under a soft-clamped `Normal`; in bits not comparable with the discrete ones."""
 
     def __init__(self, raw_mean: Tensor, raw_log_sigma: Tensor):
         self.normal = Normal(raw_mean, raw_log_sigma)
@@ -115,7 +115,7 @@ class DiscretizedLogistic:
         self.bits = bits
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-probability of the grey levels x (B, C, H, W) in [0, 1], per element, nats; sums to one over the levels."""
+        """Log-probability of grey levels x (B, C, H, W) in [0, 1], per element, nats; sums to one over the levels."""
         y = 2 * x.to(self.location.dtype) - 1
         return discretized_logistic_log_prob(y, self.location, self.log_scale, self.bits, "exact")
 
@@ -129,11 +129,13 @@ class DiscretizedLogistic:
 
 
 class DiscretizedLogisticMixture:
-    """Mixture of K discretized logistics over RGB pixels, channels conditioned in the order R, G, B (PixelCNN++, section 2).
+    """Mixture of K discretized logistics over RGB pixels, channels conditioned in the order R, G, B (PixelCNN++,
+    section 2).
 
     params: (B, 10K, H, W) = K mixture logits, then for each of R, G, B: K means, K log-scales, K raw coefficients.
-    bin_rule "published": as NVAE's published figures are computed. Every level y > 0.99 takes the whole upper tail, which at 8 bits
-    counts the mass of 255 for level 254 as well, and improbable bins use the density. "exact": sums to one over the levels.
+    bin_rule "published": as NVAE's published figures are computed. Every level y > 0.99 takes the whole upper tail,
+    which at 8 bits counts the mass of 255 for level 254 as well, and improbable bins use the density. "exact": sums to
+    one over the levels.
     """
 
     def __init__(self, params: Tensor, bits: int = 8, bin_rule: BinRule = "published"):
@@ -170,7 +172,8 @@ class DiscretizedLogisticMixture:
     def sample(self, uniform_mixture: Tensor, uniform_logistic: Tensor, temperature: float = 1.0) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], not rounded to levels, from uniforms (B, K, H, W) and (B, 3, H, W) in (0, 1).
 
-        As in the reference release, a temperature below 1 sharpens the choice of component but *widens* the logistic noise.
+        As in the reference release, a temperature below 1 sharpens the choice of component but *widens* the logistic
+        noise.
         """
         dtype = self.means.dtype
         gumbel = -torch.log(-torch.log(uniform_mixture.to(dtype)))
@@ -200,8 +203,9 @@ def to_image(y: Tensor) -> Tensor:
 def discretized_logistic_log_prob(y: Tensor, mean: Tensor, log_scale: Tensor, bits: int, rule: BinRule) -> Tensor:
     """Log of the logistic mass in the bin of each grey level y in [-1, 1], elementwise with broadcasting, nats.
 
-    With a = (y + 1/N - mean) / scale and b = (y - 1/N - mean) / scale, N = 2^bits - 1, the mass sigmoid(a) - sigmoid(b) equals
-    sigmoid(a) sigmoid(-b) (1 - exp(b - a)), whose logarithm needs no difference of nearly equal numbers.
+    With a = (y + 1/N - mean) / scale and b = (y - 1/N - mean) / scale, N = 2^bits - 1, the mass sigmoid(a) -
+    sigmoid(b) equals sigmoid(a) sigmoid(-b) (1 - exp(b - a)), whose logarithm needs no difference of nearly equal
+    numbers.
     """
     num_steps = 2**bits - 1
     inverse_scale = torch.exp(-log_scale)

@@ -55,7 +55,7 @@ class LogisticMixtureLikelihood(Section):
 
 
 class NormalLikelihood(Section):
-    """Continuous density of each pixel value; its bits per dimension are not comparable with those of the discrete ones."""
+    """Continuous density of each pixel value; in bits per dimension not comparable with the discrete likelihoods."""
 
     name: Literal["normal"] = "normal"
 

@@ -1,11 +1,12 @@
 """NVAE: a deep hierarchical variational autoencoder (Vahdat & Kautz 2020, arXiv:2007.03898).
 
-An encoder climbs from the image to ever coarser features and remembers one per latent group. The decoder starts from a learned
-tensor at the coarsest resolution and walks back down; at each group it forms the prior from its own state and, when inferring,
-the posterior from that state and the group's remembered feature; the latent drawn is merged into the state.
+An encoder climbs from the image to ever coarser features and remembers one per latent group. The decoder starts from a
+learned tensor at the coarsest resolution and walks back down; at each group it forms the prior from its own state and,
+when inferring, the posterior from that state and the group's remembered feature; the latent drawn is merged into the
+state.
 
-Shape legend as in base.py. "Level" counts halvings: level 0 is the image's resolution, and a level's width is its base width
-(encoder_channels or decoder_channels) times 2^level.
+Shape legend as in base.py. "Level" counts halvings: level 0 is the image's resolution, and a level's width is its base
+width (encoder_channels or decoder_channels) times 2^level.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -84,7 +85,8 @@ class LatentDraw(NamedTuple):
 
 
 class EncoderStep(nn.Module):
-    """Cells down to one latent group's feature, and the 1x1 convolution by which the decoder's state is added to that feature.
+    """Cells down to one latent group's feature, and the 1x1 convolution by which the decoder's state is added to that
+    feature.
 
     The topmost group's feature stands alone: no convolution.
     """
@@ -107,9 +109,9 @@ class DecoderStep(nn.Module):
 class NVAE(VAE):
     """See the module's docstring.
 
-    `border` pixels on every side are padding: the network sees them, the likelihood and `num_dimensions` do not count them.
-    `bits`: colour depth, which sets the bins of the discrete likelihoods. A single latent group gives a plain VAE without towers.
-    Raises ValueError for images that are not square or that the halvings do not divide.
+    `border` pixels on every side are padding: the network sees them, the likelihood and `num_dimensions` do not count
+    them. `bits`: colour depth, which sets the bins of the discrete likelihoods. A single latent group gives a plain
+    VAE without towers. Raises ValueError for images that are not square or that the halvings do not divide.
     """
 
     def __init__(self, config: NVAEConfig, image_shape: tuple[int, int, int], border: int = 0, bits: int = 8):
@@ -146,7 +148,7 @@ class NVAE(VAE):
         self.output = WNConv2d(config.decoder_channels, num_outputs, 3, padding=1)
         self._normalized_convs = [conv for conv in find_convs(self).values() if isinstance(conv, WNConv2d)]
 
-    # ---- the interface of VAE ----------------------------------------------------------------------------------------------
+    # ---- the interface of VAE ---------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, noise: Sequence[Tensor]) -> VAEOutput:
         outputs, draws = self.infer(x, noise)
@@ -177,7 +179,7 @@ class NVAE(VAE):
     def compilable_cells(self) -> Iterator[nn.Module]:
         return (module for module in self.modules() if isinstance(module, ResidualCell))
 
-    # ---- what lies beneath it ----------------------------------------------------------------------------------------------
+    # ---- what lies beneath it ---------------------------------------------------------------------------------------
 
     def infer(self, x: Tensor, noise: Sequence[Tensor]) -> tuple[Tensor, list[LatentDraw]]:
         """Decoder outputs (B, C_out, H, W), raw, and what each group drew, for images x (B, C, H, W) in [0, 1]."""
@@ -269,11 +271,11 @@ def _mean_and_log_sigma(raw: Tensor) -> Sequence[Tensor]:
     return at_least_float32(raw).chunk(2, dim=1)
 
 
-# ---- construction ------------------------------------------------------------------------------------------------------------
+# ---- construction ---------------------------------------------------------------------------------------------------
 
 
 def check_image_shape(config: NVAEConfig, image_shape: tuple[int, int, int]) -> None:
-    """Raises ValueError, naming sizes that work, unless the images are square and divide into the lowest latent resolution."""
+    """Raises ValueError, naming sizes that work, unless images are square and halve down to the lowest resolution."""
     _, height, width = image_shape
     if height != width:
         raise ValueError(f"NVAE needs square images, got {height}x{width}; crop or pad them")
@@ -339,7 +341,7 @@ def build_encoder(config: NVAEConfig) -> nn.ModuleList:
 
 
 def build_decoder(config: NVAEConfig) -> nn.ModuleList:
-    """One step per group in drawing order; none for a single group. The first has no cells: nothing precedes its latent."""
+    """One step per group in drawing order, the first without cells: nothing precedes it. None for a single group."""
     levels = latent_levels(config)
     steps = nn.ModuleList()
     for k, level in enumerate(levels if not config.is_vanilla else []):
@@ -354,7 +356,7 @@ def build_decoder(config: NVAEConfig) -> nn.ModuleList:
 
 
 def build_samplers(config: NVAEConfig) -> tuple[nn.ModuleList, nn.ModuleList]:
-    """Convolutions to the raw parameters of the posterior of every group, and of the prior of every group but the first."""
+    """Convolutions to the raw parameters of every group's posterior, and of every prior but the first."""
     num_outputs = 2 * config.latent_channels
     levels = latent_levels(config)
     posteriors = [WNConv2d(config.encoder_channels << level, num_outputs, 3, padding=1) for level in levels]

@@ -1,7 +1,8 @@
-"""The NVAE reference release's names: its options and its state_dict keys, and ours. Nothing else in the project knows them.
+"""The options and state_dict keys of NVAE's reference release, and ours. Nothing else in the project knows them.
 
-Both state dicts list their entries in the same order. The reference release keeps cells and combiners of a tower in one flat list, and stores
-the three plain convolutions of an inverted residual cell twice, as `weight` and `weight_normalized`.
+Both state dicts list their entries in the same order. The reference release keeps cells and combiners of a tower in
+one flat list, and stores the three plain convolutions of an inverted residual cell twice, as `weight` and
+`weight_normalized`.
 """
 
 import re
@@ -14,7 +15,7 @@ from torch import Tensor
 from pipeline.likelihoods import BernoulliLikelihood, Likelihood, LogisticMixtureLikelihood, NormalLikelihood
 from pipeline.models.nvae import NVAE, NVAEConfig
 
-# ---- options -----------------------------------------------------------------------------------------------------------------
+# ---- options --------------------------------------------------------------------------------------------------------
 
 BINARY_DATASETS = ("mnist", "omniglot")
 BINARY_BORDER = 2
@@ -23,7 +24,8 @@ BINARY_BORDER = 2
 def config_from_reference(args: Mapping) -> tuple[NVAEConfig, tuple[int, int, int], int, int]:
     """(config, image_shape, border, bits) of the model that the reference release builds from these options.
 
-    Options that old releases lack take the values they had then. Raises ValueError for a data set or combination unknown to us.
+    Options that old releases lack take the values they had then. Raises ValueError for a data set or combination
+    unknown to us.
     """
     if args["num_preprocess_blocks"] != args["num_postprocess_blocks"]:
         raise ValueError(
@@ -78,7 +80,7 @@ def _image_size(dataset: str) -> int:
     return int(named[1])
 
 
-# ---- state dict --------------------------------------------------------------------------------------------------------------
+# ---- state dict -----------------------------------------------------------------------------------------------------
 
 # (reference, ours): beginnings of keys, where {} stands for a number
 TOP_LEVEL = [
@@ -135,7 +137,10 @@ def _inverted_residual(first: int) -> list[tuple[str, str]]:
 
 
 def import_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state_dict from the reference release's. Raises ValueError for an unknown key or an alias that differs from its weight."""
+    """Our state_dict from the reference release's.
+
+    Raises ValueError for an unknown key, or an alias that differs from its weight.
+    """
     for key in state:
         if key.endswith(".weight_normalized") and not torch.equal(state[key], state[key.removesuffix("_normalized")]):
             raise ValueError(f"{key} differs from the weight that it repeats: not a reference NVAE checkpoint")
@@ -146,7 +151,8 @@ def import_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def export_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The reference release's state_dict from ours, aliases included.
 
-    A model with a single latent group has no learned start; the reference release would want an (unused) `prior_ftr0` there.
+    A model with a single latent group has no learned start; the reference release would want an (unused) `prior_ftr0`
+    there.
     """
     exported = {}
     for ours, reference in reference_names(state).items():
@@ -181,7 +187,7 @@ def reference_names(our_keys: Iterable[str]) -> dict[str, str]:
 
 
 def _renamed(key: str, ups: set[str], reference_first: bool) -> str:
-    """One key translated, towers being flat on both sides; `ups` are the beginnings of the keys of cells that upsample."""
+    """One key translated, towers flat on both sides. `ups`: how the keys of upsampling cells begin."""
     top, rest = _replaced(key, TOP_LEVEL, reference_first)
     if top is None:
         raise ValueError(f"{key!r} is no key of an NVAE state_dict")
@@ -201,14 +207,14 @@ def _replaced(key: str, rules: list[tuple[str, str]], reference_first: bool) -> 
     return None, key
 
 
-# ---- towers: flat there, by step here ----------------------------------------------------------------------------------------
+# ---- towers: flat there, by step here -------------------------------------------------------------------------------
 
 TOWER_KEY = re.compile(r"(encoder|decoder)\.(\d+)\.(?:cells\.(\d+)|(combine))\.(.*)")
 FLAT_TOWER_KEY = re.compile(r"(encoder|decoder)\.(\d+)\.(.*)")
 
 
 def _nested(keys: list[str]) -> list[str]:
-    """encoder.7.* -> encoder.2.cells.1.* or encoder.2.combine.*: every combiner ends a step. flows.5.* -> flows.2.1.*."""
+    """encoder.7.* -> encoder.2.cells.1.* or encoder.2.combine.*, as a combiner ends a step; flows.5.* -> flows.2.1.*"""
     combiners = {
         tower: sorted(
             {int(m[2]) for m in map(FLAT_TOWER_KEY.match, keys) if m and m[1] == tower and m[3].startswith("combine.")}

@@ -15,11 +15,11 @@ MOMENTUM = 0.05
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch norm, optionally followed by an activation, with statistics over all processes while training.
 
-    torch's SyncBatchNorm refuses CPU tensors; this one works wherever all_gather and all_reduce do, and gives the numbers of a
-    single process that sees the whole batch. Not twice differentiable when distributed.
+    torch's SyncBatchNorm refuses CPU tensors; this one works wherever all_gather and all_reduce do, and gives the
+    numbers of a single process that sees the whole batch. Not twice differentiable when distributed.
 
-    `copies`: the input stands for one in which every pixel occurs that many times (nearest upsampling put off until after the
-    norm). Mean and variance are the same; the unbiased running variance is not.
+    `copies`: the input stands for one in which every pixel occurs that many times (nearest upsampling put off until
+    after the norm). Mean and variance are the same; the unbiased running variance is not.
     """
 
     def __init__(self, channels: int, activation: Callable[[Tensor], Tensor] | None = None, copies: int = 1):
@@ -41,7 +41,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     def _local(self, x: Tensor) -> Tensor:
         count = x.numel() // x.shape[1]
         running_var = self.running_var
-        # F.batch_norm scales the batch variance by count / (count - 1); other copies change that factor, so it gets an empty one
+        # F.batch_norm scales the batch variance by count / (count - 1), which copies change: there it gets a blank one
         if self.copies > 1:
             running_var = torch.zeros_like(running_var)
         y = F.batch_norm(x, self.running_mean, running_var, self.weight, self.bias, True, self.momentum, self.eps)
@@ -61,7 +61,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class GlobalBatchNorm(Function):
-    """(x, weight, bias, eps) -> (normalised x, mean, biased variance, count) with statistics over the batches of all processes."""
+    """(x, weight, bias, eps) -> (normalised x, mean, biased variance, count), moments over all processes' batches."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):

@@ -1,7 +1,7 @@
 """NVAE's residual cells (NVAE section 3.1.1, figure 3) and the architectures composed of them.
 
-Every cell maps (B, C, H, W) to: the same shape ("same"); twice the channels at half the size ("down"); half the channels at twice
-the size ("up").
+Every cell maps (B, C, H, W) to: the same shape ("same"); twice the channels at half the size ("down"); half the
+channels at twice the size ("up").
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.nn.batch_norm import BatchNorm2d
+from pipeline.nn.depthwise import DepthwiseConv2d
 from pipeline.nn.layers import SqueezeExcitation, WNConv2d
 
 Resize = Literal["same", "down", "up"]
@@ -52,8 +53,9 @@ class BNELUConv(nn.Module):
 class InvertedResidual(nn.Module):
     """Expand by a 1x1, mix in space depthwise, project by a 1x1 (Sandler et al. 2018); no weight norm, no biases.
 
-    An "up" cell upsamples by nearest neighbours. Upsampling first, as the paper draws it, gives the same function at four times the
-    work: batch norm, 1x1 convolution and swish see every pixel four times over. So it waits until the depthwise convolution.
+    An "up" cell upsamples by nearest neighbours. Upsampling first, as the paper draws it, gives the same function at
+    four times the work: batch norm, 1x1 convolution and swish see every pixel four times over. So it waits until the
+    depthwise convolution.
     """
 
     def __init__(self, channels, out_channels, resize: Resize, expansion: int, kernel: int = 5, group_width: int = 1):
@@ -63,10 +65,7 @@ class InvertedResidual(nn.Module):
         self.bn_in = BatchNorm2d(channels, copies=copies)
         self.expand = nn.Conv2d(channels, hidden, 1, bias=False)
         self.bn_expand = BatchNorm2d(hidden, activation=F.silu, copies=copies)
-        stride = 2 if resize == "down" else 1
-        self.depthwise = nn.Conv2d(
-            hidden, hidden, kernel, stride, padding=kernel // 2, groups=hidden // group_width, bias=False
-        )
+        self.depthwise = _spatial_conv(hidden, kernel, 2 if resize == "down" else 1, group_width)
         self.bn_depthwise = BatchNorm2d(hidden, activation=F.silu)
         self.project = nn.Conv2d(hidden, out_channels, 1, bias=False)
         self.bn_out = BatchNorm2d(out_channels)
@@ -79,8 +78,16 @@ class InvertedResidual(nn.Module):
         return self.bn_out(self.project(h))
 
 
+def _spatial_conv(channels: int, kernel: int, stride: int, group_width: int) -> nn.Module:
+    """Convolution in groups of `group_width` channels, depthwise for 1."""
+    if stride == group_width == 1:
+        return DepthwiseConv2d(channels, kernel)
+    groups = channels // group_width
+    return nn.Conv2d(channels, channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+
+
 class FactorizedReduce(nn.Module):
-    """Swish, then (B, C, H, W) -> (B, C', H/2, W/2) by four 1x1 convolutions of stride 2, one for each pixel of every 2x2 square."""
+    """Swish, then (B, C, H, W) -> (B, C', H/2, W/2): a 1x1 convolution for each pixel of every 2x2 square."""
 
     TAPS = ((0, 0), (1, 1), (0, 1), (1, 0))
     """(row, column) inside the square that each convolution reads."""
@@ -151,7 +158,7 @@ def resized_channels(channels: int, resize: Resize) -> int:
     return {"same": channels, "down": 2 * channels, "up": channels // 2}[resize]
 
 
-# ---- architectures: which branch each kind of cell has -----------------------------------------------------------------------
+# ---- architectures: which branch each kind of cell has --------------------------------------------------------------
 
 BranchFactory = Callable[[int, int, Resize], list[nn.Module]]
 """(channels, out_channels, resize) -> the modules of the branch, in order."""
@@ -189,4 +196,4 @@ CELLS: dict[str, dict[str, BranchFactory]] = {
     "res35_mbconv": _cells(_dilated["35"], _dilated["35"], _e6, _e3),
     "res55_mbconv": _cells(_dilated["55"], _dilated["55"], _e6, _e3),
 }
-"""Branches of the four kinds of cell, by the reference release's name of the architecture. `res_mbconv` is the paper's."""
+"""Branches of the four kinds of cell, by the reference release's name for them together; `res_mbconv` is the paper's."""

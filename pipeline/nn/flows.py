@@ -12,8 +12,8 @@ LOG_INITIAL_SHIFT = -2.302585092994046  # log 0.1
 class ShiftFlow(nn.Module):
     """z -> z - mu(z), where mu of a pixel and channel sees only earlier ones, so the log-determinant is exactly 0.
 
-    "Earlier" is raster order, turned round spatially when mirrored. z: (B, channels, H, W). ELU is applied twice in the middle, as
-    the reference release does.
+    "Earlier" is raster order, turned round spatially when mirrored. z: (B, channels, H, W). ELU is applied twice in
+    the middle, as the reference release does.
     """
 
     def __init__(self, channels: int, mirrored: bool):

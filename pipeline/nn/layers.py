@@ -1,7 +1,8 @@
 """Convolutions with weight normalisation, and squeeze-excitation.
 
-A network with hundreds of normalised convolutions spends much of a small step on tiny kernels, so the effective weights of all of
-them are computed together, stacked by shape: `effective_weights`. A model wraps each of its passes in `normalized_once`.
+A network with hundreds of normalised convolutions spends much of a small step on tiny kernels, so the effective
+weights of all of them are computed together, stacked by shape: `effective_weights`. A model wraps each of its passes
+in `normalized_once`.
 """
 
 from collections import defaultdict
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pipeline.nn.depthwise import depthwise_conv2d
 
 NORM_EPSILON = 1e-5
 INITIAL_NORM_EPSILON = 1e-2
@@ -45,8 +48,9 @@ class WNConv2d(nn.Conv2d):
 class MaskedWNConv2d(WNConv2d):
     """Weight-normalised convolution that sees only earlier pixels in raster order (later ones when mirrored).
 
-    At the centre tap, output channel block i sees input channel blocks up to i, without i itself when `strict`: an autoregressive
-    order of the channels too. Mirroring turns the spatial order only. Kernel odd, padded to the same size.
+    At the centre tap, output channel block i sees input channel blocks up to i, without i itself when `strict`: an
+    autoregressive order of the channels too. Mirroring turns the spatial order only. Kernel odd, padded to the same
+    size.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, strict=False, mirrored=False, groups=1, bias=False):
@@ -56,13 +60,18 @@ class MaskedWNConv2d(WNConv2d):
         norm = (self.weight.detach() * self.mask).flatten(1).norm(dim=1)
         self.log_norm.data.copy_(torch.log(norm + INITIAL_NORM_EPSILON).view(-1, 1, 1, 1))
 
+    def forward(self, x: Tensor) -> Tensor:
+        if self.groups == 1:
+            return super().forward(x)
+        return depthwise_conv2d(x, self.current_weight(), self.padding[0])
+
     @property
     def stack_key(self) -> tuple:
         return tuple(self.weight.shape), self.groups, self.strict, self.mirrored
 
 
 def causal_mask(in_channels, out_channels, kernel_size, strict, mirrored, groups) -> Tensor:
-    """Mask (C_out, C_in / groups, k, k) of 0 and 1: rows above the centre, left of it in its row, and part of the centre tap."""
+    """0/1 mask (C_out, C_in / groups, k, k): rows above the centre, left of it in its row, part of the centre tap."""
     centre = kernel_size // 2
     mask = torch.zeros(out_channels, in_channels // groups, kernel_size, kernel_size)
     mask[:, :, :centre] = 1
@@ -76,7 +85,7 @@ def causal_mask(in_channels, out_channels, kernel_size, strict, mirrored, groups
 
 
 def _channel_mask(in_channels: int, out_channels: int, strict: bool) -> Tensor:
-    """(C_out, C_in): channels fall into min(C_in, C_out) blocks; a block sees the blocks before it, and itself unless strict."""
+    """(C_out, C_in): of min(C_in, C_out) blocks of channels, each sees those before it, and itself unless strict."""
     num_blocks = min(in_channels, out_channels)
     blocks = torch.ones(num_blocks, num_blocks).tril(-1 if strict else 0)
     rows, columns = out_channels // num_blocks, in_channels // num_blocks
@@ -84,14 +93,14 @@ def _channel_mask(in_channels: int, out_channels: int, strict: bool) -> Tensor:
 
 
 def find_convs(model: nn.Module) -> dict[str, nn.Module]:
-    """Every convolution of the model by name, normalised or plain, in registration order. Linear layers are not among them."""
+    """Every convolution of the model by name, normalised or plain, in registration order; no linear layers."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
 
 
 def effective_weights(convs: Sequence[nn.Module], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """The weight that each convolution applies (normalised and masked where it is), differentiable; cast to `dtype` if given.
+    """The weight that each convolution applies, normalised and masked where it is, differentiable.
 
-    Normalised convolutions of equal shape are stacked: one norm and one scale per shape.
+    Normalised convolutions of equal shape are stacked: one norm, one scale and (if `dtype` is given) one cast per shape.
     """
     weights: list[Tensor] = [conv.weight for conv in convs]
     stacks = defaultdict(list)
@@ -100,13 +109,13 @@ def effective_weights(convs: Sequence[nn.Module], dtype: torch.dtype | None = No
             stacks[conv.stack_key].append(index)
     for indices in stacks.values():
         stack = _normalized_stack([convs[index] for index in indices])
-        for index, weight in zip(indices, stack.to(dtype).unbind(0), strict=True):
+        for index, weight in zip(indices, (stack if dtype is None else stack.to(dtype)).unbind(0), strict=True):
             weights[index] = weight
     return weights
 
 
 def _normalized_stack(convs: list[WNConv2d]) -> Tensor:
-    """Effective weights (n, C_out, C_in / groups, k, k) of convolutions of one shape, in the memory format of the first."""
+    """Effective weights (n, C_out, C_in / groups, k, k) of convolutions of one `stack_key`, memory format kept."""
     first = convs[0].weight
     channels_last = not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last)
     order = (0, 2, 3, 1) if channels_last else (0, 1, 2, 3)  # stacking dense tensors is one plain copy each

@@ -1,0 +1,63 @@
+"""Depthwise convolution with a faster weight gradient on CPU.
+
+The library's gradient with respect to depthwise weights costs about ten times its forward pass on CPU, which made it
+the largest single item of a training step. The same sums are a forward convolution, image by image, of the input with
+the output's gradient as its kernel, and that takes half the time or less.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """x (B, C, H, W), weight (C, 1, k, k) -> (B, C, H', W') at stride 1, each channel by its own kernel.
+
+    The faster gradient serves float32 in channels_last on CPU; anything else goes the ordinary way. Not twice
+    differentiable there.
+    """
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+    if channels_last and float32 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _DepthwiseOnCPU.apply(x, weight, padding)
+    return F.conv2d(x, weight, padding=padding, groups=x.shape[1])
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """Depthwise convolution at stride 1 without bias, padded to the same size."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv2d(x, self.weight, self.padding[0])
+
+
+class _DepthwiseOnCPU(Function):
+    @staticmethod
+    def forward(ctx, x, weight, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.padding = padding
+        return F.conv2d(x, weight, padding=padding, groups=x.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.nn.grad.conv2d_input(x.shape, weight, dy, padding=ctx.padding, groups=x.shape[1])
+        if ctx.needs_input_grad[1]:
+            dweight = _weight_gradient(x, dy, ctx.padding)
+        return dx, dweight, None
+
+
+def _weight_gradient(x: Tensor, dy: Tensor, padding: int) -> Tensor:
+    """(C, 1, k, k): for every channel, the correlation of x with dy, summed over the images."""
+    kernels = dy.contiguous(memory_format=torch.channels_last).unsqueeze(2)  # (B, C, 1, H', W')
+    total = F.conv2d(x[:1], kernels[0], padding=padding, groups=x.shape[1])  # (1, C, k, k)
+    for image, kernel in zip(x[1:].split(1), kernels[1:], strict=True):
+        total += F.conv2d(image, kernel, padding=padding, groups=x.shape[1])
+    return total.transpose(0, 1)
