@@ -81,7 +81,7 @@ def _image_members(path: Path, encoding: str) -> list[tuple[str, int, int]]:
 
 
 def _check_samples(path: Path, rows: np.ndarray, manifest: Manifest) -> Iterator[str]:
-    samples = _stock_samples(path)
+    samples = _stock_samples(path, manifest["image"]["channels"])
     image = manifest["image"]
     shape = (image["height"], image["width"], image["channels"])
     with open(path, "rb") as file:
@@ -93,10 +93,10 @@ def _check_samples(path: Path, rows: np.ndarray, manifest: Manifest) -> Iterator
                 yield f"{path.name}: sample {key}: {what}"
 
 
-def _stock_samples(path: Path) -> Iterator[dict[str, Any]]:
+def _stock_samples(path: Path, channels: int) -> Iterator[dict[str, Any]]:
     import webdataset  # here, as it imports torch, which conversion has no need of
 
-    return iter(webdataset.WebDataset([str(path)], shardshuffle=False).decode("pil"))
+    return iter(webdataset.WebDataset([str(path)], shardshuffle=False).decode("pill" if channels == 1 else "pil"))
 
 
 def _differences(
@@ -108,7 +108,7 @@ def _differences(
     theirs = np.asarray(sample[manifest["encoding"]])
     if ours.shape != shape or ours.dtype != np.uint8:
         yield f"is {ours.dtype} {ours.shape}, the manifest says uint8 {shape}"
-    elif not np.array_equal(theirs.reshape(shape), ours):
+    elif not np.array_equal(theirs.reshape(*theirs.shape[:2], -1), ours):
         yield "its picture differs between webdataset and the index"
     if "label" in row.dtype.names and sample["cls"] != row["label"]:
         yield f"label {sample['cls']} in the tar, {row['label']} in the index"
