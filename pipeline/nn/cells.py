@@ -196,4 +196,4 @@ CELLS: dict[str, dict[str, BranchFactory]] = {
     "res35_mbconv": _cells(_dilated["35"], _dilated["35"], _e6, _e3),
     "res55_mbconv": _cells(_dilated["55"], _dilated["55"], _e6, _e3),
 }
-"""Branches of the four kinds of cell, by the reference release's name for them together; `res_mbconv` is the paper's."""
+"""Branches of the four kinds of cell, by the reference release's name for the four; `res_mbconv` is the paper's."""

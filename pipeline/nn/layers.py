@@ -100,7 +100,7 @@ def find_convs(model: nn.Module) -> dict[str, nn.Module]:
 def effective_weights(convs: Sequence[nn.Module], dtype: torch.dtype | None = None) -> list[Tensor]:
     """The weight that each convolution applies, normalised and masked where it is, differentiable.
 
-    Normalised convolutions of equal shape are stacked: one norm, one scale and (if `dtype` is given) one cast per shape.
+    Normalised convolutions of equal shape are stacked: one norm, one scale and, given a `dtype`, one cast per shape.
     """
     weights: list[Tensor] = [conv.weight for conv in convs]
     stacks = defaultdict(list)
