@@ -25,7 +25,7 @@ from pipeline.resume import changed_settings, check_fingerprint
 from pipeline.runtime import Runtime
 from pipeline.sampling import Pictures
 from pipeline.state import TrainingState
-from pipeline.trace import Trace
+from pipeline.data_trace import Trace
 from pipeline.tracking import Tracker
 from pipeline.trainer import Cadence, Trainer
 

@@ -1,0 +1,210 @@
+"""Whole training steps of three small NVAEs: images per second and peak memory, ours beside plainer forms of the same function.
+
+    python -m benchmarks.training [--rounds 8] [--steps 3] [--cases cifar-small ...]
+
+A step is forward, backward, regularizers and optimizer on images that are in memory already. The forms:
+  default      this trainer's defaults for the device
+  bf16         the same with train.precision=bf16
+  contiguous   the same with train.channels_last=false
+  plain        the specification written down layer by layer (tests/nvae_restatement.py), contiguous float32, torch.optim.Adamax
+Each form lives in its own process; they take turns, so that a drifting machine troubles all alike. Run it alone.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+CASES = {
+    # reference options, batch size; the first two are those of which facts about the reference release are known
+    "mnist-small": ({"dataset": "mnist", "num_latent_scales": 2, "num_groups_per_scale": 4, "ada_groups": True, "num_latent_per_group": 8,
+                     "num_channels_enc": 16, "num_channels_dec": 16, "num_cell_per_cond_enc": 1, "num_cell_per_cond_dec": 1,
+                     "num_preprocess_blocks": 2, "num_preprocess_cells": 3, "num_postprocess_blocks": 2, "num_postprocess_cells": 3}, 16),
+    "cifar-small": ({"dataset": "cifar10", "num_latent_scales": 1, "num_groups_per_scale": 6, "num_latent_per_group": 10,
+                     "num_channels_enc": 32, "num_channels_dec": 32, "num_cell_per_cond_enc": 2, "num_cell_per_cond_dec": 2}, 8),
+    "celeba-small": ({"dataset": "celeba_64", "num_latent_scales": 3, "num_groups_per_scale": 5, "ada_groups": True,
+                      "num_latent_per_group": 8, "num_channels_enc": 16, "num_channels_dec": 16, "num_cell_per_cond_enc": 1,
+                      "num_cell_per_cond_dec": 1, "num_nf": 1}, 4),
+}  # fmt: skip
+COMMON = {
+    "batch_size": 0, "weight_decay": 3e-4, "weight_decay_norm": 1e-2, "weight_decay_norm_init": 10.0, "weight_decay_norm_anneal": False,
+    "arch_instance": "res_mbconv", "kl_anneal_portion": 0.3, "kl_const_portion": 1e-4, "kl_const_coeff": 1e-4, "num_nf": 0,
+    "num_x_bits": 8, "ada_groups": False, "min_groups_per_scale": 1, "num_preprocess_blocks": 1, "num_preprocess_cells": 2,
+    "num_postprocess_blocks": 1, "num_postprocess_cells": 2, "num_mixture_dec": 10, "use_se": True, "res_dist": True,
+}  # fmt: skip
+FORMS = ("default", "bf16", "contiguous", "plain")
+TOTAL_STEPS = 1000
+
+
+def reference_options(case: str) -> tuple[dict, int]:
+    """The case's options by the reference release's names, and its batch size."""
+    options, batch_size = CASES[case]
+    return COMMON | options, batch_size
+
+
+def random_images(case: str, batch_size: int) -> torch.Tensor:
+    from tests.nvae_restatement_layout import image_shape
+
+    shape = image_shape(reference_options(case)[0])
+    images = torch.randint(0, 256, (batch_size, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return (images > 127) * torch.tensor(255, dtype=torch.uint8) if shape[0] == 1 else images
+
+
+def build_ours(case: str, **train) -> Callable[[int], None]:
+    """(step) -> one whole step of this trainer."""
+    from pipeline.data.loader import Batch
+    from pipeline.data.preprocess import to_model_input
+    from pipeline.models.nvae import NVAE
+    from pipeline.models.nvae_names import config_from_reference
+    from pipeline.objective import Objective, ObjectiveConfig
+    from pipeline.optim import LearningRate, OptimConfig, build_optimizer
+    from pipeline.regularizers import RegularizerConfig, Regularizers
+    from pipeline.runtime import Runtime
+    from pipeline.state import TrainingState
+    from pipeline.trainer import TrainConfig, Trainer
+
+    options, batch_size = reference_options(case)
+    config = TrainConfig(steps=TOTAL_STEPS, batch_size=batch_size, **train)
+    runtime = Runtime(config.precision)
+    torch.manual_seed(0)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model = NVAE(*config_from_reference(options)).to(memory_format=layout).to(runtime.device)
+    wrapped, optimizer = runtime.prepare(model, build_optimizer(model, OptimConfig(warmup_steps=50)))
+    trainer = Trainer(
+        config,
+        runtime=runtime,
+        model=model,
+        wrapped_model=wrapped,
+        state=TrainingState(model, optimizer, Regularizers(RegularizerConfig(), model, 0), None),
+        objective=Objective(ObjectiveConfig(), model.groups, TOTAL_STEPS),
+        learning_rate=LearningRate(OptimConfig(warmup_steps=50), TOTAL_STEPS, TOTAL_STEPS),
+        clip=None,
+        total_steps=TOTAL_STEPS,
+        batches=lambda step: (),
+        model_input=lambda batch: to_model_input(batch.images.to(runtime.device)).contiguous(memory_format=layout),
+    )
+    images = random_images(case, batch_size)
+
+    def step(number: int) -> None:
+        positions = torch.arange(number * batch_size, (number + 1) * batch_size)
+        empty = torch.empty(batch_size, 0)
+        assert trainer.train_step(number, [Batch(images, positions, positions, positions, empty, empty)])
+
+    return step
+
+
+def build_plain(case: str) -> Callable[[int], None]:
+    """(step) -> one whole step of the restated specification."""
+    from tests import nvae_restatement as spec
+    from tests.nvae_restatement_layout import latent_shapes, parameter_order, random_state
+
+    options, batch_size = reference_options(case)
+    state = {k: v.float() if v.is_floating_point() else v for k, v in random_state(options, seed=0).items()}
+    net = spec.Net(options, spec.with_gradient(options, state), training=True)
+    u = {n: torch.randn(len(net.state[f"{n}.weight"])) for names in spec.conv_matrices(net.state).values() for n in names}
+    optimizer = torch.optim.Adamax([net.state[n] for n in parameter_order(options)], lr=1e-4, eps=1e-3, weight_decay=3e-4, foreach=False)
+    x = random_images(case, batch_size).float() / 255
+
+    def step(number: int) -> None:
+        noise = [torch.randn(batch_size, *shape) for shape in latent_shapes(options)]
+        terms = spec.training_loss(net, x, noise, number, TOTAL_STEPS, u)
+        optimizer.zero_grad(set_to_none=True)
+        terms["total"].backward()
+        optimizer.step()
+        u.update(terms["u"])
+
+    return step
+
+
+def serve(case: str, form: str) -> None:
+    """A form's process: for each line "first count" on standard input, takes those steps and prints their seconds and the peak memory."""
+    settings = {"default": {}, "bf16": {"precision": "bf16"}, "contiguous": {"channels_last": False}}
+    if form == "plain":
+        torch.set_num_threads(len(__import__("os").sched_getaffinity(0)))
+        step = build_plain(case)
+    else:
+        step = build_ours(case, **settings[form])
+    for line in sys.stdin:
+        first, count = map(int, line.split())
+        start = time.perf_counter()
+        for number in range(first, first + count):
+            step(number)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps([seconds, peak]), flush=True)
+
+
+class Contestant:
+    """The parent's side of one form's process."""
+
+    def __init__(self, case: str, form: str):
+        command = [sys.executable, "-m", "benchmarks.training", "--serve", case, form]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.seconds: list[float] = []
+        self.peak, self.step = 0, 0
+
+    def turn(self, steps: int, counted: bool) -> None:
+        self.process.stdin.write(f"{self.step} {steps}\n")
+        self.process.stdin.flush()
+        seconds, self.peak = json.loads(self.process.stdout.readline())
+        self.step += steps
+        if counted:
+            self.seconds.append(seconds / steps)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compete(case: str, forms: list[str], rounds: int, steps: int) -> dict[str, Contestant]:
+    """All forms of a case, in turns; the first turn is a warm-up."""
+    contestants = {form: Contestant(case, form) for form in forms}
+    for number in tqdm(range(rounds + 1), desc=case, unit="round"):
+        for contestant in contestants.values():
+            contestant.turn(steps, counted=number > 0)
+    for contestant in contestants.values():
+        contestant.close()
+    return contestants
+
+
+def table(results: dict[str, dict[str, Contestant]]) -> str:
+    """Markdown: images/s (median), peak memory, and how many times faster the default is, pair by pair."""
+    lines = ["| case | form | images/s | peak GiB | default is faster by |", "|---|---|---|---|---|"]
+    ratios: dict[str, list[float]] = {}
+    for case, forms in results.items():
+        batch_size = reference_options(case)[1]
+        for form, contestant in forms.items():
+            pairs = [theirs / ours for theirs, ours in zip(contestant.seconds, forms["default"].seconds, strict=True)]
+            ratios.setdefault(form, []).append(statistics.median(pairs))
+            speed = batch_size / statistics.median(contestant.seconds)
+            lines.append(f"| {case} | {form} | {speed:.1f} | {contestant.peak / 2**30:.2f} | {ratios[form][-1]:.2f} |")
+    lines += [f"| geometric mean | {form} | | | {statistics.geometric_mean(values):.2f} |" for form, values in ratios.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=8, help="counted turns of each form (default 8)")
+    parser.add_argument("--steps", type=int, default=3, help="training steps in a turn (default 3)")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="always with 'default'")
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(*arguments.serve)
+        return
+    forms = ["default", *(form for form in arguments.forms if form != "default")]
+    print(table({case: compete(case, forms, arguments.rounds, arguments.steps) for case in arguments.cases}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Recipes: the shipped ones hold, and what spans sections is checked with a message that names the remedy."""
+
+import pytest
+import torch
+
+from pipeline.config import ConfigError, load_yaml
+from pipeline.recipe import RECIPES, Recipe, build_model, load_recipe, recipe_path, total_steps
+from pipeline.session import describe
+
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+PUBLISHED = {"nvae_mnist": 33_363_134, "nvae_cifar10": 130_852_480, "nvae_celeba64": 153_281_364}
+"""Parameters of the paper's models."""
+
+
+def test_the_recipes_users_are_told_of_are_there():
+    assert set(SHIPPED) >= {"nvae", "nvae_mnist", "nvae_cifar10", "nvae_celeba64", "nvae_mnist_small"}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_recipe_is_a_whole_file(name):
+    """No inheritance: each names its model, data and duration, and says in its head what it is."""
+    path = recipe_path(name)
+    recipe = load_recipe(path, [])
+    assert path.read_text().startswith("# ")
+    assert {"model", "data", "train", "optim", "validation", "samples", "checkpoint", "tracking"} <= set(load_yaml(path))
+    assert recipe.data.root
+    assert recipe.data.source
+
+
+@pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items())
+def test_the_papers_models_have_the_papers_size(name, parameters):
+    recipe = load_recipe(recipe_path(name), [])
+    with torch.device("meta"):
+        model = build_model(recipe)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert f"{parameters:,} parameters" in describe(recipe)
+
+
+def test_the_description_names_every_group_with_its_shape(make_recipe):
+    text = describe(make_recipe())
+    assert all(line in text for line in ("4x4_group00        2x4x4", "8x8_group00        2x8x8", "8x8_group01        2x8x8"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.micro_batch=3"], "train.micro_batch: 3 does not divide train.batch_size=8; [1, 2, 4, 8] do"),
+        (["train.steps=null"], "give one of train.steps and train.epochs"),
+        (["data.size=18"], "16 or 20 would work"),
+        (["data.channels=1"], "likelihood logistic_mixture needs 3 image channels"),
+        (["train.precision=fp8"], "train.precision: 'fp8' is not allowed; choose from 'fp32', 'bf16' or 'fp64'"),
+        (["tracking.wandb=of"], "tracking.wandb"),
+    ],
+)
+def test_a_wrong_combination_says_what_to_change(make_recipe, words, message):
+    with pytest.raises(ConfigError) as error:
+        make_recipe(*words)
+    assert message in str(error.value)
+
+
+def test_epochs_on_the_command_line_replace_steps(tmp_path):
+    path = recipe_path("nvae_mnist_small")
+    recipe: Recipe = load_recipe(path, ["train.epochs=1.5"])
+    assert recipe.train.steps is None
+    assert total_steps(recipe, 60_000) == round(1.5 * 60_000 / 64)
+    assert load_recipe(recipe_path("nvae_mnist"), ["train.steps=7"]).train.epochs is None
+    with pytest.raises(ConfigError, match="give one of"):
+        load_recipe(path, ["train.epochs=1", "train.steps=2"])
+
+
+def test_an_unknown_model_lists_the_known():
+    with pytest.raises(ConfigError, match="there is no such recipe; known: .*nvae_celeba64"):
+        recipe_path("nave")
