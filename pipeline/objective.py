@@ -84,7 +84,8 @@ class Objective:
         means = torch.stack([kl.detach().mean(dim=0), kl.detach().abs().mean(dim=0)])  # (2, G)
         mean_kl, mean_abs_kl = self.mean_over_ranks(means)  # one collective for both
         if self.config.free_bits:
-            kl = kl.where(mean_kl > self.config.free_bits, self.config.free_bits)
+            spared = mean_kl <= self.config.free_bits  # false for NaN, which must reach the loss
+            kl = kl.masked_fill(spared, self.config.free_bits)
         if balancing:
             self._alpha = self._alpha.to(kl)  # moves once
             kl = balancing_weights(mean_abs_kl, self._alpha) * kl

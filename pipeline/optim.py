@@ -65,7 +65,7 @@ class LearningRate:
         self.config = config
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
-        self.warmup_steps = config.warmup_steps or config.warmup_epochs * steps_per_epoch
+        self.warmup_steps = config.warmup_steps or round(config.warmup_epochs * steps_per_epoch)
         self.warmup_epochs = config.warmup_epochs or config.warmup_steps / steps_per_epoch
 
     def __call__(self, step: int) -> float:
@@ -92,12 +92,9 @@ class LearningRate:
         if step < self.warmup_steps:
             return self.config.lr * step / self.warmup_steps
         peak = self.config.lr * (1 - 1 / self.warmup_steps) if self.warmup_steps else self.config.lr
-        epoch = math.floor(step / self.steps_per_epoch)
-        fallen = epoch - math.floor(
-            self.warmup_epochs
-        )  # epochs since the warm-up; the first of them still holds the peak
-        epochs = math.ceil(self.total_steps / self.steps_per_epoch) - math.floor(self.warmup_epochs) - 1
-        return self._fall(peak, fallen / epochs) if fallen > 0 else peak
+        held = math.floor(self.warmup_epochs)  # index of the epoch that holds the peak
+        epoch, last = math.floor(step / self.steps_per_epoch), round(self.total_steps / self.steps_per_epoch) - 1
+        return self._fall(peak, (epoch - held) / max(last - held, 1)) if epoch > held else peak
 
     def _fall(self, peak: float, progress: float) -> float:
         """Half a cosine from `peak` at progress 0 to `lr_min` at progress 1 and after."""
