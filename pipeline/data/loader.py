@@ -5,6 +5,7 @@ alone. So the number of workers cannot change what the model sees, and starting 
 """
 
 import signal
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Binarise, Preprocess
-from pipeline.data.shards import TarShards
+from pipeline.data.shards import DamagedShard, TarShards
 from pipeline.schema import Section
 
 
@@ -65,6 +66,34 @@ class Batch(NamedTuple):
     """(b, A) int8: 1 present, 0 absent, -1 unknown; A = 0 in a set without attributes."""
 
 
+class Batches:
+    """Items `numbers` of a data set of whole batches, read ahead by a DataLoader; each iteration begins anew.
+
+    A damaged shard ends the iteration with its own error, whichever worker met it. Workers hand the error over as an
+    item: DataLoader would wrap a raised one in the worker's traceback, in a reference cycle that keeps workers alive.
+    """
+
+    def __init__(self, dataset: Dataset, numbers: range, workers: int, pin_memory: bool):
+        self._loader = DataLoader(
+            dataset,
+            batch_size=None,  # an item is a batch already
+            sampler=numbers,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            worker_init_fn=_start_worker,
+            prefetch_factor=4 if workers else None,
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for item in self._loader:
+            if isinstance(item, DamagedShard):
+                raise item
+            yield item
+
+
 def check_data(config: DataConfig, shards: TarShards) -> None:
     """Raises ValueError, naming the setting, when the shard set is not what the recipe expects."""
     height, width, channels = shards.image_shape
@@ -92,17 +121,17 @@ def build_train_loader(
     world_size: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
-) -> DataLoader:
+) -> Batches:
     """This rank's share of the global micro-batches start, start + 1 ... stop - 1: one Batch each.
 
     Micro-batch m holds the positions [m * micro_batch, (m + 1) * micro_batch); rank r takes the r-th of `world_size`
-    equal, contiguous shares. Iterate once: every iteration begins at `start` again. Raises ValueError when the shares
+    equal, contiguous shares. Raises ValueError when the shares
     would be unequal; a damaged shard's error comes out of the iteration with its own message, whichever worker met it.
     """
     if micro_batch % world_size:
         raise ValueError(f"a global micro-batch of {micro_batch} does not divide among {world_size} processes")
     dataset = _TrainBatches(shards, preprocess, order, micro_batch, rank, world_size)
-    return _loader(dataset, range(start, stop), workers, pin_memory)
+    return Batches(dataset, range(start, stop), workers, pin_memory)
 
 
 def build_eval_loader(
@@ -114,7 +143,7 @@ def build_eval_loader(
     limit: int | None = None,
     workers: int = 0,
     pin_memory: bool = False,
-) -> DataLoader:
+) -> Batches:
     """The first `limit` samples (default: all) in natural order, each on one rank; positions are indices, epochs 0.
 
     `batch_size` is global: a rank gets about batch_size / world_size samples at a time. Ragged tails are kept, so ranks
@@ -124,7 +153,7 @@ def build_eval_loader(
     count = len(shards) if limit is None else min(limit, len(shards))
     mine = range(count * rank // world_size, count * (rank + 1) // world_size)
     dataset = _EvalBatches(shards, preprocess, mine, max(1, batch_size // world_size))
-    return _loader(dataset, range(len(dataset)), workers, pin_memory)
+    return Batches(dataset, range(len(dataset)), workers, pin_memory)
 
 
 class _TrainBatches(Dataset):
@@ -139,7 +168,7 @@ class _TrainBatches(Dataset):
         self.micro_batch = micro_batch
         self.share = range(micro_batch * rank // world_size, micro_batch * (rank + 1) // world_size)
 
-    def __getitem__(self, number: int) -> Batch:
+    def __getitem__(self, number: int) -> Batch | DamagedShard:
         positions = np.asarray(self.share) + number * self.micro_batch
         epochs, indices = self.order.at(positions)
         return _read_batch(self.shards, self.preprocess, positions, epochs, indices)
@@ -157,32 +186,24 @@ class _EvalBatches(Dataset):
     def __len__(self) -> int:
         return -(-len(self.mine) // self.batch)
 
-    def __getitem__(self, number: int) -> Batch:
+    def __getitem__(self, number: int) -> Batch | DamagedShard:
         indices = np.asarray(self.mine[number * self.batch : (number + 1) * self.batch])
         return _read_batch(self.shards, self.preprocess, indices, np.zeros_like(indices), indices)
 
 
 def _read_batch(
     shards: TarShards, preprocess: Preprocess, positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray
-) -> Batch:
-    images = preprocess(shards.images(indices), epochs, indices)
-    columns = (images, positions, epochs, indices, shards.labels(indices), shards.attributes(indices))
+) -> Batch | DamagedShard:
+    """The batch, or the error that the training process shall raise."""
+    try:
+        images = preprocess(shards.images(indices), epochs, indices)
+        columns = (images, positions, epochs, indices, shards.labels(indices), shards.attributes(indices))
+    except DamagedShard as error:
+        return DamagedShard(str(error))  # without the traceback, which does not travel
     return Batch(*map(torch.from_numpy, columns))
 
 
-def _loader(dataset: Dataset, numbers: range, workers: int, pin_memory: bool) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_size=None,  # an item is a batch already
-        sampler=numbers,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-        prefetch_factor=4 if workers else None,
-    )
-
-
 def _start_worker(_worker: int) -> None:
-    """Ctrl-C reaches the whole process group: the training process decides what it means and stops its workers."""
+    """Ctrl-C reaches the whole process group; the training process decides what it means and stops its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
