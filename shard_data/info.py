@@ -1,5 +1,6 @@
 """A shard set at a glance: a table, and a contact sheet with labels."""
 
+import contextlib
 import textwrap
 from collections.abc import Iterator
 from itertools import islice
@@ -9,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from shard_data import manifest as manifests
-from shard_data.errors import DataError
+from shard_data.errors import Damaged, DataError
 from shard_data.files import replacing
 from shard_data.manifest import Manifest
 from shard_data.shard import decode_image
@@ -38,8 +39,7 @@ def describe(root: str | Path) -> str:
 def _frequencies(root: Path, manifest: Manifest) -> Iterator[str]:
     """How often each class and attribute comes in the first split."""
     split = next(iter(manifest["splits"]))
-    indexes = [np.load(root / shard["index"], allow_pickle=False) for shard in manifest["splits"][split]["shards"]]
-    rows = np.concatenate(indexes)
+    rows = np.concatenate([_index(root / shard["index"]) for shard in manifest["splits"][split]["shards"]])
     if manifest["classes"]:
         yield f"classes in {split}:"
         counts = np.bincount(rows["label"], minlength=len(manifest["classes"]))
@@ -74,10 +74,24 @@ def _table(rows: list[list[Image.Image]]) -> Image.Image:
 
 def _samples(root: Path, manifest: Manifest) -> Iterator[tuple[np.ndarray, np.void]]:
     for shard in manifests.all_shards(manifest):
-        with open(root / shard["file"], "rb") as file:
-            for row in np.load(root / shard["index"], allow_pickle=False):
+        rows = _index(root / shard["index"])
+        with _reading(root / shard["file"]), open(root / shard["file"], "rb") as file:
+            for row in rows:
                 file.seek(int(row["offset"]))
                 yield decode_image(file.read(int(row["size"])), manifest["encoding"]), row
+
+
+def _index(path: Path) -> np.ndarray:
+    with _reading(path):
+        return np.load(path, allow_pickle=False)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, EOFError) as error:
+        raise Damaged(f"{path}: cannot be read ({error}); python -m shard_data verify tells more") from None
 
 
 def _caption(row: np.void, manifest: Manifest) -> str:

@@ -22,9 +22,9 @@ class Journal:
         self.folder = folder
         self.path = folder / FILE
         lines = _lines(self.path)
-        head = lines[0] if lines else {"plan": None, "ours": []}
+        head = lines[0] if lines and "plan" in lines[0] else {"plan": None, "ours": []}
         self.plan: dict[str, Any] | None = head["plan"]
-        self.ours: list[str] = head["ours"]
+        self.ours: list[str] = [Path(name).name for name in head["ours"]]  # never a file outside of the folder
         self.finished: dict[str, dict[str, Any]] = {entry["file"]: entry for entry in lines[1:]}
 
     def begin(self, plan: dict[str, Any], ours: list[str]) -> None:

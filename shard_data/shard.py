@@ -106,6 +106,7 @@ def write_shard(folder: Path, stem: str, samples: Iterable[tuple[str, Sample]], 
     tar = folder / f"{stem}.tar"
     with replacing(tar) as file:
         for key, sample in samples:
+            assert "." not in key, f"key {key!r}: webdataset would cut it at the dot"
             parts = members(sample, layout)
             block = b"".join(tar_member(f"{key}.{extension}", data) for extension, data in parts)
             rows.append(_row(key, sample, offset + BLOCK, len(parts[0][1]), layout))

@@ -172,6 +172,15 @@ def test_info_shows_splits_and_attributes(whole, capsys):
     assert any(line.split() == ["Smiling", f"{100 * share:.1f}"] for line in text.splitlines())
 
 
+@pytest.mark.parametrize("name", ["train-000000.tar", "train-000000.index.npy"])
+@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
+def test_info_of_a_damaged_set_names_the_file(copy, tmp_path, name, spoil, capsys):
+    spoil(copy / name)
+    assert main(["info", str(copy), "--sheet", str(tmp_path / "sheet.png")]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {copy / name}: cannot be read")
+    assert not (tmp_path / "sheet.png").exists()
+
+
 def test_contact_sheet_shows_the_first_pictures(whole, tmp_path):
     contact_sheet(whole, tmp_path / "sheet.png", columns=4, rows=2)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
