@@ -85,8 +85,7 @@ class LatentDraw(NamedTuple):
 
 
 class EncoderStep(nn.Module):
-    """Cells down to one latent group's feature, and the 1x1 convolution by which the decoder's state is added to that
-    feature.
+    """Cells down to one latent group's feature, and the 1x1 convolution that adds the decoder's state to it.
 
     The topmost group's feature stands alone: no convolution.
     """

@@ -1,0 +1,236 @@
+"""Densities against torch.distributions and against their own sums; what survives extreme parameters."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.distributions import (
+    Bernoulli,
+    DiscretizedLogistic,
+    DiscretizedLogisticMixture,
+    Normal,
+    PixelNormal,
+)
+from pipeline.likelihoods import (
+    BernoulliLikelihood,
+    DiscretizedLogisticLikelihood,
+    LogisticMixtureLikelihood,
+    NormalLikelihood,
+)
+
+raw = st.floats(-30, 30)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def double(value: float) -> Tensor:
+    return torch.tensor([value], dtype=torch.float64)
+
+
+# ---- Normal ----------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(raw, raw, raw, raw, st.floats(-10, 10), st.sampled_from([1.0, 0.7]))
+def test_normal_agrees_with_torch_distributions(mean, log_sigma, other_mean, other_log_sigma, z, temperature):
+    ours = Normal(double(mean), double(log_sigma), temperature)
+    other = Normal(double(other_mean), double(other_log_sigma))
+    theirs = torch.distributions.Normal(ours.mean, ours.sigma)
+    torch.testing.assert_close(ours.log_prob(double(z)), theirs.log_prob(double(z)), rtol=1e-12, atol=1e-12)
+    kl = torch.distributions.kl_divergence(theirs, torch.distributions.Normal(other.mean, other.sigma))
+    torch.testing.assert_close(ours.kl(other), kl, rtol=1e-12, atol=1e-12)
+
+
+def test_normal_clamps_softly_and_scales_by_temperature_last():
+    zeros = torch.zeros(3)
+    assert Normal(zeros, zeros).sigma.tolist() == pytest.approx([1.01] * 3)
+    assert Normal(zeros, zeros, temperature=0.5).sigma.tolist() == pytest.approx([0.505] * 3)
+    extreme = Normal(torch.tensor([-1e9, 1e9]), torch.tensor([-1e9, 1e9]))
+    assert extreme.mean.tolist() == pytest.approx([-5, 5])
+    assert extreme.sigma.tolist() == pytest.approx([torch.exp(torch.tensor(s)).item() + 0.01 for s in (-5.0, 5.0)])
+
+
+def test_normal_sample_is_mean_plus_scaled_noise():
+    normal = Normal(random(4, 2, seed=1), random(4, 2, seed=2))
+    noise = random(4, 2, seed=3)
+    torch.testing.assert_close(normal.sample(noise), normal.mean + normal.sigma * noise)
+
+
+@pytest.mark.parametrize(
+    ("given_dtype", "computed"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_half_precision_is_promoted_and_double_kept(given_dtype, computed):
+    x = torch.rand(2, 3, 4, 4).to(given_dtype)
+    outputs = random(2, 100, 4, 4).to(given_dtype)
+    z = Normal(outputs, outputs)
+    assert z.sigma.dtype == z.sample(outputs).dtype == z.log_prob(outputs).dtype == computed
+    for likelihood in (Bernoulli(outputs[:, :3]), PixelNormal(*outputs[:, :6].chunk(2, 1))):
+        assert likelihood.log_prob(x).dtype == likelihood.mean.dtype == computed
+    for likelihood in (
+        DiscretizedLogistic(*outputs[:, :6].chunk(2, 1)),
+        DiscretizedLogisticMixture(outputs),
+    ):
+        assert likelihood.log_prob(x).dtype == likelihood.mean.dtype == computed
+
+
+# ---- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def test_bernoulli_agrees_with_torch_distributions():
+    logits, x = random(2, 1, 5, 5), (random(2, 1, 5, 5, seed=1) > 0).double()
+    ours, theirs = Bernoulli(logits), torch.distributions.Bernoulli(logits=logits)
+    torch.testing.assert_close(ours.log_prob(x), theirs.log_prob(x))
+    torch.testing.assert_close(ours.mean, theirs.mean)
+    uniform = torch.rand(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = Bernoulli(torch.full_like(uniform, 0.4)).sample(uniform)
+    assert set(drawn.tolist()) == {0.0, 1.0}
+    assert drawn.mean().item() == pytest.approx(torch.sigmoid(torch.tensor(0.4)).item(), abs=0.01)
+
+
+def test_pixel_normal_is_the_density_of_y():
+    mean, log_sigma, x = random(2, 3, 4, 4), random(2, 3, 4, 4, seed=1), random(2, 3, 4, 4, seed=2)
+    theirs = torch.distributions.Normal(5 * torch.tanh(mean / 5), torch.exp(5 * torch.tanh(log_sigma / 5)) + 0.01)
+    ours = PixelNormal(mean, log_sigma)
+    torch.testing.assert_close(ours.log_prob(x), theirs.log_prob(2 * x - 1))
+    torch.testing.assert_close(ours.mean, (theirs.mean.clamp(-1, 1) + 1) / 2)
+    noise = 10 * random(2, 3, 4, 4, seed=3)
+    torch.testing.assert_close(ours.sample(noise), ((theirs.mean + theirs.stddev * noise).clamp(-1, 1) + 1) / 2)
+
+
+@settings(deadline=None)
+@given(st.floats(-1.5, 1.5), st.floats(-12, 60), st.integers(1, 8))
+def test_discretized_logistic_sums_to_one(mean, log_scale, bits):
+    levels = torch.arange(2**bits, dtype=torch.float64) / (2**bits - 1)
+    logistic = DiscretizedLogistic(double(mean), double(log_scale), bits)
+    assert logistic.log_prob(levels).exp().sum().item() == pytest.approx(1, abs=1e-7)
+
+
+def test_discretized_logistic_is_a_difference_of_sigmoids():
+    mean, scale, y = 0.2, 0.3, 2 * 100 / 255 - 1
+    edges = torch.sigmoid((torch.tensor([y - 1 / 255, y + 1 / 255], dtype=torch.float64) - mean) / scale)
+    ours = DiscretizedLogistic(double(mean), torch.log(double(scale))).log_prob(double(100 / 255))
+    assert ours.item() == pytest.approx(torch.log(edges[1] - edges[0]).item(), rel=1e-12)
+
+
+def all_images(bits: int) -> Tensor:
+    """Every RGB image of one pixel, (8^bits, 3, 1, 1)."""
+    levels = torch.arange(2**bits, dtype=torch.float64) / (2**bits - 1)
+    return torch.tensor(list(itertools.product(levels, repeat=3)), dtype=torch.float64)[:, :, None, None]
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(1, 4), st.integers(0, 1000), st.floats(0.1, 3))
+def test_exact_mixture_sums_to_one_over_all_images(bits, seed, spread):
+    images = all_images(bits)
+    params = spread * random(1, 30, 1, 1, seed=seed).expand(len(images), -1, -1, -1)
+    assert DiscretizedLogisticMixture(params, bits, "exact").log_prob(images).exp().sum().item() == pytest.approx(
+        1, abs=1e-7
+    )
+
+
+def grey_mixture(mean: float, log_scale: float, bits: int, rule: str) -> DiscretizedLogisticMixture:
+    """One component, three independent channels of equal parameters; as many pixels as there are levels."""
+    params = torch.zeros(2**bits, 10, 1, 1, dtype=torch.float64)
+    params[:, [1, 4, 7]], params[:, [2, 5, 8]] = mean, log_scale
+    return DiscretizedLogisticMixture(params, bits, rule)
+
+
+def grey_sum(mean: float, log_scale: float, bits: int, rule: str) -> float:
+    """Sum of the probabilities of one channel's levels."""
+    levels = torch.arange(2**bits, dtype=torch.float64) / (2**bits - 1)
+    images = levels[:, None, None, None].expand(-1, 3, 1, 1)
+    return (grey_mixture(mean, log_scale, bits, rule).log_prob(images) / 3).exp().sum().item()
+
+
+def test_published_rule_counts_the_top_level_twice_at_8_bits_only():
+    assert grey_sum(0.9, -3, 8, "published") == pytest.approx(1.127, abs=5e-4)
+    assert grey_sum(0.9, -3, 8, "exact") == pytest.approx(1, abs=1e-9)
+    assert grey_sum(0.9, -3, 5, "published") == pytest.approx(1, abs=1e-4)
+    assert grey_sum(0.9, -3, 5, "published") == pytest.approx(grey_sum(0.9, -3, 5, "exact"), abs=1e-4)
+
+
+def test_mixture_of_equal_components_is_one_component():
+    one = random(2, 10, 3, 3)
+    many = torch.cat([one[:, :1].expand(-1, 4, -1, -1), one[:, 1:].repeat_interleave(4, dim=1)], dim=1)
+    x = torch.randint(0, 256, (2, 3, 3, 3), generator=torch.Generator().manual_seed(0)).double() / 255
+    a, b = DiscretizedLogisticMixture(one), DiscretizedLogisticMixture(many)
+    torch.testing.assert_close(a.log_prob(x), b.log_prob(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(a.mean, b.mean)
+
+
+def test_a_narrow_component_samples_its_mean():
+    params = random(2, 10, 4, 4)
+    params[:, [2, 5, 8]] = -7
+    mixture = DiscretizedLogisticMixture(params)
+    uniforms = torch.full((2, 1, 4, 4), 0.3), torch.full((2, 3, 4, 4), 0.5)
+    torch.testing.assert_close(mixture.sample(*uniforms), mixture.mean)
+
+
+def test_mixture_samples_follow_its_probabilities():
+    """Each grey level's frequency among rounded samples of one channel against its probability, 3 bits."""
+    generator, n = torch.Generator().manual_seed(0), 200_000
+    mixture = DiscretizedLogisticMixture(0.5 * random(1, 20, 1, 1).expand(n, -1, -1, -1), bits=3, bin_rule="exact")
+    u_mixture = torch.rand(n, 2, 1, 1, dtype=torch.float64, generator=generator)
+    u_logistic = torch.rand(n, 3, 1, 1, dtype=torch.float64, generator=generator)
+    red = torch.round(mixture.sample(u_mixture, u_logistic)[:, 0].flatten() * 7)
+    frequencies = torch.bincount(red.long(), minlength=8) / n
+    images = all_images(3)
+    once_each = DiscretizedLogisticMixture(0.5 * random(1, 20, 1, 1).expand(len(images), -1, -1, -1), 3, "exact")
+    probabilities = once_each.log_prob(images).exp().view(8, -1).sum(1)
+    torch.testing.assert_close(frequencies.double(), probabilities, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("rule", ["published", "exact"])
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e3])
+def test_mixture_in_float32_is_close_and_its_gradient_finite(rule, size):
+    params = (size * random(2, 40, 8, 8)).float().requires_grad_()
+    x = torch.randint(0, 256, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255.0
+    log_prob = DiscretizedLogisticMixture(params, 8, rule).log_prob(x)
+    exact = DiscretizedLogisticMixture(params.double(), 8, rule).log_prob(x.double())
+    torch.testing.assert_close(log_prob.double(), exact, rtol=1e-3, atol=1e-3)
+    (gradient,) = torch.autograd.grad(log_prob.sum(), params)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("rule", ["published", "exact"])
+def test_mixture_gradient(rule):
+    x = torch.tensor([0, 254, 255, 100, 3, 77]).view(1, 3, 1, 2).double() / 255
+    params = random(1, 20, 1, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: DiscretizedLogisticMixture(p, 8, rule).log_prob(x), params)
+
+
+def test_mixture_refuses_channels_that_are_no_mixture():
+    with pytest.raises(ValueError, match="10 channels per component, got 12"):
+        DiscretizedLogisticMixture(torch.zeros(1, 12, 2, 2))
+
+
+# ---- sections --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "channels", "num_outputs", "distribution"),
+    [
+        (BernoulliLikelihood(), 1, 1, Bernoulli),
+        (LogisticMixtureLikelihood(num_components=4), 3, 40, DiscretizedLogisticMixture),
+        (NormalLikelihood(), 3, 6, PixelNormal),
+        (DiscretizedLogisticLikelihood(), 1, 2, DiscretizedLogistic),
+    ],
+)
+def test_sections_build_their_distribution(section, channels, num_outputs, distribution):
+    assert section.num_outputs(channels) == num_outputs
+    built = section.build(random(2, num_outputs, 4, 4), bits=5)
+    assert isinstance(built, distribution)
+    assert built.mean.shape == (2, channels, 4, 4)
+    assert getattr(built, "bits", 5) == 5
+
+
+def test_mixture_of_grey_images_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="needs 3 image channels, the data has 1; use bernoulli"):
+        LogisticMixtureLikelihood().num_outputs(1)
