@@ -81,7 +81,8 @@ class Objective:
         return self.beta(step) * kl.sum(dim=1)
 
     def _weighted_kl(self, kl: Tensor, balancing: bool) -> Tensor:
-        means = torch.stack([kl.detach().mean(dim=0), kl.detach().abs().mean(dim=0)])  # (2, G)
+        constant = kl.detach()  # weights and decisions take no gradient
+        means = torch.stack([constant.mean(dim=0), constant.abs().mean(dim=0)])  # (2, G)
         mean_kl, mean_abs_kl = self.mean_over_ranks(means)  # one collective for both
         if self.config.free_bits:
             spared = mean_kl <= self.config.free_bits  # false for NaN, which must reach the loss
@@ -134,5 +135,5 @@ def balancing_weights(mean_abs_kl: Tensor, alpha: Tensor) -> Tensor:
 
     `mean_abs_kl` (G,) is the batch mean of |KL| in nats; 0.01 nats are added so that a dead group keeps some weight.
     """
-    weights = (mean_abs_kl.detach() + 0.01) / alpha
+    weights = (mean_abs_kl + 0.01) / alpha
     return weights / weights.mean()

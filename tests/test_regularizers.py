@@ -88,6 +88,14 @@ def test_a_vanishing_matrix_gives_no_nan():
     assert not v.any()
 
 
+def test_a_short_vector_is_not_blown_up():
+    """Vectors are divided by their length or by 1e-3, whichever is larger."""
+    matrix = 1e-4 * torch.eye(2, dtype=torch.float64)
+    u, v = power_iteration(matrix[None], torch.tensor([[1.0, 0.0]], dtype=torch.float64), iterations=1)
+    torch.testing.assert_close(v, torch.tensor([[0.1, 0.0]], dtype=torch.float64))
+    torch.testing.assert_close(u, torch.tensor([[0.01, 0.0]], dtype=torch.float64))
+
+
 def test_linear_layers_take_no_part():
     penalty, _ = build(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))(1.0)
     assert penalty == 0
