@@ -1,6 +1,7 @@
 """Densities against torch.distributions and against their own sums; what survives extreme parameters."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -117,6 +118,47 @@ def test_discretized_logistic_is_a_difference_of_sigmoids():
     edges = torch.sigmoid((torch.tensor([y - 1 / 255, y + 1 / 255], dtype=torch.float64) - mean) / scale)
     ours = DiscretizedLogistic(double(mean), torch.log(double(scale))).log_prob(double(100 / 255))
     assert ours.item() == pytest.approx(torch.log(edges[1] - edges[0]).item(), rel=1e-12)
+
+
+def test_a_scale_far_wider_than_the_bins_gives_density_times_width():
+    log_scales = torch.tensor([15.0, 19.9, 20.1, 60.0, 200.0], dtype=torch.float64)
+    ours = DiscretizedLogistic(torch.zeros(5, dtype=torch.float64), log_scales).log_prob(double(127 / 255).expand(5))
+    torch.testing.assert_close(ours, torch.log(double(2 / 255)) - log_scales - torch.log(double(4)), rtol=1e-9, atol=0)
+
+
+def naive_mixture_probability(params: list[float], pixel: list[float], bits: int) -> float:
+    """One pixel's probability as the definition reads: logits, then (means, log-scales, coefficients) of R, G and B."""
+    k, num_steps = len(params) // 10, 2**bits - 1
+    weights = torch.softmax(torch.tensor(params[:k], dtype=torch.float64), 0).tolist()
+    blocks = [params[k + 3 * k * c : k + 3 * k * (c + 1)] for c in range(3)]
+    y = [2 * value - 1 for value in pixel]
+    total = 0.0
+    for i, weight in enumerate(weights):
+        c_red, c_green, c_blue = (math.tanh(block[2 * k + i]) for block in blocks)
+        shifts = (0.0, c_red * y[0], c_green * y[0] + c_blue * y[1])
+        for block, value, shift in zip(blocks, y, shifts, strict=True):
+            mean, scale = block[i] + shift, math.exp(max(block[k + i], -7))
+            upper = math.inf if value > 1 - 1e-9 else (value + 1 / num_steps - mean) / scale
+            lower = -math.inf if value < -1 + 1e-9 else (value - 1 / num_steps - mean) / scale
+            weight *= logistic_mass(lower, upper)
+        total += weight
+    return total
+
+
+def logistic_mass(lower: float, upper: float) -> float:
+    """sigmoid(upper) - sigmoid(lower), taken in the tail where the two are small."""
+    if lower + upper > 0:
+        lower, upper = -upper, -lower
+    return 1 / (1 + math.exp(-upper)) - (1 / (1 + math.exp(-lower)) if lower > -700 else 0.0)
+
+
+@pytest.mark.parametrize("pixel", [(0, 0, 0), (255, 255, 255), (10, 200, 90), (128, 0, 255)])
+def test_mixture_conditions_each_channel_on_those_before(pixel):
+    params, x = 0.7 * random(1, 30, 1, 1), [level / 255 for level in pixel]
+    ours = DiscretizedLogisticMixture(params, 8, "exact").log_prob(
+        torch.tensor(x, dtype=torch.float64).view(1, 3, 1, 1)
+    )
+    assert ours.item() == pytest.approx(math.log(naive_mixture_probability(params.flatten().tolist(), x, 8)), rel=1e-9)
 
 
 def all_images(bits: int) -> Tensor:

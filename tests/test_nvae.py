@@ -200,6 +200,22 @@ def test_bfloat16_is_close_and_densities_stay_in_float32():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_residual_posteriors_are_summed_in_float32_under_autocast():
+    model = build(groups_per_scale=(2, 2))
+    raw: dict[str, Tensor] = {}
+    for name in ("posteriors", "priors"):
+        for k, module in enumerate(getattr(model, name)):
+            module.register_forward_hook(lambda _, __, output, key=f"{name}.{k}": raw.update({key: output}))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, draws = model.infer(*batch(model))
+    for k, draw in enumerate(draws[1:], start=1):
+        posterior, prior = raw[f"posteriors.{k}"], raw[f"priors.{k - 1}"]
+        assert posterior.dtype == prior.dtype == torch.bfloat16
+        mean, log_sigma = (5 * torch.tanh((posterior.float() + prior.float()) / 5)).chunk(2, dim=1)
+        torch.testing.assert_close(draw.posterior.mean, mean, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(draw.posterior.sigma, log_sigma.exp() + 0.01, rtol=1e-6, atol=1e-7)
+
+
 def test_float64_stays_float64():
     model = build(num_flows=1).double()
     x, noise = batch(model, dtype=torch.float64)
