@@ -256,25 +256,38 @@ def test_adamax_trajectory(case):
         weight_decay=expected["weight_decay"],
     )
     optimizer, parameters = build_optimizer(model, config), named_parameters(model)
+    slack = dict.fromkeys(parameters, 0.0)
     for row in expected["steps"]:
         total = check_loss(case, row, model, regularizers, case.noise(row["eps_key"]), expected["total_iters"])
         backward(model, total)
         optimizer.param_groups[0]["lr"] = row["lr"]
         optimizer.step()
         regularizers.commit()
-        check_parameters(parameters, row)
+        add_slack(slack, parameters, row["lr"] / expected["eps"])
+        check_parameters(parameters, row, slack)
     close_buffers(export_state_dict(model.state_dict()), expected["bn_after"])
     for name, tensor in expected["small_params"].items():
-        close(parameters[name], tensor, what=name)
+        close(parameters[name], tensor, what=name, slack=slack[name])
     with torch.no_grad():
         check_output(model.eval()(case.x, case.noise("eps")), expected["final_eval"])
 
 
-def check_parameters(parameters: dict[str, Tensor], row: dict) -> None:
+def add_slack(slack: dict[str, float], parameters: dict[str, Tensor], rate: float) -> None:
+    """A gradient that is truly zero is computed as rounding noise g, which moves its parameter by up to lr |g| / eps.
+
+    Those gradients were seen up to 1e-17 of the model's largest gradient norm, the smallest others above 1e-8 of it.
+    """
+    norms = {name: parameter.grad.norm().item() for name, parameter in parameters.items()}
+    largest = max(norms.values())
+    for name, norm in norms.items():
+        slack[name] += rate * 1e-16 * largest if norm < 1e-9 * largest else 0.0
+
+
+def check_parameters(parameters: dict[str, Tensor], row: dict, slack: dict[str, float]) -> None:
     assert parameters.keys() == row["param_norm"].keys()
     for name, parameter in parameters.items():
-        close(parameter.norm(), row["param_norm"][name], what=name)
-        allowed = 1e-9 * parameter.abs().sum().item()
+        close(parameter.norm(), row["param_norm"][name], what=name, slack=slack[name])
+        allowed = 1e-9 * parameter.abs().sum().item() + slack[name] * parameter.numel() ** 0.5
         assert abs(parameter.sum().item() - float(row["param_sum"][name])) <= allowed, name
 
 
