@@ -45,6 +45,15 @@ _Sha256 = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 _FileName = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_]+\.safetensors$")]
 
 
+class CheckpointConfig(Section):
+    """When checkpoints are written and which stay."""
+
+    every: int = pydantic.Field(1000, ge=0)
+    """Steps between checkpoints; also after the last step. 0: never."""
+    keep: int | None = pydantic.Field(3, ge=1)
+    """How many of the latest stay, beside the best by validation; null: all."""
+
+
 class DamagedCheckpoint(ValueError):
     """A checkpoint is incomplete, altered or not ours. The message names the file and what is wrong with it."""
 

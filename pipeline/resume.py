@@ -19,6 +19,7 @@ CHANGEABLE = (
     "optim.lr_min",
     "optim.clip",
     "data.root",
+    "data.source",
     "data.workers",
     "data.trace",
     "checkpoint.",

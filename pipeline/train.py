@@ -9,6 +9,7 @@ Run the same command again to continue an interrupted run.
 import argparse
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 trained or already finished, 1 diverged, 2 something the user can mend; the message says what."""
+    """Exit codes: 0 trained or already finished, 1 diverged, 2 something the user can mend, 130 interrupted by Ctrl-C."""
     parsed = parse(arguments)
     start_logging(None, launched_rank() == 0)
     try:
@@ -73,9 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(error, code=2)
     except TrainingDiverged as error:
         return fail(error, code=1)
+    except KeyboardInterrupt:
+        return fail("interrupted; run the same command again to continue from the last checkpoint", code=130)
 
 
-def fail(error: Exception, code: int) -> int:
+def fail(error: Exception | str, code: int) -> int:
     """One message from the main process."""
     if launched_rank() == 0:
         log.error("error: %s", error)
@@ -93,19 +96,19 @@ def run(parsed: argparse.Namespace) -> int:
     train = recipe.train
     runtime = Runtime(train.precision, train.cpu_threads, train.expect_processes)
     try:
-        return train_in(parsed.run_dir or Path("runs") / path.stem, recipe, runtime, parsed.resume, made_here=parsed.data is None)
+        return train_in(parsed.run_dir or Path("runs") / path.stem, recipe, runtime, parsed.resume, may_make=parsed.data is None)
     finally:
         runtime.close()
 
 
-def train_in(folder: Path, recipe: Recipe, runtime: Runtime, resume: str, made_here: bool) -> int:
+def train_in(folder: Path, recipe: Recipe, runtime: Runtime, resume: str, may_make: bool) -> int:
     """Trains in a run folder that no other process uses."""
     check_batch(recipe, runtime.world_size)
     lock = runtime.on_main(lambda: RunLock(folder))  # held by the main process until it ends
     try:
         start_logging(folder / "log.txt" if runtime.is_main else None, runtime.is_main)
         log.info("%s on %s in %s", recipe.model.name, runtime.describe(), folder)
-        runtime.on_main(lambda: provide_data(recipe, made_here))
+        runtime.on_main(lambda: provide_data(recipe, may_make))
         session = Session(recipe, runtime, folder)
         checkpoint = find_checkpoint(runtime, Checkpoints(folder / "checkpoints"), resume)
         if checkpoint is not None:
@@ -131,15 +134,13 @@ def find_checkpoint(runtime: Runtime, checkpoints: Checkpoints, resume: str) -> 
 
 def train_with_tracker(session: Session, recipe: Recipe, runtime: Runtime, folder: Path) -> None:
     """Trains to the last step while metrics.jsonl and W&B listen."""
-    tracker = Tracker(recipe.tracking, folder, session.settings, is_main=runtime.is_main, start_step=session.trainer.step)
-    try:
-        session.run(tracker)
-        log.info("done: step %d; pictures, metrics and checkpoints are in %s", session.trainer.step, folder)
-    except KeyboardInterrupt:
-        log.warning("interrupted at step %d; run the same command again to continue from the last checkpoint", session.trainer.step)
-        raise
-    finally:
-        tracker.finish()
+
+    def tracker(is_main: bool) -> Tracker:
+        return Tracker(recipe.tracking, folder, session.settings, is_main=is_main, start_step=session.trainer.step)
+
+    with runtime.on_main(lambda: tracker(is_main=True)) or tracker(is_main=False) as listening:
+        session.run(listening)
+    log.info("done: step %d; pictures, metrics and checkpoints are in %s", session.trainer.step, folder)
 
 
 def check_batch(recipe: Recipe, world_size: int) -> None:
@@ -153,21 +154,22 @@ def check_batch(recipe: Recipe, world_size: int) -> None:
         raise ValueError(f"{world_size} processes cannot share a micro-batch of {micro_batch} images equally; {remedy}")
 
 
-def provide_data(recipe: Recipe, made_here: bool) -> None:
-    """Makes the embedded faces where they are missing. Raises ValueError that names the command for any other missing set."""
-    data = recipe.data
-    if data.root is None:
+def provide_data(recipe: Recipe, may_make: bool) -> None:
+    """Makes the recipe's own data where they are missing and need no originals. Raises ValueError that names the command for others."""
+    root, source = recipe.data.root, recipe.data.source
+    if root is None:
         raise ValueError("data.root: the recipe names no shard set; give one with --data DIR")
-    if (Path(data.root) / "manifest.json").is_file():
+    if (Path(root) / "manifest.json").is_file():
         return
-    command = ["shard_data", str(data.source), "--out", data.root, "--size", str(data.size)]
-    if data.source == "toy_faces" and made_here:
-        log.info("%s: drawing the embedded faces once: python -m %s", data.root, " ".join(command))
-        subprocess.run([sys.executable, "-m", *command], cwd=None, check=True, env=os.environ | {"PYTHONPATH": sys.path[0]})
-        return
-    given = "" if data.source == "toy_faces" else " --source DIR"
-    how = f"; make it with: python -m {' '.join(command)}{given}" if data.source else ""
-    raise ValueError(f"{data.root}: no complete shard set (no manifest.json){how}")
+    command = f"python -m shard_data {source} --out {root}"
+    if source is None or "DIR" in source or not may_make:
+        how = f"; make it with: {command}" if source else ""
+        raise ValueError(f"{root}: no complete shard set (no manifest.json){how}")
+    log.info("%s is missing and made once: %s", root, command)
+    arguments = [*shlex.split(source), "--out", root]
+    made = subprocess.run([sys.executable, "-m", "shard_data", *arguments], env=os.environ | {"PYTHONPATH": sys.path[0]})
+    if made.returncode != 0:
+        raise ValueError(f"{root} could not be made: the command above ended with exit code {made.returncode}")
 
 
 if __name__ == "__main__":

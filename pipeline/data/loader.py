@@ -26,7 +26,8 @@ class DataConfig(Section):
     root: str | None = None
     """Folder of the shard set; `--data DIR` sets it."""
     source: str | None = None
-    """The `python -m shard_data` source that makes this set: messages name it; toy_faces is made where missing."""
+    """What makes this set when written after `python -m shard_data`; DIR stands for the originals. A set that needs none is
+    made where it is missing."""
     train_split: str = "train"
     """Split that is trained on."""
     size: int = Field(default=32, ge=1)
