@@ -19,10 +19,6 @@ class Samples:
     labels: np.ndarray | None = None
     attributes: np.ndarray | None = None
 
-    @property
-    def keys(self) -> list[str]:
-        return [f"s{i:05d}" for i in range(len(self.images))]
-
 
 def random_samples(
     count: int, height: int = 4, width: int = 5, channels: int = 3, attributes: int = 0, seed: int = 0
@@ -96,7 +92,7 @@ def _write_shard(root: Path, stem: str, split: str, samples: Samples, rows: rang
     with tarfile.open(tar_path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for row in rows:
             for extension, content in _members(samples, row, encoding, names):
-                info = tarfile.TarInfo(f"{split}-{samples.keys[row]}.{extension}")
+                info = tarfile.TarInfo(f"{split}-s{row:05d}.{extension}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     np.save(index_path, _index(tar_path, samples, rows, encoding))

@@ -26,8 +26,8 @@ class DataConfig(Section):
     root: str | None = None
     """Folder of the shard set; `--data DIR` sets it."""
     source: str | None = None
-    """What makes this set when written after `python -m shard_data`; DIR stands for the originals. A set that needs none is
-    made where it is missing."""
+    """What makes this set when written after `python -m shard_data`; DIR stands for the originals. A set that needs
+    none is made where it is missing."""
     train_split: str = "train"
     """Split that is trained on."""
     size: int = Field(default=32, ge=1)
