@@ -204,6 +204,8 @@ class WandbRun:
                 return
 
     def _switch_off(self, why: str) -> None:
+        if self._off:
+            return
         self._off = True
         logger.warning("W&B is off from here on (%s); metrics.jsonl goes on", why)
 
