@@ -126,8 +126,7 @@ def build_train_loader(
     """This rank's share of the global micro-batches start, start + 1 ... stop - 1: one Batch each.
 
     Micro-batch m holds the positions [m * micro_batch, (m + 1) * micro_batch); rank r takes the r-th of `world_size`
-    equal, contiguous shares. Raises ValueError when the shares
-    would be unequal; a damaged shard's error comes out of the iteration with its own message, whichever worker met it.
+    equal, contiguous shares. Raises ValueError when the shares would be unequal.
     """
     if micro_batch % world_size:
         raise ValueError(f"a global micro-batch of {micro_batch} does not divide among {world_size} processes")

@@ -1,4 +1,4 @@
-"""The reader's side of manifest.json, what a shard set holds, and the sign that it is complete."""
+"""The reader's side of manifest.json, which says what a shard set holds, and by being there that it is complete."""
 
 import json
 from pathlib import Path

@@ -19,8 +19,8 @@ class Order:
     An epoch is a random order of the shards, cut into windows of `window` shards each, and then a random order of the
     samples inside each window. `window` trades mixing for memory: samples of a window are drawn together, so only the
     window's shards need to be in the page cache; a window of all shards is a uniform shuffle of the whole set. As the
-    windows' members change from epoch to epoch, and shards are shuffled when they are written, a window of a few shards
-    already mixes well.
+    windows' members change from epoch to epoch, a few shards already mix well, unless the set lies sorted by class:
+    that wants a window of many shards.
 
     Cost on one core: a window's samples are sorted once per process when it is first asked for, 0.12 s per million, and
     8 B per sample are kept of the last four windows (32 while sorting). Thus 1e6 samples in one window take 0.12 s and
