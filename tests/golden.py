@@ -72,9 +72,9 @@ def in_double(value: Tensor | float | list) -> Tensor:
     return value.detach().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
-def close_buffers(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def close_buffers(actual: dict[str, Tensor], expected: dict[str, Tensor], slack: float = 0.0) -> None:
     """The batch-norm buffers among `actual` are exactly those expected, in names and values."""
     found = {name: tensor for name, tensor in actual.items() if name.endswith(BUFFERS)}
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        close(found[name], tensor, what=name)
+        close(found[name], tensor, what=name, slack=slack)

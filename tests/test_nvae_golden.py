@@ -265,11 +265,12 @@ def test_adamax_trajectory(case):
         regularizers.commit()
         add_slack(slack, parameters, row["lr"] / expected["eps"])
         check_parameters(parameters, row, slack)
-    close_buffers(export_state_dict(model.state_dict()), expected["bn_after"])
+    largest_slack = max(slack.values())  # below 1e-10 unless the loss is huge
+    close_buffers(export_state_dict(model.state_dict()), expected["bn_after"], largest_slack)
     for name, tensor in expected["small_params"].items():
         close(parameters[name], tensor, what=name, slack=slack[name])
     with torch.no_grad():
-        check_output(model.eval()(case.x, case.noise("eps")), expected["final_eval"])
+        check_output(model.eval()(case.x, case.noise("eps")), expected["final_eval"], rtol=1e-9 + largest_slack)
 
 
 def add_slack(slack: dict[str, float], parameters: dict[str, Tensor], rate: float) -> None:
