@@ -149,17 +149,25 @@ def saved(checkpoints):
     return checkpoints.save(1000, small(), FACTS, score=1.5)
 
 
-@pytest.mark.parametrize("name", ["meta.json", "model.safetensors", "ema.safetensors"])
+def fault_of(read, folder):
+    """What the exception says; thousands of `pytest.raises` would be slow."""
+    try:
+        read(folder)
+    except DamagedCheckpoint as damage:
+        return str(damage)
+    return None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors"])
 def test_any_flipped_bit_is_seen(saved, name):
     content = (saved / name).read_bytes()
     for position in range(len(content)):
         flipped = bytearray(content)
         flipped[position] ^= 1 << (position % 8)
         (saved / name).write_bytes(flipped)
-        with pytest.raises(DamagedCheckpoint, match=name):
-            read_folder(saved)
+        assert name in fault_of(read_folder, saved)
     (saved / name).write_bytes(content)
-    read_folder(saved)
+    assert fault_of(read_folder, saved) is None
 
 
 def test_any_flipped_bit_of_the_facts_is_seen(saved):
@@ -168,8 +176,7 @@ def test_any_flipped_bit_of_the_facts_is_seen(saved):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << (bit % 8)
         (saved / "meta.json").write_bytes(flipped)
-        with pytest.raises(DamagedCheckpoint, match="meta.json"):
-            checkpoint.read_meta(saved)
+        assert "meta.json" in fault_of(checkpoint.read_meta, saved)
 
 
 @pytest.mark.parametrize("name", ["meta.json", "model.safetensors", "ema.safetensors"])
@@ -528,11 +535,10 @@ def test_a_worker_that_outlives_its_process_does_not_keep_the_lock(tmp_path):
     reader, writer = os.pipe()
 
     def fork_a_worker(lock):
-        worker = os.fork()
-        if worker == 0:
+        if os.fork() == 0:
+            os.write(writer, str(os.getpid()).encode())  # once it runs: until then it has not let go
             time.sleep(60)
             os._exit(0)
-        os.write(writer, str(worker).encode())
 
     child = start_holder(tmp_path, fork_a_worker)
     os.waitpid(child, 0)

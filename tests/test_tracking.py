@@ -258,12 +258,15 @@ def test_disabled_does_not_even_import_wandb(tmp_path):
     code = (
         "import sys\n"
         "from pipeline.tracking import Tracker, TrackingConfig\n"
-        f"with Tracker(TrackingConfig(wandb='disabled'), {str(tmp_path / 'run')!r}, {{}}, is_main=True, start_step=0) as run:\n"
+        "config = TrackingConfig(wandb='disabled')\n"
+        "with Tracker(config, sys.argv[1], {}, is_main=True, start_step=0) as run:\n"
         "    run.log(1, {'train/loss': 1.0}); run.alert('a', 'b')\n"
         "print('wandb' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == "False", result.stderr
     assert os.listdir(tmp_path / "run") == ["metrics.jsonl"]
 
 
