@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -74,6 +74,37 @@ class Meter:
         if isinstance(value, Tensor):
             return value.detach().to(self.device).reshape(())
         return torch.tensor(value, dtype=torch.float64, device=self.device)
+
+
+class ActiveUnits:
+    """How many channels of each latent group are in use: those whose mean KL over an interval and all processes is above 0.1 nats.
+
+    The threshold comes after the mean, so one process and many agree, and a small batch does not blur it.
+    """
+
+    THRESHOLD = 0.1
+
+    def __init__(self, group_names: Iterable[str]):
+        self.group_names = tuple(group_names)
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, kl_units: Sequence[Tensor]) -> None:
+        """Batch means of the KL per channel, one tensor (channels,) per group, nats. Does not read the device."""
+        self._sizes = [len(units) for units in kl_units]
+        units = torch.cat(list(kl_units)).detach()
+        self._sum = units if self._sum is None else self._sum + units
+        self._count += 1
+
+    def reduce(self, across_ranks: Callable[[Tensor], Tensor] = sum_over_ranks) -> dict[str, float]:
+        """{"active_units/GROUP": number} since the last call, of equal batches on every process; empty where there were none."""
+        if self._sum is None:
+            return {}
+        totals = across_ranks(torch.cat([self._sum, self._sum.new_full((1,), self._count)]))  # (units + 1,)
+        active = (totals[:-1] / totals[-1] > self.THRESHOLD).split(self._sizes)
+        numbers = torch.stack([units.sum() for units in active]).tolist()
+        self._sum, self._count = None, 0
+        return {f"active_units/{name}": float(number) for name, number in zip(self.group_names, numbers, strict=True)}
 
 
 class Throughput:

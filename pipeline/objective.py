@@ -11,12 +11,10 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.models.base import LatentGroup, VAEOutput
 from pipeline.schema import Section
 
-ACTIVE_UNIT_NATS = 0.1
 Balancing = Literal["none", "equal", "linear", "sqrt", "square"]
 
 
@@ -68,7 +66,7 @@ class Objective:
     def __call__(self, out: VAEOutput, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss (a scalar with gradient) and statistics (detached scalars), as means over this process's images.
 
-        Statistics: `elbo`, `log_px` and `kl` without weights, and per group `kl/NAME` and `active_units/NAME`.
+        Statistics: `elbo`, `log_px` and `kl` without weights, and per group `kl/NAME`.
         """
         loss = (self.charged_kl(out.kl, step) - out.log_px).mean()
         return loss, self._statistics(out)
@@ -96,11 +94,9 @@ class Objective:
     def _statistics(self, out: VAEOutput) -> dict[str, Tensor]:
         kl = out.kl.mean(dim=0)  # (G,)
         log_px = out.log_px.mean()
-        active = pad_sequence(list(out.kl_units), batch_first=True).gt(ACTIVE_UNIT_NATS)  # (G, channels)
         statistics = {"elbo": log_px - kl.sum(), "log_px": log_px, "kl": kl.sum()}
-        for group, group_kl, group_active in zip(self.groups, kl, active.sum(dim=1, dtype=kl.dtype), strict=True):
+        for group, group_kl in zip(self.groups, kl, strict=True):
             statistics[f"kl/{group.name}"] = group_kl
-            statistics[f"active_units/{group.name}"] = group_active
         return statistics
 
 

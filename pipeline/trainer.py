@@ -5,7 +5,7 @@ one integer and the tensors of `TrainingState`, and goes on exactly as if it had
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.data.loader import Batch
-from pipeline.metrics import Meter, Throughput, bits_per_dimension, gpu_memory
+from pipeline.metrics import ActiveUnits, Meter, Throughput, bits_per_dimension, gpu_memory
 from pipeline.models.base import VAE
 from pipeline.noise import draw_noise
 from pipeline.objective import Objective
@@ -110,7 +110,8 @@ class Trainer:
         self.batches = batches
         self.model_input = model_input
         self.meter = Meter(runtime.device)
-        self._statistics: list[dict[str, Tensor]] = []
+        self.active_units = ActiveUnits(group.name for group in model.groups)
+        self._forget_statistics()
         self.throughput = Throughput()
         self.step = 0
         self.skipped_steps = 0
@@ -124,7 +125,7 @@ class Trainer:
         """One optimizer step. False where a non-finite loss or gradient made every rank skip it; then nothing has changed."""
         self._set_learning_rate(self.learning_rate(step))
         self.state.remember_buffers()
-        self._statistics.clear()
+        self._forget_statistics()
         total = torch.zeros((), device=self.runtime.device, dtype=self.runtime.dtype)
         for number, batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
@@ -149,8 +150,10 @@ class Trainer:
         x = self.model_input(batch)
         positions = batch.positions.tolist()
         noise = draw_noise(self.model.groups, self.config.seed, "train", positions, x.device, x.dtype)
-        loss, statistics = self.objective(self.wrapped_model(x, noise), step)
+        out = self.wrapped_model(x, noise)
+        loss, statistics = self.objective(out, step)
         self._note(statistics)
+        self._kl_units.append(out.kl_units)
         return loss
 
     def _penalty(self, step: int) -> Tensor:
@@ -165,6 +168,12 @@ class Trainer:
     def _add_statistics(self) -> None:
         for statistics in self._statistics:
             self.meter.add_all(statistics, 1)
+        for kl_units in self._kl_units:
+            self.active_units.add(kl_units)
+
+    def _forget_statistics(self) -> None:
+        self._statistics: list[dict[str, Tensor]] = []
+        self._kl_units: list[Sequence[Tensor]] = []
 
     def _clip_gradients(self) -> Tensor:
         """The global gradient norm before clipping."""
@@ -218,7 +227,7 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------------- interval's end
 
     def interval_scalars(self) -> dict[str, float]:
-        """Means over the steps since the last call, over all ranks: one collective, one read of the device."""
+        """Means over the steps since the last call and over all ranks; the only place but the step's flag where the device is read."""
         scalars = self.meter.reduce(self.runtime.sum)
         if "train/elbo" in scalars:
             scalars["train/bpd"] = bits_per_dimension(-scalars["train/elbo"], self.model.num_dimensions)
@@ -226,6 +235,7 @@ class Trainer:
         scalars["train/lr"] = self.learning_rate(self.step - 1)
         scalars["train/skipped_steps"] = float(self.skipped_steps)
         scalars["samples_seen"] = float(self.samples_seen)
+        scalars |= self.active_units.reduce(self.runtime.sum)
         return scalars | self.throughput.report() | gpu_memory(self.runtime.device)
 
     @property

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import multiprocessing
 
-from pipeline.metrics import Meter, Throughput, bits_per_dimension, gpu_memory
+from pipeline.metrics import ActiveUnits, Meter, Throughput, bits_per_dimension, gpu_memory
 
 finite = st.floats(-1e6, 1e6, width=32)
 
@@ -158,3 +158,18 @@ def test_gpu_memory_and_meter_on_a_gpu():
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert meter.reduce() == {"a": 1.0, "b": 2.0}
+
+
+def test_active_units_are_judged_by_the_mean():
+    """A unit at 0.3 and 0.0 nats is active on average, whichever process saw which."""
+    first, second = ([torch.tensor([0.3, 0.0]), torch.tensor([0.0, 5.0, 0.15])], [torch.tensor([0.0, 0.15]), torch.tensor([0.1, 5.0, 0.11])])
+    together, apart = ActiveUnits(["a", "b"]), [ActiveUnits(["a", "b"]) for _ in range(2)]
+    for batch, other in zip((first, second), apart, strict=True):
+        together.add([units.double() for units in batch])
+        other.add([units.double() for units in batch])
+    brought = []
+    apart[1].reduce(lambda totals: brought.append(totals) or totals)
+    expected = {"active_units/a": 1.0, "active_units/b": 2.0}
+    assert apart[0].reduce(lambda totals: totals + brought[0]) == expected
+    assert together.reduce() == expected
+    assert together.reduce() == {}
