@@ -68,8 +68,8 @@ class TrackingConfig(Section):
     """W&B tags."""
     log_every: PositiveInt = 50
     """Steps between records of training figures."""
-    wandb_timeout: PositiveFloat = 60.0
-    """Seconds that W&B may take to start, and to finish."""
+    wandb_timeout: PositiveFloat = 30.0
+    """Seconds that W&B may take to find its server (it tries twice), and to finish."""
 
 
 class Tracker:
@@ -283,10 +283,10 @@ def init_run(mode: str, config: TrackingConfig, run_dir: Path, run_config: Mappi
         "disable_git": True,
         "disable_code": True,
         "save_code": False,
+        "x_transaction_log_flush_interval": 1.0,  # seconds of records that a kill can take from the offline file
     }
-    known = {
-        name: value for name, value in settings.items() if name in wandb.Settings.model_fields
-    }  # finish_timeout is young
+    # Older releases of wandb lack the flush interval, and the timeout of finish, which is bounded here too.
+    known = {name: value for name, value in settings.items() if name in wandb.Settings.model_fields}
     return wandb.init(
         mode=mode,
         dir=run_dir,

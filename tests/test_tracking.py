@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -82,12 +83,13 @@ def log_chunks(content):
             parts = []
 
 
-def read_wandb(folder):
+def read_wandb(folder, closed=True):
     """All records of the offline W&B files of a run folder, in order."""
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
-    wandb.teardown()  # as when Python exits: the service closes its files
+    if closed:
+        wandb.teardown()  # as when Python exits: the service closes its files
     files = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
     return [Record.FromString(chunk) for path in files for chunk in log_chunks(path.read_bytes())]
 
@@ -390,6 +392,17 @@ def test_an_error_of_wandb_is_said_once_and_the_run_goes_on(tmp_path, caplog):
         run.alert("a", "b")
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 9))
     assert len(re.findall("W&B is off from here on", caplog.text)) == 1
+
+
+def test_records_reach_the_offline_file_long_before_the_end(tmp_path):
+    """So that a kill takes little from it; wandb's own buffer would hold them for 15 seconds or a block of 32 KiB."""
+    with tracker(tmp_path) as run:
+        run.log(1, {"train/loss": 1.0})
+        run.log(2, {"train/loss": 2.0})
+        deadline = time.monotonic() + 10
+        while not (found := history(read_wandb(tmp_path, closed=False))) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert found[1]["train/loss"] == 1.0
 
 
 def test_without_any_working_wandb_metrics_go_on(tmp_path, monkeypatch, caplog):
