@@ -3,9 +3,21 @@
 `convert(ToyFaces(size=32), "data/toy_faces32", workers=2)` does what `python -m shard_data toy_faces` does.
 """
 
-from shard_data.errors import AlreadyComplete, DataError
+from shard_data.errors import AlreadyComplete, DataError, Incomplete
+from shard_data.sources.celeba import CelebA
+from shard_data.sources.cifar import Cifar10, Cifar100
 from shard_data.sources.mnist import Mnist
 from shard_data.sources.toy_faces import ToyFaces
 from shard_data.writer import convert
 
-__all__ = ["AlreadyComplete", "DataError", "Mnist", "ToyFaces", "convert"]
+__all__ = [
+    "AlreadyComplete",
+    "CelebA",
+    "Cifar10",
+    "Cifar100",
+    "DataError",
+    "Incomplete",
+    "Mnist",
+    "ToyFaces",
+    "convert",
+]

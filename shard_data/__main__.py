@@ -2,13 +2,14 @@
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
 from types import ModuleType
 
 from shard_data import info, verify
-from shard_data.errors import Damaged, DataError
+from shard_data.errors import Damaged, DataError, Incomplete
 from shard_data.shard import ENCODINGS
 from shard_data.sources import SOURCES
 from shard_data.writer import convert
@@ -50,9 +51,19 @@ def _add_writer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--encoding", choices=ENCODINGS, default="npy", help=encoding)
     size = "samples per shard (default: what keeps a shard under about 32 MiB)"
     group.add_argument("--shard-size", type=int, metavar="N", help=size)
+    shuffle = (
+        "write each split in a random order decided by this seed, or `none` for the originals' (default %(default)s)"
+    )
+    group.add_argument("--shuffle", type=_seed, metavar="SEED", help=shuffle)
+    partial = "convert what is there: leave out what is missing or unreadable, and list it in the manifest"
+    group.add_argument("--partial", action="store_true", help=partial)
     workers = "processes; the bytes do not depend on it (default: the cores, here %(default)s)"
     group.add_argument("--workers", type=int, default=_cores(), metavar="N", help=workers)
     group.add_argument("--overwrite", action="store_true", help="replace a complete set that lies in --out")
+
+
+def _seed(word: str) -> int | None:
+    return None if word == "none" else int(word)
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +90,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         arguments.out,
         encoding=arguments.encoding,
         shard_size=arguments.shard_size,
+        shuffle_seed=arguments.shuffle,
+        partial=arguments.partial,
         workers=arguments.workers,
         overwrite=arguments.overwrite,
         progress=True,
@@ -114,6 +127,9 @@ def main(words: list[str] | None = None) -> int:
         return arguments.run(arguments)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, Incomplete):
+            words = sys.argv[1:] if words is None else words
+            print(f"  {shlex.join(['python', '-m', 'shard_data', *words, '--partial'])}", file=sys.stderr)
         return 1 if isinstance(error, Damaged) else 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again, and it goes on", file=sys.stderr)

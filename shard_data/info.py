@@ -32,7 +32,7 @@ def describe(root: str | Path) -> str:
     for split, entry in manifest["splits"].items():
         megabytes = sum(shard["bytes"] for shard in entry["shards"]) / 1e6
         lines.append(f"{split:<8}{entry['count']:>10,}{len(entry['shards']):>8}{megabytes:>9.1f}")
-    lines += [f"left out: {len(manifest['omitted'])} originals"] if manifest["omitted"] else []
+    lines += [f"left out of {o['split']}: {o['count']:,}, {o['reason']}" for o in manifest["omitted"]]
     return "\n".join([*lines, *_frequencies(root, manifest)])
 
 

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from shard_data.errors import Damaged, DataError
 from shard_data.files import replacing, sync_folder
-from shard_data.source import Source
+from shard_data.source import Omission, Source
 
 FILE = "manifest.json"
 FORMAT = "webdataset-shards"
@@ -29,8 +30,8 @@ def fingerprint(manifest: Manifest) -> str:
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
-def header(source: Source, encoding: str) -> Manifest:
-    """A source's manifest but for splits and fingerprint. Raises DataError where the originals cannot be used."""
+def header(source: Source, encoding: str, shuffle_seed: int | None = None) -> Manifest:
+    """A source's manifest but for splits, omissions and fingerprint. Raises DataError for originals of no use."""
     description = source.description()
     height, width, channels = source.image_shape
     return {
@@ -43,17 +44,25 @@ def header(source: Source, encoding: str) -> Manifest:
         "classes": source.classes and list(source.classes),
         "attributes": source.attributes and list(source.attributes),
         "source": description,
-        "omitted": [],
+        **({} if shuffle_seed is None else {"shuffle_seed": shuffle_seed}),
     }
 
 
-def complete(head: Manifest, shards: dict[str, list[dict[str, Any]]]) -> Manifest:
-    """The header joined by the splits' shards, and the fingerprint of the whole."""
+def complete(head: Manifest, shards: dict[str, list[dict[str, Any]]], omissions: Iterable[Omission] = ()) -> Manifest:
+    """The header joined by the splits' shards, what was left out, and the fingerprint of the whole."""
     splits = {
         split: {"count": sum(s["count"] for s in entries), "shards": entries} for split, entries in shards.items()
     }
-    manifest = {**head, "splits": splits}
+    manifest = {**head, "splits": splits, "omitted": omitted(omissions)}
     return {**manifest, "fingerprint": fingerprint(manifest)}
+
+
+def omitted(omissions: Iterable[Omission]) -> list[dict[str, Any]]:
+    """What was left out, with one entry per split and reason: {"split", "reason", "count", "names"}."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for split, name, reason in omissions:
+        names.setdefault((split, reason), []).append(name)
+    return [{"split": s, "reason": r, "count": len(found), "names": found} for (s, r), found in names.items()]
 
 
 def save(manifest: Manifest, root: Path) -> None:

@@ -32,11 +32,22 @@ class Sample:
     """What else goes into KEY.json."""
 
 
+class Omission(NamedTuple):
+    """An original that cannot be converted, and why."""
+
+    split: str
+    name: str
+    reason: str
+
+
 class Source(Protocol):
     """A data set to convert. It is sent to worker processes, so it pickles cheaply: paths and options, no pixels.
 
     `records` lists a split in an order that never changes; `load` depends on the record alone. So neither the number
     of workers nor the order in which they work can show in the shards.
+
+    A source whose originals can be incomplete also has `omissions`: a sequence of Omission, known after `description`,
+    of what its records leave out. An original that turns out unreadable makes `load` raise BadImage.
     """
 
     name: ClassVar[str]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from shard_data.errors import DataError
+from shard_data.errors import BadImage, DataError
 from shard_data.shard import Layout, write_shard
 from shard_data.source import Record, Sample, Source
 
@@ -44,14 +44,24 @@ class ShardWriter:
     layout: Layout
 
     def write(self, task: Task, tick) -> dict[str, Any]:
-        """Write the task's shard, calling `tick(number of images)` now and then; returns its manifest entry."""
-        return write_shard(self.folder, task.stem, self._samples(task.records, tick), self.layout)
+        """Write the task's shard, calling `tick(number of images)` now and then; returns its manifest entry.
 
-    def _samples(self, records: Sequence[Record], tick) -> Iterator[tuple[str, Sample]]:
+        Images that cannot be read are left out of the shard; "omitted" in the entry lists their [name, reason].
+        """
+        bad: list[list[str]] = []
+        entry = write_shard(self.folder, task.stem, self._samples(task.records, tick, bad), self.layout)
+        return {**entry, "omitted": bad} if bad else entry
+
+    def _samples(self, records: Sequence[Record], tick, bad: list[list[str]]) -> Iterator[tuple[str, Sample]]:
         for start in range(0, len(records), TICK):
             part = records[start : start + TICK]
             for record in part:
-                yield record.key, self.source.load(record)
+                try:
+                    sample = self.source.load(record)
+                except BadImage as error:
+                    bad.append([error.name, error.reason])
+                    continue
+                yield record.key, sample
             tick(len(part))
 
 

@@ -1,29 +1,28 @@
 """Conversion: a source in, a complete shard set out.
 
-The plan (header, splits, shard size) decides every byte; the workers only decide how fast it is carried out.
+The plan (header, splits, order, shard size) decides every byte; the workers only decide how fast it is carried out.
 """
 
 import errno
 import json
 from collections.abc import Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from shard_data import manifest as manifests
-from shard_data.errors import AlreadyComplete, DataError
+from shard_data import plan
+from shard_data.errors import AlreadyComplete, DataError, Incomplete
 from shard_data.journal import Journal
 from shard_data.manifest import Manifest
-from shard_data.shard import BLOCK, ENCODINGS, Layout
-from shard_data.source import Record, Source
+from shard_data.shard import ENCODINGS
+from shard_data.source import Omission, Source
 from shard_data.workers import ShardWriter, Task, write_all
 
-SHARD_BYTES = 32 << 20
-ROUND_NUMBERS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+SHOWN = 10  # names per reason in a message; the manifest of a partial set has them all
 
-Records = dict[str, Sequence[Record]]
+Entries = dict[str, dict[str, Any]]
 
 
 def convert(
@@ -32,38 +31,41 @@ def convert(
     *,
     encoding: str = "npy",
     shard_size: int | None = None,
+    shuffle_seed: int | None = None,
+    partial: bool = False,
     workers: int = 1,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Manifest:
     """Write the whole of `source` as a shard set into the folder `out`, and return its manifest.
 
-    `shard_size` is in samples per shard; every shard of a split but the last holds as many. The same arguments give the
+    `shard_size` is in samples per shard; every shard of a split but the last holds as many, less what is left out of
+    it. With a `shuffle_seed` each split is written in a random order that the seed decides. The same arguments give the
     same bytes for any number of `workers` (processes); with more than one, the main program must be guarded by
-    `if __name__ == "__main__"`. An unfinished conversion of the same content goes on where it stopped. Raises
-    AlreadyComplete where `out` holds a complete set and `overwrite` is not given, DataError for originals, options or
-    folders that cannot be used.
+    `if __name__ == "__main__"`. An unfinished conversion of the same content goes on where it stopped.
+
+    Raises Incomplete where originals are missing or unreadable; with `partial` they are left out and the manifest
+    lists them. Raises AlreadyComplete where `out` holds a complete set and `overwrite` is not given, DataError for
+    originals, options or folders that cannot be used.
     """
     folder = Path(out)
     _check_options(encoding, shard_size, workers)
     if not overwrite:
         _refuse_complete(folder)
-    head = manifests.header(source, encoding)
-    records = {split: source.records(split) for split in source.splits}
-    layout = _layout(source, encoding, records)
-    tasks = _tasks(records, shard_size or default_shard_size(source.image_shape))
+    head = manifests.header(source, encoding, shuffle_seed)
+    missing = list(getattr(source, "omissions", ()))
+    _refuse_incomplete(source, missing, partial)
+    records = plan.plan_records(source, shuffle_seed)
+    tasks = plan.plan_tasks(records, shard_size or plan.default_shard_size(source.image_shape))
+    writer = ShardWriter(source, folder, plan.plan_layout(source, encoding, records))
     try:
-        journal = _open_folder(folder, _plan(head, records, tasks), _files(tasks))
-        _carry_out(ShardWriter(source, folder, layout), tasks, journal, workers, progress)
-        return _finish(folder, head, tasks, journal)
+        journal = _open_folder(writer, json.loads(json.dumps(plan.describe(head, records, tasks))), tasks)
+        entries = _carry_out(writer, tasks, journal, workers, progress)
+        unreadable = _take_omissions(tasks, entries)
+        _refuse_incomplete(source, unreadable, partial)
+        return _finish(folder, head, _by_split(folder, tasks, entries), [*missing, *unreadable], journal)
     except OSError as error:
         raise DataError(_explain(error, folder)) from error
-
-
-def default_shard_size(image_shape: tuple[int, int, int]) -> int:
-    """Samples per shard: the largest of 1, 2, 5, 10, 20 ... that keeps a shard under about 32 MiB."""
-    per_sample = prod(image_shape) + 4 * BLOCK  # the image's header and padding, and a member of text beside it
-    return max(number for number in ROUND_NUMBERS if number == 1 or number * per_sample <= SHARD_BYTES)
 
 
 def _check_options(encoding: str, shard_size: int | None, workers: int) -> None:
@@ -83,34 +85,29 @@ def _refuse_complete(folder: Path) -> None:
         )
 
 
-def _layout(source: Source, encoding: str, records: Records) -> Layout:
-    key_bytes = max(len(record.key.encode()) for split in records.values() for record in split)
-    return Layout(encoding, source.image_shape, source.columns, source.attributes or (), key_bytes)
-
-
-def _tasks(records: Records, shard_size: int) -> list[Task]:
-    return [
-        Task(f"{split}-{number:06d}", rows[start : start + shard_size])
-        for split, rows in records.items()
-        for number, start in enumerate(range(0, len(rows), shard_size))
-    ]
-
-
-def _plan(head: Manifest, records: Records, tasks: list[Task]) -> dict[str, Any]:
-    plan = {
-        **head,
-        "splits": {s: len(rows) for s, rows in records.items()},
-        "shards": {t.stem: len(t.records) for t in tasks},
-    }
-    return json.loads(json.dumps(plan))  # as the journal will give it back
+def _refuse_incomplete(source: Source, omissions: Sequence[Omission], partial: bool) -> None:
+    if not omissions or partial:
+        return
+    lines = []
+    for entry in manifests.omitted(omissions):
+        more = f" and {entry['count'] - SHOWN:,} more" if entry["count"] > SHOWN else ""
+        lines.append(
+            f"  {entry['split']}: {entry['count']:,}, {entry['reason']}: {', '.join(entry['names'][:SHOWN])}{more}"
+        )
+    listing = "\n".join(lines)
+    raise Incomplete(
+        f"{source.name}: {len(omissions):,} originals are missing or cannot be used:\n{listing}\n"
+        "mend them and run the same command again, or add --partial to leave them out and list them in the manifest"
+    )
 
 
 def _files(tasks: Sequence[Task]) -> list[str]:
     return [f"{task.stem}.{suffix}" for task in tasks for suffix in ("tar", "index.npy")]
 
 
-def _open_folder(folder: Path, plan: dict[str, Any], files: list[str]) -> Journal:
+def _open_folder(writer: ShardWriter, content: dict[str, Any], tasks: Sequence[Task]) -> Journal:
     """Make the folder ready for the plan. Only files that a manifest or journal of ours names are ever deleted."""
+    folder, files = writer.folder, _files(tasks)
     folder.mkdir(parents=True, exist_ok=True)
     journal = Journal(folder)
     ours = list(journal.ours)
@@ -121,14 +118,20 @@ def _open_folder(folder: Path, plan: dict[str, Any], files: list[str]) -> Journa
         raise DataError(
             f"{folder / strangers[0]}: is in the way and not part of a set made here; choose another --out folder"
         )
-    journal.begin(plan, [*ours, *files])
+    plan.check_space(folder, ours, writer.layout, sum(len(task.records) for task in tasks))
+    journal.begin(content, [*ours, *files])
     (folder / manifests.FILE).unlink(missing_ok=True)
     journal.sweep()
     return journal
 
 
-def _carry_out(writer: ShardWriter, tasks: list[Task], journal: Journal, workers: int, progress: bool) -> None:
-    open_tasks = [task for task in tasks if f"{task.stem}.tar" not in journal.finished]
+def _carry_out(writer: ShardWriter, tasks: list[Task], journal: Journal, workers: int, progress: bool) -> Entries:
+    """The entries of all shards by file name.
+
+    A shard with gaps is not noted as finished: its originals may be mended before the next run.
+    """
+    entries = dict(journal.finished)
+    open_tasks = [task for task in tasks if f"{task.stem}.tar" not in entries]
     total = sum(len(task.records) for task in open_tasks)
     if progress and len(open_tasks) < len(tasks):
         tqdm.write(
@@ -136,16 +139,45 @@ def _carry_out(writer: ShardWriter, tasks: list[Task], journal: Journal, workers
         )
     with tqdm(total=total, unit=" images", desc=writer.source.name, disable=not progress) as bar:
         for entry in write_all(writer, open_tasks, workers, bar):
-            journal.add(entry)
+            entries[entry["file"]] = entry
+            if "omitted" not in entry:
+                journal.add(entry)
         bar.update(total - bar.n)
+    return entries
 
 
-def _finish(folder: Path, head: Manifest, tasks: list[Task], journal: Journal) -> Manifest:
+def _take_omissions(tasks: Sequence[Task], entries: Entries) -> list[Omission]:
+    """Take out of the entries what their shards had to leave out."""
+    return [
+        Omission(plan.split_of(task.stem), name, reason)
+        for task in tasks
+        for name, reason in entries[f"{task.stem}.tar"].pop("omitted", ())
+    ]
+
+
+def _by_split(folder: Path, tasks: Sequence[Task], entries: Entries) -> dict[str, list[dict[str, Any]]]:
+    """The shards of every split; a shard of which nothing could be read goes away."""
     shards: dict[str, list[dict[str, Any]]] = {}
     for task in tasks:
-        split = task.stem.rpartition("-")[0]
-        shards.setdefault(split, []).append(journal.finished[f"{task.stem}.tar"])
-    manifest = manifests.complete(head, shards)
+        entry = entries[f"{task.stem}.tar"]
+        if entry["count"]:
+            shards.setdefault(plan.split_of(task.stem), []).append(entry)
+            continue
+        for name in (entry["file"], entry["index"]):
+            (folder / name).unlink()
+    if not shards:
+        raise DataError(f"{folder}: not one original could be read, so there is no set; check what --source leads to")
+    return shards
+
+
+def _finish(
+    folder: Path,
+    head: Manifest,
+    shards: dict[str, list[dict[str, Any]]],
+    omissions: Sequence[Omission],
+    journal: Journal,
+) -> Manifest:
+    manifest = manifests.complete(head, shards, omissions)
     manifests.save(manifest, folder)
     journal.end()
     return manifest

@@ -23,9 +23,9 @@ from PIL import Image
 
 from shard_data import AlreadyComplete, DataError, Mnist, ToyFaces, convert
 from shard_data.__main__ import main
+from shard_data.plan import default_shard_size
 from shard_data.shard import decode_image, encode_image, tar_member
 from shard_data.verify import verify
-from shard_data.writer import default_shard_size
 
 COUNTS = {"train": 37, "t10k": 11}
 SMALL_FACES = ToyFaces(size=16, train=23, val=7, test=0, seed=5)

@@ -1,5 +1,5 @@
 """The data sets that can be converted: each module has one source class, `add_arguments` and `from_arguments`."""
 
-from shard_data.sources import mnist, toy_faces
+from shard_data.sources import celeba, cifar, mnist, toy_faces
 
-SOURCES = {"toy_faces": toy_faces, "mnist": mnist}
+SOURCES = {"toy_faces": toy_faces, "mnist": mnist, "celeba": celeba, "cifar10": cifar, "cifar100": cifar}

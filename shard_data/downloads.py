@@ -1,0 +1,189 @@
+"""Where data sets are published, and their md5; fetching them, or saying what arrived instead."""
+
+import argparse
+import contextlib
+import hashlib
+import shlex
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from http.client import HTTPException
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from tqdm import tqdm
+
+from shard_data.arrivals import HEAD, what_is
+from shard_data.errors import DataError
+from shard_data.files import replacing
+
+REMEDY = "fetch it again with --download, or place the file there by hand"
+TIMEOUT = 30.0  # seconds without a byte
+CHUNK = 1 << 20
+
+
+class Download(NamedTuple):
+    """A file of a data set: its name, md5 and the addresses where it is published, best first."""
+
+    name: str
+    md5: str
+    addresses: tuple[str, ...]
+
+
+def _at(*folders: str, **md5: str) -> tuple[Download, ...]:
+    return tuple(Download(name, digest, tuple(folder + name for folder in folders)) for name, digest in md5.items())
+
+
+def _idx(folders: Sequence[str], digests: Sequence[str]) -> tuple[Download, ...]:
+    names = [
+        f"{part}-ubyte.gz"
+        for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    ]
+    return _at(*folders, **dict(zip(names, digests, strict=True)))
+
+
+def _drive(name: str, md5: str, number: str) -> Download:
+    address = f"https://drive.usercontent.google.com/download?id={number}&export=download&confirm=t"
+    return Download(name, md5, (address,))
+
+
+TORONTO = "https://www.cs.toronto.edu/~kriz/"
+FILES: dict[str, tuple[Download, ...]] = {
+    "celeba": (
+        _drive("list_attr_celeba.txt", "75e246fa4810816ffd6ee81facbd244c", "0B7EVK8r0v71pblRyaVFSWGxPY0U"),
+        _drive("list_eval_partition.txt", "d32c9cbf5e040fd4025c592c306e6668", "0B7EVK8r0v71pY0NSMzRuSXJEVkk"),
+        _drive("identity_CelebA.txt", "32bd1bd63d3c78cd57e08160ec5ed1e2", "1_ee_0u7vcNLOfNLegJRHmolfH5ICW-XS"),
+        _drive("img_align_celeba.zip", "00d2c5bc6d35e252742224ab0c1e8fcb", "0B7EVK8r0v71pZjFTYXZWM3FlRnM"),
+    ),
+    "cifar10": _at(TORONTO, **{"cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a"}),
+    "cifar100": _at(TORONTO, **{"cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85"}),
+    "mnist": _idx(
+        ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/"),
+        (
+            "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "d53e105ee54ea40749a09fcbcd1e9432",
+            "9fb629c4189551a2d022fa330f9573f3",
+            "ec29112dd5afa0611ce80d1b7f02629c",
+        ),
+    ),
+    "fashion_mnist": _idx(
+        ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
+        (
+            "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "25c81989df183df01b3e8a0aad5dffbe",
+            "bef4ecab320f06d8554ea6380940ec79",
+            "bb300cfdad3c16e7a12a480ee83cd310",
+        ),
+    ),
+    "kmnist": _idx(
+        ("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
+        (
+            "bdb82020997e1d708af4cf47b453dcf7",
+            "e144d726b3acfaa3e44228e80efcd344",
+            "5c965bf0a639b31b8f53240b1b52f4d7",
+            "7320c461ea6c1c855c0b718fb2a4b134",
+        ),
+    ),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser, source: str) -> None:
+    """--source, --download and --mirror of a data set that is published."""
+    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help=source)
+    download = "first fetch the files that are not in --source yet, and check their md5"
+    parser.add_argument("--download", action="store_true", help=download)
+    mirror = "with --download: fetch ADDRESS/NAME of every file instead of where it is published"
+    parser.add_argument("--mirror", metavar="ADDRESS", help=mirror)
+
+
+def from_arguments(dataset: str, arguments: argparse.Namespace) -> Path:
+    """The folder of the originals, filled where that was asked for."""
+    if arguments.download:
+        fetch(dataset, arguments.source, arguments.mirror, progress=True)
+    elif arguments.mirror:
+        raise DataError("--mirror says where to fetch from; add --download to fetch")
+    return arguments.source
+
+
+def fetch(dataset: str, folder: Path, mirror: str | None = None, progress: bool = False) -> None:
+    """Fetch the published files of a data set that are not in `folder` yet. Raises DataError, saying what arrived."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in FILES[dataset]:
+        if mirror:
+            file = file._replace(addresses=(f"{mirror.rstrip('/')}/{file.name}",))
+        if not (folder / file.name).exists():
+            _fetch(file, folder / file.name, progress)
+        elif _md5(folder / file.name) != file.md5:
+            raise DataError(
+                f"{folder / file.name}: is not as published (its md5 is not {file.md5}); "
+                "delete it to have it fetched again, or leave out --download to use it as it is"
+            )
+
+
+def _md5(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def _fetch(file: Download, path: Path, progress: bool) -> None:
+    failures = []
+    for address in file.addresses:
+        failure = _try(address, file, path, progress)
+        if failure is None:
+            return
+        failures.append(f"  {address}: {failure}")
+    listing = "\n".join(failures)
+    raise DataError(
+        f"{path}: could not be fetched:\n{listing}\n"
+        f"get the file another way (a browser, a colleague; md5 {file.md5}), place it as {shlex.quote(str(path))} "
+        "and run the same command again, or name a mirror with --mirror"
+    )
+
+
+def _try(address: str, file: Download, path: Path, progress: bool) -> str | None:
+    """Fetch one address; returns what went wrong, if anything did."""
+    if urllib.parse.urlsplit(address).scheme not in ("http", "https"):
+        return "not an http or https address"
+    request = urllib.request.Request(address, headers={"User-Agent": "shard_data"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, replacing(path) as out:
+            head, digest = _copy(answer, out, file.name, progress)
+            if digest != file.md5:
+                raise Wrong(f"{what_is(head)} arrived, with md5 {digest} instead of {file.md5}")
+    except Wrong as error:
+        return str(error)
+    except urllib.error.HTTPError as error:
+        return f"the server answers {error.code} {error.reason} with {what_is(_rest(error))}"
+    except urllib.error.URLError as error:
+        return f"no connection ({error.reason})"
+    except (HTTPException, TimeoutError, ConnectionError) as error:
+        return f"the connection broke off ({error or type(error).__name__})"
+    return None
+
+
+class Wrong(Exception):
+    """Something else arrived than was asked for."""
+
+
+def _rest(error: urllib.error.HTTPError) -> bytes:
+    with contextlib.suppress(OSError, HTTPException):
+        return error.read(HEAD)
+    return b""
+
+
+def _copy(answer, out: BinaryIO, name: str, progress: bool) -> tuple[bytes, str]:
+    """Copy what arrives; returns its first bytes and its md5."""
+    head, digest, size = b"", hashlib.md5(), 0
+    total = int(answer.headers.get("Content-Length") or 0) or None
+    with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=not progress, file=sys.stderr) as bar:
+        while chunk := answer.read(CHUNK):
+            head = head or chunk[:HEAD]
+            digest.update(chunk)
+            out.write(chunk)
+            size += len(chunk)
+            bar.update(len(chunk))
+    if total is not None and size < total:
+        raise Wrong(f"the connection broke off after {size:,} of {total:,} bytes")
+    return head, digest.hexdigest()

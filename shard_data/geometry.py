@@ -1,0 +1,43 @@
+"""Crops and sizes, named so that a manifest can say what was done to the originals."""
+
+from PIL import Image
+
+from shard_data.errors import DataError
+
+FILTERS = {name.lower(): Image.Resampling[name] for name in ("BILINEAR", "BICUBIC", "LANCZOS", "BOX", "HAMMING")}
+SIZES = (32, 256)
+
+Box = tuple[int, int, int, int]
+
+
+def check_size(size: int) -> None:
+    if not SIZES[0] <= size <= SIZES[1]:
+        raise DataError(f"size {size}: must be from {SIZES[0]} to {SIZES[1]} pixels")
+
+
+def check_filter(name: str) -> None:
+    if name not in FILTERS:
+        raise DataError(f"filter {name!r}: must be one of {', '.join(FILTERS)}")
+
+
+def centre_box(width: int, height: int, side: int) -> Box:
+    """(left, top, right, bottom) of the square in the middle, halves rounded to even, as torchvision's CenterCrop."""
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    return (left, top, left + side, top + side)
+
+
+def resize(image: Image.Image, size: tuple[int, int], filter: str) -> Image.Image:
+    """Pillow's resize, whose filters widen with the reduction; an image that has the size already is left alone."""
+    return image if image.size == size else image.resize(size, FILTERS[filter])
+
+
+def shorter_side_then_centre(image: Image.Image, size: int, filter: str) -> Image.Image:
+    """The shorter side becomes `size`, then the middle is cut out: torchvision's Resize and CenterCrop."""
+    short = min(image.size)
+    width, height = (size if side == short else int(size * side / short) for side in image.size)
+    return resize(image, (width, height), filter).crop(centre_box(width, height, size))
+
+
+def centre_then_resize(image: Image.Image, size: int, filter: str) -> Image.Image:
+    """The largest square in the middle is cut out, then resized."""
+    return resize(image.crop(centre_box(*image.size, min(image.size))), (size, size), filter)

@@ -1,0 +1,120 @@
+"""Where image files lie: a folder, or a ZIP file that is read without unpacking, so that nothing can be written."""
+
+import zlib
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
+
+from shard_data.arrivals import HEAD, what_is
+from shard_data.errors import BadImage, DataError
+
+MAX_BYTES = 256 << 20  # of one image file
+LOCAL_HEADER = 30
+
+
+class ImageFolder:
+    """The files of one folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        return frozenset(entry.name for entry in self.path.iterdir() if not entry.name.startswith("."))
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path}  # a worker has no need of all the names
+
+    def read(self, name: str) -> bytes:
+        return read_file(self.path / name, name)
+
+
+def read_file(path: Path, name: str) -> bytes:
+    """The bytes of an image file. Raises BadImage where there is none to read, or far too many."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise BadImage(name, f"cannot be read ({error.strerror})") from None
+    if len(data) > MAX_BYTES:
+        raise BadImage(name, f"more than {MAX_BYTES >> 20} MiB; no image of a data set is that large")
+    return data
+
+
+class Member(NamedTuple):
+    """Where a file lies in a ZIP archive: all that a worker needs, as the list of 200,000 of them takes 100 MB."""
+
+    header: int
+    packed: int
+    size: int
+    method: int
+    crc: int
+
+
+class ImageZip:
+    """The files with a given suffix in a ZIP archive, by the last part of their names."""
+
+    def __init__(self, path: Path, suffix: str):
+        self.path, self.suffix = path, suffix
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "suffix": self.suffix, "members": self.members}
+
+    @cached_property
+    def members(self) -> dict[str, Member]:
+        try:
+            with ZipFile(self.path) as archive:
+                found = [info for info in archive.infolist() if info.filename.lower().endswith(self.suffix)]
+        except (BadZipFile, NotImplementedError, ValueError) as error:
+            with open(self.path, "rb") as file:
+                what = what_is(file.read(HEAD))
+            raise DataError(
+                f"{self.path}: cannot be read as a ZIP file ({error}); it is {what}: fetch it again"
+            ) from None
+        found = [info for info in found if not info.filename.startswith("__MACOSX/")]
+        members = {
+            info.filename.rpartition("/")[2]: Member(
+                info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC
+            )
+            for info in found
+        }
+        if len(members) != len(found):
+            raise DataError(f"{self.path}: holds several files of one name; this is not the published archive")
+        return members
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        return frozenset(self.members)
+
+    def read(self, name: str) -> bytes:
+        member = self.members[name]
+        if member.size > MAX_BYTES or member.packed > MAX_BYTES:
+            raise BadImage(name, f"more than {MAX_BYTES >> 20} MiB; no image of a data set is that large")
+        data = _unpack(self._packed(member), member)
+        if data is None or len(data) != member.size or zlib.crc32(data) != member.crc:
+            raise BadImage(name, f"damaged in {self.path.name}")
+        return data
+
+    def _packed(self, member: Member) -> bytes:
+        self._file.seek(member.header)
+        header = self._file.read(LOCAL_HEADER)
+        skip = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        self._file.seek(skip, 1)
+        return self._file.read(member.packed)
+
+    @cached_property
+    def _file(self) -> BinaryIO:
+        return open(self.path, "rb")
+
+
+def _unpack(packed: bytes, member: Member) -> bytes | None:
+    """The content, never more than was promised; None where it is damaged or packed by a method of another age."""
+    if member.method == ZIP_STORED:
+        return packed
+    if member.method != ZIP_DEFLATED:
+        return None
+    try:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, member.size + 1)
+    except zlib.error:
+        return None
