@@ -9,6 +9,7 @@ What W&B gets: the resolved settings, figures, pictures, and what it measures of
 git, the terminal's text or a key.
 """
 
+import contextlib
 import logging
 import netrc
 import os
@@ -199,7 +200,7 @@ class WandbRun:
         for call in iter(self._calls.get, None):
             try:
                 call()
-            except Exception as error:  # noqa: BLE001 - nothing that W&B does may end training
+            except Exception as error:  # nothing that W&B does may end training
                 self._switch_off(describe(error))
                 return
 
@@ -252,10 +253,11 @@ def connect(config: TrackingConfig, run_dir: Path, run_config: Mapping[str, Any]
         return None, "no key found: set WANDB_API_KEY or run `wandb login`"
     try:
         return init_run("online", config, run_dir, run_config), ""
-    except Exception as error:  # noqa: BLE001 - wandb raises many kinds
-        import wandb
+    except Exception as error:  # wandb raises many kinds
+        with contextlib.suppress(Exception):
+            import wandb
 
-        wandb.teardown()  # its service holds the run's id until then
+            wandb.teardown()  # its service holds the run's id until then
         return None, describe(error)
 
 
@@ -263,7 +265,7 @@ def go_offline(config: TrackingConfig, run_dir: Path, run_config: Mapping[str, A
     """An offline run, or None where even that fails."""
     try:
         run = init_run("offline", config, run_dir, run_config)
-    except Exception as error:  # noqa: BLE001 - wandb raises many kinds
+    except Exception as error:  # wandb raises many kinds
         logger.warning("W&B is off (%s); metrics.jsonl has everything", describe(error))
         return None
     logger.info("W&B: offline (%s). To upload this run later: wandb sync %s", reason, Path(run.dir).parent)
