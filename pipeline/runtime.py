@@ -110,11 +110,15 @@ class Runtime:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    @property
+    def device_name(self) -> str:
+        """As its maker calls it; "CPU" for any CPU."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
     def describe(self) -> str:
         """One line for the banner."""
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         threads = f", {torch.get_num_threads()} threads each" if self.device.type == "cpu" else ""
-        return f"{self.world_size} process{'es' if self.world_size > 1 else ''} on {device}{threads}, {self.precision}"
+        return f"{self.world_size} process{'es' if self.world_size > 1 else ''} on {self.device_name}{threads}, {self.precision}"
 
 
 def cores_per_process() -> int:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.data.preprocess import Preprocess, to_model_input
 from pipeline.data.shards import TarShards
 from pipeline.ema import EMA
 from pipeline.evaluation import Evaluator
+from pipeline.flops import peak_flops, step_flops
 from pipeline.images import image_grid, reconstruction_grid, save_png
 from pipeline.objective import Objective
 from pipeline.optim import LearningRate, build_optimizer
@@ -141,6 +143,7 @@ class Session:
         )
         self.settings: dict[str, Any] = recipe.model_dump(mode="json")
         self.score: float | None = None
+        self.peak_flops = peak_flops(runtime.device_name, recipe.train.precision)
         self.tracker: Tracker | None = None
 
     # ------------------------------------------------------------------------------------------------------------- beginning
@@ -173,11 +176,19 @@ class Session:
             trainer.on_batches = Trace(self.folder, trainer.step, self.data.train, self.runtime).add
         trainer.fit()
 
+    @cached_property
+    def flops_per_image(self) -> int:
+        """Of a training step."""
+        return step_flops(self.trainer.model, batch_size=1)
+
     # --------------------------------------------------------------------------------------------------------------- cadences
 
     def report(self, step: int) -> None:
         """Means over the interval, to metrics.jsonl, W&B and the terminal."""
         scalars = self.trainer.interval_scalars()
+        if self.peak_flops and "perf/images_per_second" in scalars:
+            speed = scalars["perf/images_per_second"] * self.flops_per_image  # FLOP/s of all devices
+            scalars["perf/mfu"] = speed / (self.peak_flops * self.runtime.world_size)
         self.tracker.log(step, scalars)
         shown = [f"{name.split('/')[-1]} {scalars[name]:.4g}" for name in self.SHOWN if name in scalars]
         log.info("step %d/%d  %s", step, self.trainer.total_steps, "  ".join(shown))

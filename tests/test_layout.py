@@ -15,7 +15,7 @@ FLOORS = [
      "data.hashing", "data.recent", "data.manifest", "data.order", "data.shards", "data.preprocess", "checkpoint", "tracking", "records", "metrics",
      "ema", "images", "runtime", "torchvision_guard"},
     # 2
-    {"models.nvae", "models.nvae_names", "data.loader", "objective", "regularizers", "optim", "evaluation", "sampling", "state", "resume",
+    {"models.nvae", "models.nvae_names", "data.loader", "objective", "regularizers", "optim", "evaluation", "flops", "sampling", "state", "resume",
      "data_trace"},
     # 3
     {"trainer", "recipe", "session"},

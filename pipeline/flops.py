@@ -1,0 +1,32 @@
+"""Model FLOPs utilisation: what share of the device's peak the training steps reach."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.models.base import VAE
+
+BF16_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+"""Dense bfloat16 FLOP/s with float32 accumulation by the makers' data sheets, by a part of the device's name."""
+
+
+@torch.no_grad()
+def step_flops(model: VAE, batch_size: int) -> int:
+    """Floating-point operations of a training step's convolutions and products: one forward pass, and twice that for backward.
+
+    Counted on one black image; the model is left in its mode.
+    """
+    weight = next(model.parameters())
+    x = weight.new_zeros(1, *model.image_shape)
+    noise = [weight.new_zeros(1, *group.shape) for group in model.groups]
+    training = model.training
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(x, noise)
+    model.train(training)
+    return 3 * batch_size * counter.get_total_flops()
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """The device's peak in FLOP/s; None where it is not known."""
+    if precision != "bf16":
+        return None
+    return next((peak for part, peak in BF16_PEAKS.items() if part in device_name), None)

@@ -1,0 +1,47 @@
+"""FLOPs are those of the convolutions, counted by hand for a network that is small enough."""
+
+from math import prod
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.flops import peak_flops, step_flops
+from pipeline.models.base import VAE, LatentGroup, VAEOutput
+
+
+class OneConvolution(VAE):
+    """Not a sensible model: one 3x3 convolution, 3 -> 5 channels, on 8x8 images."""
+
+    groups = (LatentGroup("1x1_group00", (2, 1, 1)),)
+    image_shape = (3, 8, 8)
+    num_dimensions = prod(image_shape)
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3, padding=1)
+
+    def forward(self, x, noise):
+        h = self.conv(x).flatten(1).sum(1)
+        return VAEOutput(h, h[:, None], h, h, (h,))
+
+    def sample(self, noise, temperature=1.0):
+        return torch.zeros(len(noise[0]), *self.image_shape)
+
+    def reconstruct(self, x, noise):
+        return x
+
+
+def test_a_convolution_counts_two_for_each_product_and_three_passes():
+    model = OneConvolution().train()
+    by_hand = 2 * (3 * 3 * 3) * 5 * (8 * 8)  # multiply and add, per tap, output channel and pixel
+    assert step_flops(model, batch_size=7) == 3 * 7 * by_hand
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "peak"),
+    [("NVIDIA H100 80GB HBM3", "bf16", 989e12), ("NVIDIA A100-SXM4-40GB", "bf16", 312e12), ("CPU", "bf16", None), ("NVIDIA H100", "fp32", None)],
+)
+def test_peaks_are_known_or_not_claimed(device, precision, peak):
+    assert peak_flops(device, precision) == peak
