@@ -9,19 +9,15 @@ BF16_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "R
 """Dense bfloat16 FLOP/s with float32 accumulation by the makers' data sheets, by a part of the device's name."""
 
 
-@torch.no_grad()
 def step_flops(model: VAE, batch_size: int) -> int:
     """Floating-point operations of a training step's convolutions and products: one forward pass, and twice that for backward.
 
-    Counted on one black image; the model is left in its mode.
+    `model` is on the meta device, where nothing is computed.
     """
-    weight = next(model.parameters())
-    x = weight.new_zeros(1, *model.image_shape)
-    noise = [weight.new_zeros(1, *group.shape) for group in model.groups]
-    training = model.training
+    x = torch.empty(1, *model.image_shape, device="meta")
+    noise = [torch.empty(1, *group.shape, device="meta") for group in model.groups]
     with FlopCounterMode(display=False) as counter:
         model.eval()(x, noise)
-    model.train(training)
     return 3 * batch_size * counter.get_total_flops()
 
 

@@ -19,6 +19,7 @@ from pipeline.ema import EMA
 from pipeline.evaluation import Evaluator
 from pipeline.flops import peak_flops, step_flops
 from pipeline.images import image_grid, reconstruction_grid, save_png
+from pipeline.nn.batch_norm import keep_collectives_uncompiled
 from pipeline.objective import Objective
 from pipeline.optim import LearningRate, build_optimizer
 from pipeline.recipe import Recipe, build_model, total_steps
@@ -100,6 +101,7 @@ def build_trainer(recipe: Recipe, runtime: Runtime, data: Data) -> Trainer:
     if train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if train.compile:
+        keep_collectives_uncompiled()
         for cell in model.compilable_cells():
             cell.compile(dynamic=False)
     model.to(runtime.device)
@@ -179,7 +181,8 @@ class Session:
     @cached_property
     def flops_per_image(self) -> int:
         """Of a training step."""
-        return step_flops(self.trainer.model, batch_size=1)
+        with torch.device("meta"):
+            return step_flops(build_model(self.recipe), batch_size=1)
 
     # --------------------------------------------------------------------------------------------------------------- cadences
 

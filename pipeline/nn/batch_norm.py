@@ -51,7 +51,6 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.running_var.mul_(1 - self.momentum).add_(running_var, alpha=correction)
         return y
 
-    @torch.compiler.disable
     def _global(self, x: Tensor) -> Tensor:
         y, mean, var, count = GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps)
         copies = count * self.copies
@@ -59,6 +58,11 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (copies / (copies - 1)), self.momentum)
         return y
+
+
+def keep_collectives_uncompiled() -> None:
+    """To be called before a model is compiled. (As a decorator it would load the compiler, a second, at every import.)"""
+    BatchNorm2d._global = torch.compiler.disable(BatchNorm2d._global)
 
 
 class GlobalBatchNorm(Function):

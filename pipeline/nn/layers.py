@@ -135,7 +135,8 @@ def normalized_once(convs: Sequence[WNConv2d]) -> Iterator[None]:
     For one pass of the model over unchanged parameters; outside, each computes its own at every call.
     """
     device = convs[0].weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else convs[0].weight.dtype
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else convs[0].weight.dtype
     for conv, weight in zip(convs, effective_weights(convs, dtype), strict=True):
         conv.handed_weight = weight
     try:
