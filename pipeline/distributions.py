@@ -144,30 +144,31 @@ class DiscretizedLogisticMixture:
         if params.shape[1] != 10 * num_components:
             raise ValueError(f"a mixture over RGB takes 10 channels per component, got {params.shape[1]} channels")
         self.bits, self.bin_rule = bits, bin_rule
-        self.mixture_logits = params[:, :num_components]  # (B, K, H, W)
-        per_channel = params[:, num_components:].unflatten(1, (3, 3 * num_components))  # (B, 3, 3K, H, W)
-        self.means, log_scales, coefficients = per_channel.split(num_components, dim=2)  # each (B, 3, K, H, W)
+        # channels go last: so they lie in memory in a channels_last network, and so the gradient is built
+        self.mixture_logits, rest = params.permute(0, 2, 3, 1).split([num_components, 9 * num_components], dim=-1)
+        per_channel = rest.unflatten(-1, (3, 3 * num_components))  # (B, H, W, 3, 3K)
+        self.means, log_scales, coefficients = per_channel.split(num_components, dim=-1)  # each (B, H, W, 3, K)
         self.log_scales = log_scales.clamp(min=MIN_LOG_SCALE)
         self.coefficients = torch.tanh(coefficients)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-probability (B, H, W) of RGB pixels x (B, 3, H, W) in [0, 1], nats per pixel."""
-        y = 2 * x.to(self.means.dtype).unsqueeze(2) - 1  # (B, 3, 1, H, W)
+        y = (2 * x.to(self.means.dtype) - 1).permute(0, 2, 3, 1).unsqueeze(-1)  # (B, H, W, 3, 1)
         channels = discretized_logistic_log_prob(y, self._means_given(y), self.log_scales, self.bits, self.bin_rule)
-        return torch.logsumexp(channels.sum(dim=1) + torch.log_softmax(self.mixture_logits, dim=1), dim=1)
+        return torch.logsumexp(channels.sum(-2) + torch.log_softmax(self.mixture_logits, dim=-1), dim=-1)
 
     def _means_given(self, y: Tensor) -> Tensor:
-        """Component means (B, 3, K, H, W), each channel shifted by the true values of the channels before it."""
-        red, green = y[:, 0], y[:, 1]
-        c0, c1, c2 = self.coefficients.unbind(1)
-        shift = torch.stack([torch.zeros_like(c0), c0 * red, torch.addcmul(c1 * red, c2, green)], dim=1)
+        """Component means (B, H, W, 3, K), each channel shifted by the true values of the channels before it."""
+        red, green = y[..., 0, :], y[..., 1, :]
+        c0, c1, c2 = self.coefficients.unbind(-2)
+        shift = torch.stack([torch.zeros_like(c0), c0 * red, torch.addcmul(c1 * red, c2, green)], dim=-2)
         return self.means + shift
 
     @property
     def mean(self) -> Tensor:
         """Images (B, 3, H, W) in [0, 1]: the mixture's average parameters through the chain R, G, B."""
-        weights = torch.softmax(self.mixture_logits, dim=1).unsqueeze(1)  # (B, 1, K, H, W)
-        return self._chain((self.means * weights).sum(2), (self.coefficients * weights).sum(2))
+        weights = torch.softmax(self.mixture_logits, dim=-1).unsqueeze(-2)  # (B, H, W, 1, K)
+        return self._chain((self.means * weights).sum(-1), (self.coefficients * weights).sum(-1))
 
     def sample(self, uniform_mixture: Tensor, uniform_logistic: Tensor, temperature: float = 1.0) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], not rounded to levels, from uniforms (B, K, H, W) and (B, 3, H, W) in (0, 1).
@@ -175,23 +176,22 @@ class DiscretizedLogisticMixture:
         As in the reference release, a temperature below 1 sharpens the choice of component but *widens* the logistic
         noise.
         """
-        dtype = self.means.dtype
-        gumbel = -torch.log(-torch.log(uniform_mixture.to(dtype)))
-        chosen = torch.argmax(self.mixture_logits / temperature + gumbel, dim=1)[:, None, None]  # (B, 1, 1, H, W)
-        chosen = chosen.expand(-1, 3, -1, -1, -1)
+        gumbel = -torch.log(-torch.log(uniform_mixture.to(self.means.dtype).permute(0, 2, 3, 1)))  # (B, H, W, K)
+        chosen = torch.argmax(self.mixture_logits / temperature + gumbel, dim=-1)[..., None, None]
+        chosen = chosen.expand(-1, -1, -1, 3, -1)  # (B, H, W, 3, 1)
         mean, log_scale, coefficient = (
-            values.gather(2, chosen).squeeze(2) for values in (self.means, self.log_scales, self.coefficients)
+            values.gather(-1, chosen).squeeze(-1) for values in (self.means, self.log_scales, self.coefficients)
         )
-        noise = torch.logit(uniform_logistic.to(dtype))
+        noise = torch.logit(uniform_logistic.to(mean.dtype).permute(0, 2, 3, 1))
         return self._chain(mean + torch.exp(log_scale) / temperature * noise, coefficient)
 
     @staticmethod
     def _chain(values: Tensor, coefficients: Tensor) -> Tensor:
-        """Clamp R, then G given R, then B given both; values and coefficients (B, 3, H, W)."""
-        c0, c1, c2 = coefficients.unbind(1)
-        red = values[:, 0].clamp(-1, 1)
-        green = (values[:, 1] + c0 * red).clamp(-1, 1)
-        blue = (values[:, 2] + c1 * red + c2 * green).clamp(-1, 1)
+        """Images (B, 3, H, W) from values and coefficients (B, H, W, 3): clamp R, then G given R, then B given both."""
+        c0, c1, c2 = coefficients.unbind(-1)
+        red = values[..., 0].clamp(-1, 1)
+        green = (values[..., 1] + c0 * red).clamp(-1, 1)
+        blue = (values[..., 2] + c1 * red + c2 * green).clamp(-1, 1)
         return to_image(torch.stack([red, green, blue], dim=1))
 
 

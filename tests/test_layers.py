@@ -333,8 +333,8 @@ def batch_norm_worker(rank: int, folder: str) -> None:
     store = dist.FileStore(os.path.join(folder, "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     calls = []
-    gather, reduce = dist.all_gather_into_tensor, dist.all_reduce
-    batch_norm.dist.all_gather_into_tensor = lambda *tensors: (calls.append("gather"), gather(*tensors))
+    gather, reduce = dist.all_gather, dist.all_reduce
+    batch_norm.dist.all_gather = lambda *tensors: (calls.append("gather"), gather(*tensors))
     batch_norm.dist.all_reduce = lambda tensor: (calls.append("reduce"), reduce(tensor))
     share = slice(0, 2) if rank == 0 else slice(2, 5)
     for copies in COPIES:

@@ -61,7 +61,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def keep_collectives_uncompiled() -> None:
-    """To be called before a model is compiled. (As a decorator it would load the compiler, a second, at every import.)"""
+    """Call before compiling a model. (As a decorator it would load the compiler, a second, at every import.)"""
     BatchNorm2d._global = torch.compiler.disable(BatchNorm2d._global)
 
 
@@ -99,9 +99,9 @@ def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.mean(SPACE)
     var = (x - _channels(mean)).square().mean(SPACE)  # torch.var_mean is many times slower in channels_last on CPU
     local = torch.cat([mean, var, mean.new_full((1,), x.numel() // x.shape[1])])
-    gathered = local.new_empty(dist.get_world_size(), local.numel())
-    dist.all_gather_into_tensor(gathered, local[None])
-    means, variances, counts = gathered.split([x.shape[1], x.shape[1], 1], dim=1)  # (world, C) twice, (world, 1)
+    gathered = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, local)
+    means, variances, counts = torch.stack(gathered).split([x.shape[1], x.shape[1], 1], dim=1)  # (world, C or 1)
     count = counts.sum()
     mean = (means * counts).sum(0) / count
     var = ((variances + (means - mean).square()) * counts).sum(0) / count
