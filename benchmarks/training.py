@@ -1,4 +1,4 @@
-"""Whole training steps of three small NVAEs: images per second and peak memory, ours beside plainer forms of the same function.
+"""Whole training steps of three small NVAEs: images per second and peak memory, beside plainer forms.
 
     python -m benchmarks.training [--rounds 8] [--steps 3] [--cases cifar-small ...]
 
@@ -6,7 +6,8 @@ A step is forward, backward, regularizers and optimizer on images that are in me
   default      this trainer's defaults for the device
   bf16         the same with train.precision=bf16
   contiguous   the same with train.channels_last=false
-  plain        the specification written down layer by layer (tests/nvae_restatement.py), contiguous float32, torch.optim.Adamax
+  plain        the specification written down layer by layer (tests/nvae_restatement.py), contiguous float32,
+  torch.optim.Adamax
 Each form lives in its own process; they take turns, so that a drifting machine troubles all alike. Run it alone.
 """
 
@@ -24,21 +25,75 @@ from tqdm import tqdm
 
 CASES = {
     # reference options, batch size; the first two are those of which facts about the reference release are known
-    "mnist-small": ({"dataset": "mnist", "num_latent_scales": 2, "num_groups_per_scale": 4, "ada_groups": True, "num_latent_per_group": 8,
-                     "num_channels_enc": 16, "num_channels_dec": 16, "num_cell_per_cond_enc": 1, "num_cell_per_cond_dec": 1,
-                     "num_preprocess_blocks": 2, "num_preprocess_cells": 3, "num_postprocess_blocks": 2, "num_postprocess_cells": 3}, 16),
-    "cifar-small": ({"dataset": "cifar10", "num_latent_scales": 1, "num_groups_per_scale": 6, "num_latent_per_group": 10,
-                     "num_channels_enc": 32, "num_channels_dec": 32, "num_cell_per_cond_enc": 2, "num_cell_per_cond_dec": 2}, 8),
-    "celeba-small": ({"dataset": "celeba_64", "num_latent_scales": 3, "num_groups_per_scale": 5, "ada_groups": True,
-                      "num_latent_per_group": 8, "num_channels_enc": 16, "num_channels_dec": 16, "num_cell_per_cond_enc": 1,
-                      "num_cell_per_cond_dec": 1, "num_nf": 1}, 4),
-}  # fmt: skip
+    "mnist-small": (
+        {
+            "dataset": "mnist",
+            "num_latent_scales": 2,
+            "num_groups_per_scale": 4,
+            "ada_groups": True,
+            "num_latent_per_group": 8,
+            "num_channels_enc": 16,
+            "num_channels_dec": 16,
+            "num_cell_per_cond_enc": 1,
+            "num_cell_per_cond_dec": 1,
+            "num_preprocess_blocks": 2,
+            "num_preprocess_cells": 3,
+            "num_postprocess_blocks": 2,
+            "num_postprocess_cells": 3,
+        },
+        16,
+    ),
+    "cifar-small": (
+        {
+            "dataset": "cifar10",
+            "num_latent_scales": 1,
+            "num_groups_per_scale": 6,
+            "num_latent_per_group": 10,
+            "num_channels_enc": 32,
+            "num_channels_dec": 32,
+            "num_cell_per_cond_enc": 2,
+            "num_cell_per_cond_dec": 2,
+        },
+        8,
+    ),
+    "celeba-small": (
+        {
+            "dataset": "celeba_64",
+            "num_latent_scales": 3,
+            "num_groups_per_scale": 5,
+            "ada_groups": True,
+            "num_latent_per_group": 8,
+            "num_channels_enc": 16,
+            "num_channels_dec": 16,
+            "num_cell_per_cond_enc": 1,
+            "num_cell_per_cond_dec": 1,
+            "num_nf": 1,
+        },
+        4,
+    ),
+}
 COMMON = {
-    "batch_size": 0, "weight_decay": 3e-4, "weight_decay_norm": 1e-2, "weight_decay_norm_init": 10.0, "weight_decay_norm_anneal": False,
-    "arch_instance": "res_mbconv", "kl_anneal_portion": 0.3, "kl_const_portion": 1e-4, "kl_const_coeff": 1e-4, "num_nf": 0,
-    "num_x_bits": 8, "ada_groups": False, "min_groups_per_scale": 1, "num_preprocess_blocks": 1, "num_preprocess_cells": 2,
-    "num_postprocess_blocks": 1, "num_postprocess_cells": 2, "num_mixture_dec": 10, "use_se": True, "res_dist": True,
-}  # fmt: skip
+    "batch_size": 0,
+    "weight_decay": 3e-4,
+    "weight_decay_norm": 1e-2,
+    "weight_decay_norm_init": 10.0,
+    "weight_decay_norm_anneal": False,
+    "arch_instance": "res_mbconv",
+    "kl_anneal_portion": 0.3,
+    "kl_const_portion": 1e-4,
+    "kl_const_coeff": 1e-4,
+    "num_nf": 0,
+    "num_x_bits": 8,
+    "ada_groups": False,
+    "min_groups_per_scale": 1,
+    "num_preprocess_blocks": 1,
+    "num_preprocess_cells": 2,
+    "num_postprocess_blocks": 1,
+    "num_postprocess_cells": 2,
+    "num_mixture_dec": 10,
+    "use_se": True,
+    "res_dist": True,
+}
 FORMS = ("default", "bf16", "contiguous", "plain")
 TOTAL_STEPS = 1000
 
@@ -108,8 +163,12 @@ def build_plain(case: str) -> Callable[[int], None]:
     options, batch_size = reference_options(case)
     state = {k: v.float() if v.is_floating_point() else v for k, v in random_state(options, seed=0).items()}
     net = spec.Net(options, spec.with_gradient(options, state), training=True)
-    u = {n: torch.randn(len(net.state[f"{n}.weight"])) for names in spec.conv_matrices(net.state).values() for n in names}
-    optimizer = torch.optim.Adamax([net.state[n] for n in parameter_order(options)], lr=1e-4, eps=1e-3, weight_decay=3e-4, foreach=False)
+    u = {
+        n: torch.randn(len(net.state[f"{n}.weight"])) for names in spec.conv_matrices(net.state).values() for n in names
+    }
+    optimizer = torch.optim.Adamax(
+        [net.state[n] for n in parameter_order(options)], lr=1e-4, eps=1e-3, weight_decay=3e-4, foreach=False
+    )
     x = random_images(case, batch_size).float() / 255
 
     def step(number: int) -> None:
@@ -124,7 +183,9 @@ def build_plain(case: str) -> Callable[[int], None]:
 
 
 def serve(case: str, form: str) -> None:
-    """A form's process: for each line "first count" on standard input, takes those steps and prints their seconds and the peak memory."""
+    """A form's process: for each line "first count" on standard input, takes those steps and prints their seconds and
+    the peak memory.
+    """
     settings = {"default": {}, "bf16": {"precision": "bf16"}, "contiguous": {"channels_last": False}}
     if form == "plain":
         torch.set_num_threads(len(__import__("os").sched_getaffinity(0)))
@@ -139,7 +200,11 @@ def serve(case: str, form: str) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = (
+            torch.cuda.max_memory_allocated()
+            if torch.cuda.is_available()
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
         print(json.dumps([seconds, peak]), flush=True)
 
 
@@ -187,7 +252,9 @@ def table(results: dict[str, dict[str, Contestant]]) -> str:
             ratios.setdefault(form, []).append(statistics.median(pairs))
             speed = batch_size / statistics.median(contestant.seconds)
             lines.append(f"| {case} | {form} | {speed:.1f} | {contestant.peak / 2**30:.2f} | {ratios[form][-1]:.2f} |")
-    lines += [f"| geometric mean | {form} | | | {statistics.geometric_mean(values):.2f} |" for form, values in ratios.items()]
+    lines += [
+        f"| geometric mean | {form} | | | {statistics.geometric_mean(values):.2f} |" for form, values in ratios.items()
+    ]
     return "\n".join(lines)
 
 

@@ -1,7 +1,8 @@
 """Three layers into one strict, frozen config: defaults < recipe file < `section.key=value` words.
 
-Knows no section. Values are YAML on both layers; validation, types and error paths are pydantic's. What is ours: reading YAML
-strictly (no duplicate keys, `5e-3` is a number), laying words over it, and messages that name the dotted path and the remedy.
+Knows no section. Values are YAML on both layers; validation, types and error paths are pydantic's. What is ours:
+reading YAML strictly (no duplicate keys, `5e-3` is a number), laying words over it, and messages that name the dotted
+path and the remedy.
 """
 
 import difflib
@@ -32,7 +33,9 @@ class _StrictLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         doubled = {str(key) for key in keys if keys.count(key) > 1}
         if doubled:
-            raise yaml.constructor.ConstructorError(None, None, f"key {sorted(doubled)[0]!r} stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {sorted(doubled)[0]!r} stands twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
@@ -77,7 +80,9 @@ def overlay(data: Mapping[str, Any], words: Iterable[str]) -> dict[str, Any]:
         for depth, key in enumerate(path[:-1], start=1):
             place = place.setdefault(key, {})
             if not isinstance(place, dict):
-                raise ConfigError(f"{'.'.join(path[:depth])}: holds a value, so '{'.'.join(path)}' cannot be set inside it")
+                raise ConfigError(
+                    f"{'.'.join(path[:depth])}: holds a value, so '{'.'.join(path)}' cannot be set inside it"
+                )
         place[path[-1]] = value
     return result
 
@@ -128,7 +133,9 @@ def _shown(fault: Mapping[str, Any]) -> str:
 
 
 def _locate(kind: type[Section], loc: tuple) -> tuple[list[str], type[Section] | None]:
-    """The path as the user writes it (without the tags that pydantic puts in for unions) and the section that holds its last key."""
+    """The path as the user writes it (without the tags that pydantic puts in for unions) and the section that holds
+    its last key.
+    """
     path: list[str] = []
     holder: type[Section] | None = kind
     current: Any = kind

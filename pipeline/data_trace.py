@@ -36,7 +36,11 @@ def cut_lines(path: Path, start: int) -> None:
     """Keeps the lines of steps before `start`."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] < start]
+    kept = [
+        line
+        for line in path.read_text().splitlines(keepends=True)
+        if line.endswith("\n") and json.loads(line)["step"] < start
+    ]
     temporary = path.with_name(f".{path.name}")
     temporary.write_text("".join(kept))
     temporary.replace(path)

@@ -1,4 +1,5 @@
-"""Figures on held-out images: the evidence lower bound and the importance-weighted likelihood, exact on any number of processes."""
+"""Figures on held-out images: the evidence lower bound and the importance-weighted likelihood, exact on any number of
+processes."""
 
 from collections.abc import Callable, Iterable
 from math import log
@@ -32,8 +33,8 @@ class ValidationConfig(Section):
 class Evaluator:
     """Validation of one model on this rank's share of a split.
 
-    Sums and counts are reduced rather than means, so that a ragged tail is exact. Noise is a function of (seed, image, draw): the figures of
-    one model are the same at every validation and on any world size.
+    Sums and counts are reduced rather than means, so that a ragged tail is exact. Noise is a function of (seed, image,
+    draw): the figures of one model are the same at every validation and on any world size.
     """
 
     def __init__(
@@ -56,7 +57,10 @@ class Evaluator:
 
     @torch.no_grad()
     def run(self, model: VAE) -> dict[str, float]:
-        """`val/elbo` and, with importance samples, `val/nll` in nats per image; each in bits per dimension too. The model is left in its mode."""
+        """`val/elbo` and, with importance samples, `val/nll` in nats per image; each in bits per dimension too.
+
+        The model is left in its mode.
+        """
         training = model.training
         model.eval()
         meter = Meter(self.device, self._names())
@@ -76,7 +80,9 @@ class Evaluator:
         meter.add("kl", first.kl.sum(), count)
         if self.config.importance_samples:
             weights = [_log_weight(first)]
-            weights += [_log_weight(self._forward(model, x, batch, draw)) for draw in range(1, self.config.importance_samples)]
+            weights += [
+                _log_weight(self._forward(model, x, batch, draw)) for draw in range(1, self.config.importance_samples)
+            ]
             log_px = torch.stack(weights).logsumexp(dim=0) - log(self.config.importance_samples)  # (B,)
             meter.add("nll", -log_px.sum(), count)
 

@@ -10,9 +10,9 @@ BF16_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "R
 
 
 def step_flops(model: VAE, batch_size: int) -> int:
-    """Floating-point operations of a training step's convolutions and products: one forward pass, and twice that for backward.
+    """Floating-point operations of a training step's convolutions and products.
 
-    `model` is on the meta device, where nothing is computed.
+    One forward pass, and twice that for backward. `model` is on the meta device, where nothing is computed.
     """
     x = torch.empty(1, *model.image_shape, device="meta")
     noise = [torch.empty(1, *group.shape, device="meta") for group in model.groups]

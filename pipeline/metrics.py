@@ -77,9 +77,10 @@ class Meter:
 
 
 class ActiveUnits:
-    """How many channels of each latent group are in use: those whose mean KL over an interval and all processes is above 0.1 nats.
+    """How many channels of each latent group are in use: those with a mean KL above 0.1 nats.
 
-    The threshold comes after the mean, so one process and many agree, and a small batch does not blur it.
+    The mean is over an interval and all processes; the threshold comes after it, so one process and many agree, and a
+    small batch does not blur it.
     """
 
     THRESHOLD = 0.1
@@ -97,7 +98,9 @@ class ActiveUnits:
         self._count += 1
 
     def reduce(self, across_ranks: Callable[[Tensor], Tensor] = sum_over_ranks) -> dict[str, float]:
-        """{"active_units/GROUP": number} since the last call, of equal batches on every process; empty where there were none."""
+        """{"active_units/GROUP": number} since the last call, of equal batches on every process; empty where there
+        were none.
+        """
         if self._sum is None:
             return {}
         totals = across_ranks(torch.cat([self._sum, self._sum.new_full((1,), self._count)]))  # (units + 1,)

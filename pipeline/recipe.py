@@ -44,7 +44,10 @@ class Recipe(Section):
             raise ValueError("train: give one of train.steps and train.epochs")
         if train.batch_size % (train.micro_batch or train.batch_size):
             sizes = [size for size in range(1, train.batch_size + 1) if train.batch_size % size == 0]
-            raise ValueError(f"train.micro_batch: {train.micro_batch} does not divide train.batch_size={train.batch_size}; {sizes} do")
+            raise ValueError(
+                f"train.micro_batch: {train.micro_batch} does not divide train.batch_size={train.batch_size}; "
+                f"{sizes} do"
+            )
         with torch.device("meta"):
             build_model(self)  # the model's own checks: sizes that the scales divide, channels, likelihood
         return self

@@ -49,6 +49,6 @@ def check_fingerprint(saved: str, found: str) -> None:
     """Raises ValueError where the data are not those that the run began with."""
     if saved != found:
         raise ValueError(
-            f"data.root: the checkpoint was trained on data with fingerprint {saved[:12]}, this folder has {found[:12]}; "
+            f"data.root: the checkpoint was trained on data with fingerprint {saved[:12]}, this is {found[:12]}; "
             "give the old data with --data, or start another run with --run-dir"
         )

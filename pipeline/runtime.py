@@ -23,7 +23,9 @@ log = logging.getLogger("pipeline")
 class Runtime:
     """Where this process stands among the others, and how they talk."""
 
-    def __init__(self, precision: Precision = "fp32", cpu_threads: int | None = None, expect_processes: int | None = None):
+    def __init__(
+        self, precision: Precision = "fp32", cpu_threads: int | None = None, expect_processes: int | None = None
+    ):
         """Joins the process group that the launcher set up.
 
         Raises ValueError where the launcher made fewer processes than it announced or than `expect_processes` asks for.
@@ -82,7 +84,10 @@ class Runtime:
         return self.accelerator.gather(value)
 
     def on_main(self, work: Callable[[], Result]) -> Result | None:
-        """Runs `work` on the main process while the others wait. Its result stays there; its ValueError or OSError reaches every rank."""
+        """Runs `work` on the main process while the others wait.
+
+        Its result stays there; its ValueError or OSError reaches every rank.
+        """
         result, failure = None, None
         if self.is_main:
             try:
@@ -118,11 +123,15 @@ class Runtime:
     def describe(self) -> str:
         """One line for the banner."""
         threads = f", {torch.get_num_threads()} threads each" if self.device.type == "cpu" else ""
-        return f"{self.world_size} process{'es' if self.world_size > 1 else ''} on {self.device_name}{threads}, {self.precision}"
+        processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
+        return f"{processes} on {self.device_name}{threads}, {self.precision}"
 
 
 def cores_per_process() -> int:
-    """The cores this process may use, shared fairly with the other local ranks. (`accelerate launch` sets OMP_NUM_THREADS=1.)"""
+    """The cores this process may use, shared fairly with the other local ranks.
+
+    (`accelerate launch` sets OMP_NUM_THREADS=1.)
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
@@ -148,7 +157,9 @@ def launched_rank() -> int:
 
 
 def start_logging(log_file: Path | None, is_main: bool) -> None:
-    """Messages of the package go to the terminal on the main process (warnings on the others) and, where given, to `log_file`."""
+    """Messages of the package go to the terminal on the main process (warnings on the others) and, where given, to
+    `log_file`.
+    """
     log.setLevel(logging.INFO)
     log.propagate = False
     for handler in list(log.handlers):

@@ -24,14 +24,17 @@ class SamplesConfig(Section):
     reconstructions: int = Field(16, ge=0)
     """Held-out images shown above their reconstructions."""
     readjust_iterations: int = Field(0, ge=0)
-    """Batches of prior samples by which batch norm's running statistics are re-estimated at each temperature before drawing
-    (on a copy; the trained ones stay). The reference release's sampling tool uses 500."""
+    """Batches of prior samples that re-estimate batch norm's running statistics, on a copy, for each temperature before
+    drawing. The reference release's sampling tool uses 500."""
 
 
-def readjust_batch_norm(model: VAE, noise: Callable[[int], Sequence[Tensor]], iterations: int, temperature: float) -> None:
-    """Moves the decoder's running statistics towards those of prior samples at `temperature`, in place; leaves the model in eval mode.
+def readjust_batch_norm(
+    model: VAE, noise: Callable[[int], Sequence[Tensor]], iterations: int, temperature: float
+) -> None:
+    """Moves the decoder's running statistics towards those of prior samples at `temperature`, in place.
 
     `noise(i)` gives the noise of iteration i. The encoder's statistics stay, since prior samples do not pass it.
+    Leaves the model in eval mode.
     """
     model.train()
     with torch.no_grad():
@@ -79,7 +82,10 @@ class Pictures:
         model = copy.deepcopy(model)
         with self.autocast():
             readjust_batch_norm(
-                model, lambda i: self._noise(model, "readjust", i * self.config.count), self.config.readjust_iterations, temperature
+                model,
+                lambda i: self._noise(model, "readjust", i * self.config.count),
+                self.config.readjust_iterations,
+                temperature,
             )
         return model
 

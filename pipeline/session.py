@@ -15,6 +15,7 @@ from pipeline.data.loader import Batch, build_eval_loader, build_train_loader, c
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Preprocess, to_model_input
 from pipeline.data.shards import TarShards
+from pipeline.data_trace import Trace
 from pipeline.ema import EMA
 from pipeline.evaluation import Evaluator
 from pipeline.flops import peak_flops, step_flops
@@ -28,7 +29,6 @@ from pipeline.resume import changed_settings, check_fingerprint
 from pipeline.runtime import Runtime
 from pipeline.sampling import Pictures
 from pipeline.state import TrainingState
-from pipeline.data_trace import Trace
 from pipeline.tracking import Tracker
 from pipeline.trainer import Cadence, Trainer
 
@@ -36,7 +36,9 @@ log = logging.getLogger("pipeline")
 
 
 class Data:
-    """The shard set of a run as its parts need it: micro-batches for training, a split for validation, floats for the model."""
+    """The shard set of a run as its parts need it: micro-batches for training, a split for validation, floats for the
+    model.
+    """
 
     def __init__(self, recipe: Recipe, runtime: Runtime):
         self.recipe = recipe
@@ -148,7 +150,7 @@ class Session:
         self.peak_flops = peak_flops(runtime.device_name, recipe.train.precision)
         self.tracker: Tracker | None = None
 
-    # ------------------------------------------------------------------------------------------------------------- beginning
+    # ------------------------------------------------------------------------------------------------- beginning
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint. Raises ValueError where it belongs to another model, recipe or data set."""
@@ -184,7 +186,7 @@ class Session:
         with torch.device("meta"):
             return step_flops(build_model(self.recipe), batch_size=1)
 
-    # --------------------------------------------------------------------------------------------------------------- cadences
+    # -------------------------------------------------------------------------------------------------- cadences
 
     def report(self, step: int) -> None:
         """Means over the interval, to metrics.jsonl, W&B and the terminal."""
@@ -204,10 +206,15 @@ class Session:
             figures = self.evaluator.run(self.trainer.model)
         self.score = -figures["val/elbo"]
         self.tracker.log(step, figures)
-        log.info("step %d validation: %s", step, "  ".join(f"{name[4:]} {value:.4f}" for name, value in figures.items()))
+        log.info(
+            "step %d validation: %s", step, "  ".join(f"{name[4:]} {value:.4f}" for name, value in figures.items())
+        )
 
     def draw(self, step: int) -> None:
-        """Prior samples and reconstructions, as PNG files and in W&B. Every rank draws (batch norm may have to talk); one writes."""
+        """Prior samples and reconstructions, as PNG files and in W&B.
+
+        Every rank draws (batch norm may have to talk); one writes.
+        """
         with self.trainer.averaged_weights():
             grids = {name: image_grid(x, columns=8) for name, x in self.pictures.samples(self.trainer.model).items()}
             if self.recipe.samples.reconstructions:
@@ -222,7 +229,9 @@ class Session:
 
     def save(self, step: int) -> None:
         """A checkpoint, written by the main process: every rank holds the same state."""
-        self.runtime.on_main(lambda: self.checkpoints.save(step, self.trainer.state.tensors(), self._facts(), self.score))
+        self.runtime.on_main(
+            lambda: self.checkpoints.save(step, self.trainer.state.tensors(), self._facts(), self.score)
+        )
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -237,8 +246,8 @@ class Session:
 def choose_checkpoint(checkpoints: Checkpoints, resume: str) -> Checkpoint | None:
     """The checkpoint that `--resume` means: `auto` the run's latest, `never` none, or a path to start this run from.
 
-    A run that has checkpoints of its own goes on from them also when a path is given, so that repeating a command continues it.
-    Raises ValueError where `never` meets a run that has some, or a path has none.
+    A run that has checkpoints of its own goes on from them also when a path is given, so that repeating a command
+    continues it. Raises ValueError where `never` meets a run that has some, or a path has none.
     """
     if resume == "never":
         if checkpoints.steps():
@@ -258,12 +267,14 @@ def describe(recipe: Recipe) -> Callable[[], str]:
     with torch.device("meta"):
         model = build_model(recipe)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    copies = 3 + bool(recipe.train.ema_decay) + 1  # weights, gradients, two moments of the optimizer, moving average
+    copies = 4 + bool(recipe.train.ema_decay)  # weights, gradients, two moments of the optimizer, moving average
+    mib = 4 * parameters / 2**20
+    averaged = " and moving average" if recipe.train.ema_decay else ""
+    dimensions = sum(torch.Size(group.shape).numel() for group in model.groups)
     lines = [
         f"model       {recipe.model.name}: {parameters:,} parameters in {len(list(model.parameters()))} tensors",
-        f"memory      {4 * parameters / 2**20:,.1f} MiB of weights; {4 * copies * parameters / 2**20:,.1f} MiB with gradients, optimizer"
-        + (" and moving average" if recipe.train.ema_decay else ""),
-        f"latents     {len(model.groups)} groups, {sum(torch.Size(g.shape).numel() for g in model.groups):,} dimensions",
+        f"memory      {mib:,.1f} MiB of weights; {copies * mib:,.1f} MiB with gradients, optimizer{averaged}",
+        f"latents     {len(model.groups)} groups, {dimensions:,} dimensions",
         *(f"  {group.name:<18} {'x'.join(map(str, group.shape))}" for group in model.groups),
     ]
     return "\n".join(lines)

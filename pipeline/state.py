@@ -1,4 +1,4 @@
-"""Everything that a training step changes, as one object: what a checkpoint holds, and what a skipped step must leave alone.
+"""Everything that a training step changes: what a checkpoint holds, and what a skipped step must leave alone.
 
 Nothing random is here. Noise, data order, learning rate and beta are functions of the step.
 """
@@ -24,7 +24,9 @@ class TrainingState:
         self._kept = [buffer.clone() for buffer in self._buffers]
 
     def remember_buffers(self) -> None:
-        """Keeps batch norm's running statistics as they are now: a forward pass moves them before the step is known to be sound."""
+        """Keeps batch norm's running statistics as they are now: a forward pass moves them before the step is known
+        to be sound.
+        """
         _copy_all(self._kept, self._buffers)
 
     def undo_forward(self) -> None:

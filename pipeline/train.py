@@ -1,7 +1,7 @@
 """Trains a model.
 
     accelerate launch pipeline/train.py --model nvae
-    accelerate launch pipeline/train.py --config pipeline/configs/nvae_celeba64.yaml --data data/celeba64 train.batch_size=64 optim.lr=5e-3
+    accelerate launch pipeline/train.py --config my_recipe.yaml --data data/celeba64 train.batch_size=64 optim.lr=5e-3
 
 Run the same command again to continue an interrupted run.
 """
@@ -35,18 +35,35 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="Every setting of a recipe can be given as a word, for instance: train.steps=500 train.micro_batch=16 train.precision=bf16 "
-        "data.workers=4 checkpoint.every=1000 tracking.wandb=offline. --dry-run prints them all with their values.",
+        epilog="Every setting of a recipe can be given as a word, for instance: train.steps=500 train.micro_batch=16 "
+        "train.precision=bf16 data.workers=4 checkpoint.every=1000 tracking.wandb=offline. --dry-run prints them all with "
+        "their values.",
     )
     names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--model", metavar="NAME", help=f"train this model by its default recipe, or any recipe by name: {names}")
+    what.add_argument(
+        "--model", metavar="NAME", help=f"train this model by its default recipe, or any recipe by name: {names}"
+    )
     what.add_argument("--config", metavar="FILE", type=Path, help="a recipe file of your own")
     parser.add_argument("--data", metavar="DIR", type=Path, help="the shard set to train on (data.root)")
-    parser.add_argument("--run-dir", metavar="DIR", type=Path, help="where checkpoints, metrics and pictures go (default: runs/<recipe>)")
-    parser.add_argument("--resume", metavar="auto|never|PATH", default="auto", help="continue the run's last checkpoint (auto, the default), "
-                        "refuse to (never), or begin from the checkpoint folder PATH")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings, parameters, latent groups and memory, then stop")
+    parser.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        type=Path,
+        help="where checkpoints, metrics and pictures go (default: runs/<recipe>)",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="auto|never|PATH",
+        default="auto",
+        help="continue the run's last checkpoint (auto, the default), refuse to (never), or begin from the checkpoint "
+        "folder PATH",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved settings, parameters, latent groups and memory, then stop",
+    )
     parser.add_argument("words", metavar="section.key=value", nargs="*", help="settings that replace the recipe's")
     return parser
 
@@ -65,7 +82,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 trained or already finished, 1 diverged, 2 something the user can mend, 130 interrupted by Ctrl-C."""
+    """Exit codes: 0 trained or already finished, 1 diverged, 2 something the user can mend, 130 interrupted by
+    Ctrl-C.
+    """
     parsed = parse(arguments)
     start_logging(None, launched_rank() == 0)
     try:
@@ -96,7 +115,9 @@ def run(parsed: argparse.Namespace) -> int:
     train = recipe.train
     runtime = Runtime(train.precision, train.cpu_threads, train.expect_processes)
     try:
-        return train_in(parsed.run_dir or Path("runs") / path.stem, recipe, runtime, parsed.resume, may_make=parsed.data is None)
+        return train_in(
+            parsed.run_dir or Path("runs") / path.stem, recipe, runtime, parsed.resume, may_make=parsed.data is None
+        )
     finally:
         runtime.close()
 
@@ -114,7 +135,12 @@ def train_in(folder: Path, recipe: Recipe, runtime: Runtime, resume: str, may_ma
         if checkpoint is not None:
             session.resume(checkpoint)
         if session.finished:
-            log.info("%s is finished: step %d of %d; train.steps=N trains on", folder, session.trainer.step, session.trainer.total_steps)
+            log.info(
+                "%s is finished: step %d of %d; train.steps=N trains on",
+                folder,
+                session.trainer.step,
+                session.trainer.total_steps,
+            )
             return 0
         train_with_tracker(session, recipe, runtime, folder)
         return 0
@@ -150,12 +176,17 @@ def check_batch(recipe: Recipe, world_size: int) -> None:
     if micro_batch % world_size:
         fitting = [size for size in range(world_size, train.batch_size + 1, world_size) if train.batch_size % size == 0]
         nearest = max(world_size, round(train.batch_size / world_size) * world_size)
-        remedy = f"train.micro_batch can be {fitting}" if fitting else f"the nearest train.batch_size that does is {nearest}"
+        remedy = (
+            f"train.micro_batch can be {fitting}" if fitting else f"the nearest train.batch_size that does is {nearest}"
+        )
         raise ValueError(f"{world_size} processes cannot share a micro-batch of {micro_batch} images equally; {remedy}")
 
 
 def provide_data(recipe: Recipe, may_make: bool) -> None:
-    """Makes the recipe's own data where they are missing and need no originals. Raises ValueError that names the command for others."""
+    """Makes the recipe's own data where they are missing and need no originals.
+
+    Raises ValueError that names the command for others.
+    """
     root, source = recipe.data.root, recipe.data.source
     if root is None:
         raise ValueError("data.root: the recipe names no shard set; give one with --data DIR")
@@ -167,7 +198,9 @@ def provide_data(recipe: Recipe, may_make: bool) -> None:
         raise ValueError(f"{root}: no complete shard set (no manifest.json){how}")
     log.info("%s is missing and made once: %s", root, command)
     arguments = [*shlex.split(source), "--out", root]
-    made = subprocess.run([sys.executable, "-m", "shard_data", *arguments], env=os.environ | {"PYTHONPATH": sys.path[0]})
+    made = subprocess.run(
+        [sys.executable, "-m", "shard_data", *arguments], env=os.environ | {"PYTHONPATH": sys.path[0]}
+    )
     if made.returncode != 0:
         raise ValueError(f"{root} could not be made: the command above ended with exit code {made.returncode}")
 

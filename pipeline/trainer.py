@@ -1,7 +1,7 @@
 """The training loop. It takes built objects, knows no particular model, and touches no file itself.
 
-The unit of time is the optimizer step. Learning rate, beta, noise, data order and cadences are functions of it, so a resumed run needs
-one integer and the tensors of `TrainingState`, and goes on exactly as if it had never stopped.
+The unit of time is the optimizer step. Learning rate, beta, noise, data order and cadences are functions of it, so a
+resumed run needs one integer and the tensors of `TrainingState`, and goes on exactly as if it had never stopped.
 """
 
 import logging
@@ -39,7 +39,7 @@ class TrainConfig(Section):
     batch_size: int = Field(32, gt=0)
     """Images per optimizer step over all processes."""
     micro_batch: int | None = Field(None, gt=0)
-    """Images per forward pass over all processes; gradients accumulate until `batch_size` is reached. Default: the whole batch.
+    """Images per forward pass over all processes; gradients accumulate up to `batch_size`. Default: the whole batch.
     Batch norm's statistics span one micro-batch over all processes, so runs are equal at equal micro-batch."""
     seed: int = Field(1, ge=0)
     """Of initial weights, data order, augmentation and latent noise."""
@@ -97,7 +97,9 @@ class Trainer:
         batches: Callable[[int], Iterable[Batch]],
         model_input: Callable[[Batch], Tensor],
     ):
-        """`batches(step)` yields this rank's micro-batches from that step on; `model_input` makes (b, C, H, W) floats on the device of one."""
+        """`batches(step)` yields this rank's micro-batches from that step on; `model_input` makes (b, C, H, W) floats
+        on the device of one.
+        """
         self.config = config
         self.runtime = runtime
         self.model = model
@@ -119,10 +121,13 @@ class Trainer:
         self.cadences: list[Cadence] = []
         self.on_batches: Callable[[int, list[Batch]], None] = lambda step, micro_batches: None
 
-    # ------------------------------------------------------------------------------------------------------------ one step
+    # -------------------------------------------------------------------------------------------------- one step
 
     def train_step(self, step: int, micro_batches: list[Batch]) -> bool:
-        """One optimizer step. False where a non-finite loss or gradient made every rank skip it; then nothing has changed."""
+        """One optimizer step.
+
+        False where a non-finite loss or gradient made every rank skip it; then nothing has changed.
+        """
         self._set_learning_rate(self.learning_rate(step))
         self.state.remember_buffers()
         self._forget_statistics()
@@ -183,7 +188,7 @@ class Trainer:
         for group in self.state.optimizer.param_groups:
             group["lr"] = value
 
-    # ---------------------------------------------------------------------------------------------------------- many steps
+    # ------------------------------------------------------------------------------------------------ many steps
 
     def fit(self) -> None:
         """Trains to the last step. Raises TrainingDiverged; whatever a cadence raises passes through."""
@@ -202,7 +207,9 @@ class Trainer:
 
     def _progress_bar(self) -> tqdm:
         hidden = None if self.runtime.is_main else True  # None: shown on a terminal only
-        return tqdm(total=self.total_steps, initial=self.step, desc="train", unit="step", disable=hidden, smoothing=0.05)
+        return tqdm(
+            total=self.total_steps, initial=self.step, desc="train", unit="step", disable=hidden, smoothing=0.05
+        )
 
     def _run_cadences(self) -> None:
         due = [cadence for cadence in self.cadences if cadence.due(self.step, self.total_steps)]
@@ -216,18 +223,22 @@ class Trainer:
         self.skipped_steps += not sound
         if sound:
             return
-        log.warning("step %d: non-finite loss or gradient; skipped on every rank (%d so far)", self.step - 1, self.skipped_steps)
+        log.warning(
+            "step %d: non-finite loss or gradient; skipped on every rank (%d so far)", self.step - 1, self.skipped_steps
+        )
         if self.skipped_in_a_row >= self.config.max_skipped_steps:
             raise TrainingDiverged(
-                f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient. The last checkpoint is sound: run the same "
-                "command again with a lower optim.lr, with optim.clip set (for instance optim.clip=200), or with train.precision=fp32; "
-                "train.max_skipped_steps says how many steps in a row are borne."
+                f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient. The last checkpoint is "
+                "sound: run the same command again with a lower optim.lr, with optim.clip set (for instance "
+                "optim.clip=200), or with train.precision=fp32; train.max_skipped_steps says how many in a row are borne."
             )
 
-    # --------------------------------------------------------------------------------------------------------- interval's end
+    # -------------------------------------------------------------------------------------------- interval's end
 
     def interval_scalars(self) -> dict[str, float]:
-        """Means over the steps since the last call and over all ranks; the only place but the step's flag where the device is read."""
+        """Means over the steps since the last call and over all ranks; the only place but the step's flag where the
+        device is read.
+        """
         scalars = self.meter.reduce(self.runtime.sum)
         if "train/elbo" in scalars:
             scalars["train/bpd"] = bits_per_dimension(-scalars["train/elbo"], self.model.num_dimensions)
@@ -246,7 +257,7 @@ class Trainer:
         """A context in which the model has its moving average's weights, where there is one."""
         return self.state.ema.applied(self.model) if self.state.ema is not None else nullcontext()
 
-    # -------------------------------------------------------------------------------------------------------- save, restore
+    # --------------------------------------------------------------------------------------------- save, restore
 
     def progress(self) -> dict[str, int]:
         """The integers that a checkpoint needs beside its tensors."""

@@ -38,7 +38,9 @@ def built(*words: str) -> Root:
 
 
 def test_words_replace_what_the_recipe_says():
-    root = built("train.batch_size=64", "--train.lr=5e-3", "model.name=deep", "model.depth=[5, 10, 20]", "train.root=data/x")
+    root = built(
+        "train.batch_size=64", "--train.lr=5e-3", "model.name=deep", "model.depth=[5, 10, 20]", "train.root=data/x"
+    )
     assert root == Root(model=Deep(depth=(5, 10, 20)), train=Train(batch_size=64, lr=0.005, root="data/x"))
 
 
@@ -76,7 +78,9 @@ def test_a_config_is_frozen():
         built().train.batch_size = 3
 
 
-@pytest.mark.parametrize(("text", "value"), [("5e-3", 0.005), ("1E5", 1e5), ("-2.5e+3", -2500.0), ("1e", "1e"), ("7", 7), ("none", "none")])
+@pytest.mark.parametrize(
+    ("text", "value"), [("5e-3", 0.005), ("1E5", 1e5), ("-2.5e+3", -2500.0), ("1e", "1e"), ("7", 7), ("none", "none")]
+)
 def test_numbers_are_read_as_people_write_them(text, value):
     assert parse_yaml(text, "x") == value
     assert type(parse_yaml(text, "x")) is type(value)
@@ -89,7 +93,9 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
         load_yaml(path)
 
 
-@pytest.mark.parametrize("text", ["!!python/object/apply:os.system ['true']", "!!python/name:os.system", "a: !!python/tuple [1]"])
+@pytest.mark.parametrize(
+    "text", ["!!python/object/apply:os.system ['true']", "!!python/name:os.system", "a: !!python/tuple [1]"]
+)
 def test_yaml_cannot_make_objects(tmp_path, text):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
@@ -107,7 +113,9 @@ def test_a_recipe_must_be_there_and_be_a_mapping(tmp_path):
 
 sections = st.builds(
     Root,
-    model=st.one_of(st.builds(Flat, width=st.integers()), st.builds(Deep, depth=st.lists(st.integers(), max_size=4).map(tuple))),
+    model=st.one_of(
+        st.builds(Flat, width=st.integers()), st.builds(Deep, depth=st.lists(st.integers(), max_size=4).map(tuple))
+    ),
     train=st.builds(
         Train,
         batch_size=st.integers(1, 10**9),

@@ -41,7 +41,12 @@ def test_a_convolution_counts_two_for_each_product_and_three_passes():
 
 @pytest.mark.parametrize(
     ("device", "precision", "peak"),
-    [("NVIDIA H100 80GB HBM3", "bf16", 989e12), ("NVIDIA A100-SXM4-40GB", "bf16", 312e12), ("CPU", "bf16", None), ("NVIDIA H100", "fp32", None)],
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("NVIDIA A100-SXM4-40GB", "bf16", 312e12),
+        ("CPU", "bf16", None),
+        ("NVIDIA H100", "fp32", None),
+    ],
 )
 def test_peaks_are_known_or_not_claimed(device, precision, peak):
     assert peak_flops(device, precision) == peak

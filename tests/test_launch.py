@@ -1,4 +1,5 @@
-"""The command as users type it: real processes under `accelerate launch`, one and two of them, and what wrong input gets."""
+"""The command as users type it: real processes under `accelerate launch`, one and two of them, and what wrong input
+gets."""
 
 import json
 import os
@@ -21,7 +22,9 @@ TRAIN = str(ROOT / "pipeline" / "train.py")
 def recipe_file(tmp_path_factory) -> Path:
     """The tiny recipe on 12 images in batches of 12, so that 1, 2 and 3 processes can share a batch."""
     folder = tmp_path_factory.mktemp("launch")
-    data = write_set(folder / "data", {"train": random_samples(41, 16, 16), "test": random_samples(13, 16, 16)}, [10, 7])
+    data = write_set(
+        folder / "data", {"train": random_samples(41, 16, 16), "test": random_samples(13, 16, 16)}, [10, 7]
+    )
     settings = tiny_settings(data)
     settings["train"] |= {"batch_size": 12}
     settings["tracking"] |= {"log_every": 1}
@@ -32,7 +35,11 @@ def recipe_file(tmp_path_factory) -> Path:
 
 def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     # OMP_NUM_THREADS: what the user has must not matter. Nothing of an outer launcher may leak in.
-    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    }
     return subprocess.run(command, cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=300)
 
 
@@ -44,13 +51,22 @@ def launch(processes: int, recipe: Path, *words: str) -> subprocess.CompletedPro
     """With the shipped configurations, on a free port."""
     name = "cpu.yaml" if processes == 1 else "cpu_2proc.yaml"
     extra = ["--num_processes", str(processes), "--main_process_port", "0"] if processes > 1 else []
-    module = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / name)]
+    module = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "accelerate_configs" / name),
+    ]
     return run(*module, *extra, TRAIN, "--config", str(recipe), *words)
 
 
 def metrics(folder: Path, without: str = "perf/") -> list[dict]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "time" and not key.startswith(without)} for record in records]
+    return [
+        {key: value for key, value in record.items() if key != "time" and not key.startswith(without)}
+        for record in records
+    ]
 
 
 def close(expected: list[dict], found: list[dict], tolerance: float) -> None:
@@ -73,7 +89,10 @@ def single(recipe_file, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_many_processes_give_the_losses_of_one(recipe_file, single, tmp_path, processes):
-    """Float64, global batch norm, KL balancing, regularizers, EMA, validation with a ragged tail: 1e-10 relative. The trace is equal."""
+    """Float64, global batch norm, KL balancing, regularizers, EMA, validation with a ragged tail: 1e-10 relative.
+
+    The trace is equal.
+    """
     result = launch(processes, recipe_file, "--run-dir", str(tmp_path), "train.precision=fp64", "data.trace=true")
     assert result.returncode == 0, result.stderr
     assert f"{processes} processes on CPU" in result.stderr
@@ -119,7 +138,9 @@ def test_metrics_have_every_key_the_design_names(single):
     """Of those that apply on a CPU: no GPU memory, and no model FLOPs utilisation of an unknown peak."""
     keys = set().union(*(record.keys() for record in metrics(single, without="nothing")))
     groups = ("4x4_group00", "8x8_group00", "8x8_group01")
-    assert keys >= {f"train/{name}" for name in ("loss", "elbo", "bpd", "log_px", "kl", "beta", "lr", "grad_norm", "skipped_steps")}
+    assert keys >= {
+        f"train/{name}" for name in ("loss", "elbo", "bpd", "log_px", "kl", "beta", "lr", "grad_norm", "skipped_steps")
+    }
     assert keys >= {f"{kind}/{group}" for kind in ("kl", "active_units") for group in groups}
     assert keys >= {"val/elbo", "val/bpd", "val/nll", "val/bpd_nll"}
     assert keys >= {"perf/images_per_second", "perf/data_wait", "perf/step_ms", "samples_seen"}
@@ -150,7 +171,10 @@ def test_the_number_of_processes_can_be_insisted_on(recipe_file, tmp_path):
 def test_a_batch_that_does_not_divide_names_those_that_do(recipe_file, tmp_path):
     result = launch(2, recipe_file, "--run-dir", str(tmp_path / "run"), "train.micro_batch=3")
     assert result.returncode != 0
-    assert "2 processes cannot share a micro-batch of 3 images equally; train.micro_batch can be [2, 4, 6, 12]" in result.stderr
+    assert (
+        "2 processes cannot share a micro-batch of 3 images equally; train.micro_batch can be [2, 4, 6, 12]"
+        in result.stderr
+    )
     assert result.stderr.count("error: ") == 1
     assert not (tmp_path / "run").exists()
 
@@ -160,7 +184,10 @@ BAD = {
     "no such data": (["--data", "nowhere"], r"error: nowhere: no complete shard set"),
     "a size that the scales do not divide": (["data.size=18"], "16 or 20 would work"),
     "data of another size": (["data.size=32"], r"error: data.size is 32, but .* holds images of 16x16"),
-    "data of other channels": (["data.channels=1", "model.likelihood={name: bernoulli}"], "error: data.channels is 1, but .* 3 channels"),
+    "data of other channels": (
+        ["data.channels=1", "model.likelihood={name: bernoulli}"],
+        "error: data.channels is 1, but .* 3 channels",
+    ),
     "no such split": (["validation.split=dev"], "no split 'dev'; it has: train, test"),
     "a checkpoint that is not there": (["--resume", "nowhere"], "no checkpoint at nowhere"),
 }
@@ -185,7 +212,10 @@ def test_an_unwritable_run_folder_is_named(recipe_file, tmp_path):
 
 def test_the_command_line_teaches(tmp_path):
     text = run(sys.executable, TRAIN, "--help").stdout
-    assert all(word in text for word in ("--model", "--config", "--data", "--run-dir", "--resume", "--dry-run", "section.key=value"))
+    assert all(
+        word in text
+        for word in ("--model", "--config", "--data", "--run-dir", "--resume", "--dry-run", "section.key=value")
+    )
     missing = run(sys.executable, TRAIN, cwd=tmp_path)
     assert missing.returncode == 2
     assert "--model" in missing.stderr
@@ -208,6 +238,8 @@ def test_recipes_without_their_data_say_how_to_make_them(tmp_path):
 
 
 def test_a_run_that_diverges_ends_with_code_1(recipe_file, tmp_path):
-    result = plain(recipe_file, "--run-dir", str(tmp_path), "optim.lr=1e30", "optim.warmup_steps=0", "train.max_skipped_steps=2")
+    result = plain(
+        recipe_file, "--run-dir", str(tmp_path), "optim.lr=1e30", "optim.warmup_steps=0", "train.max_skipped_steps=2"
+    )
     assert result.returncode == 1
     assert "lower optim.lr" in result.stderr

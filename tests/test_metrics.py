@@ -162,7 +162,10 @@ def test_gpu_memory_and_meter_on_a_gpu():
 
 def test_active_units_are_judged_by_the_mean():
     """A unit at 0.3 and 0.0 nats is active on average, whichever process saw which."""
-    first, second = ([torch.tensor([0.3, 0.0]), torch.tensor([0.0, 5.0, 0.15])], [torch.tensor([0.0, 0.15]), torch.tensor([0.1, 5.0, 0.11])])
+    first, second = (
+        [torch.tensor([0.3, 0.0]), torch.tensor([0.0, 5.0, 0.15])],
+        [torch.tensor([0.0, 0.15]), torch.tensor([0.1, 5.0, 0.11])],
+    )
     together, apart = ActiveUnits(["a", "b"]), [ActiveUnits(["a", "b"]) for _ in range(2)]
     for batch, other in zip((first, second), apart, strict=True):
         together.add([units.double() for units in batch])

@@ -22,7 +22,9 @@ def test_a_shipped_recipe_is_a_whole_file(name):
     path = recipe_path(name)
     recipe = load_recipe(path, [])
     assert path.read_text().startswith("# ")
-    assert {"model", "data", "train", "optim", "validation", "samples", "checkpoint", "tracking"} <= set(load_yaml(path))
+    assert {"model", "data", "train", "optim", "validation", "samples", "checkpoint", "tracking"} <= set(
+        load_yaml(path)
+    )
     assert recipe.data.root
     assert recipe.data.source
 
@@ -38,7 +40,9 @@ def test_the_papers_models_have_the_papers_size(name, parameters):
 
 def test_the_description_names_every_group_with_its_shape(make_recipe):
     text = describe(make_recipe())
-    assert all(line in text for line in ("4x4_group00        2x4x4", "8x8_group00        2x8x8", "8x8_group01        2x8x8"))
+    assert all(
+        line in text for line in ("4x4_group00        2x4x4", "8x8_group00        2x8x8", "8x8_group01        2x8x8")
+    )
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,9 @@ def lines(path: Path) -> list[dict]:
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
 def test_resumed_equals_straight_bit_for_bit(train, tmp_path, stop):
-    """Six steps over 41 images cross an epoch's end; checkpoints are at 2, 4 and 6, so most stops lose a step that is taken again."""
+    """Six steps over 41 images cross an epoch's end; checkpoints are at 2, 4 and 6, so most stops lose a step that is
+    taken again.
+    """
     words = ("data.trace=true", "tracking.log_every=1")
     train(tmp_path / "straight", *words)
     train(tmp_path / "parts", *words, stop=stop)
@@ -75,7 +77,11 @@ def test_resumed_equals_straight_bit_for_bit(train, tmp_path, stop):
 
 def test_the_trace_tells_each_sample_once_per_epoch(train, tmp_path):
     train(tmp_path, "data.trace=true", "train.steps=11")
-    seen = [(epoch, key) for line in lines(tmp_path / "data_trace.jsonl") for epoch, key in zip(line["epochs"], line["keys"], strict=True)]
+    seen = [
+        (epoch, key)
+        for line in lines(tmp_path / "data_trace.jsonl")
+        for epoch, key in zip(line["epochs"], line["keys"], strict=True)
+    ]
     assert len(seen) == 88
     for epoch in (0, 1):
         assert sorted(key for e, key in seen if e == epoch) == [f"train-s{i:05d}" for i in range(41)]
@@ -124,7 +130,9 @@ def test_what_may_change_is_logged(train, tmp_path, monkeypatch):
 def test_other_data_are_refused(train, tmp_path, make_recipe):
     from tests.shard_sets import random_samples, write_set
 
-    other = write_set(tmp_path / "other", {"train": random_samples(41, 16, 16, seed=8), "test": random_samples(9, 16, 16)}, [50])
+    other = write_set(
+        tmp_path / "other", {"train": random_samples(41, 16, 16, seed=8), "test": random_samples(9, 16, 16)}, [50]
+    )
     train(tmp_path / "run", stop=2)
     with pytest.raises(ValueError, match="fingerprint"):
         train(tmp_path / "run", f"data.root={other}")

@@ -24,7 +24,11 @@ def make_trainer(make_recipe, make_runtime):
 
 
 def snapshot(trainer: Trainer) -> dict[str, Tensor]:
-    return {f"{stem}/{name}": tensor.clone() for stem, part in trainer.state.tensors().items() for name, tensor in part.items()}
+    return {
+        f"{stem}/{name}": tensor.clone()
+        for stem, part in trainer.state.tensors().items()
+        for name, tensor in part.items()
+    }
 
 
 def assert_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
@@ -51,7 +55,9 @@ def poison(trainer: Trainer, where: str) -> None:
         module.register_forward_hook(lambda _module, _inputs, output: output * torch.nan)
     elif where == "loss":
         objective = trainer.objective.__class__.__call__
-        trainer.objective = Wrapped(trainer.objective, lambda out, step: _spoiled(objective(trainer.objective.inner, out, step)))
+        trainer.objective = Wrapped(
+            trainer.objective, lambda out, step: _spoiled(objective(trainer.objective.inner, out, step))
+        )
 
 
 def _spoiled(result):
@@ -94,7 +100,9 @@ def test_an_unsound_step_changes_no_bit(make_trainer, where, micro_batch):
 
 
 def test_training_goes_on_after_an_unsound_step(make_trainer):
-    """Step 2 of 6 is skipped; the other five count, the figures of the interval are finite, and the data position advances."""
+    """Step 2 of 6 is skipped; the other five count, the figures of the interval are finite, and the data position
+    advances.
+    """
     trainer = make_trainer()
     spoil_steps(trainer, {2})
     seen = []
@@ -147,10 +155,14 @@ def recording(method, name, reads):
 
 
 def test_micro_batches_add_up_to_the_batch(make_trainer, monkeypatch):
-    """In float64, and without what couples images (batch norm in training, KL balancing), four quarters are the whole."""
+    """In float64, and without what couples images (batch norm in training, KL balancing), four quarters are the
+    whole.
+    """
     gradients = []
     for micro_batch in (8, 2):
-        trainer = make_trainer("objective.kl_balancing=none", f"train.micro_batch={micro_batch}", "train.ema_decay=0.0", precision="fp64")
+        trainer = make_trainer(
+            "objective.kl_balancing=none", f"train.micro_batch={micro_batch}", "train.ema_decay=0.0", precision="fp64"
+        )
         trainer.model.eval()
         monkeypatch.setattr(trainer.state, "apply_update", lambda step: None)
         monkeypatch.setattr(trainer.state.optimizer, "zero_grad", lambda set_to_none: None)
@@ -164,7 +176,9 @@ def test_gradients_are_clipped_to_the_norm_asked_for(make_trainer, monkeypatch):
     trainer = make_trainer("optim.clip=0.5")
     norms = []
     monkeypatch.setattr(
-        trainer.state, "apply_update", lambda step: norms.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm())
+        trainer.state,
+        "apply_update",
+        lambda step: norms.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm()),
     )
     assert take_step(trainer, 0)
     assert norms[0].item() == pytest.approx(0.5, rel=1e-5)

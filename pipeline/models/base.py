@@ -28,7 +28,8 @@ class VAEOutput(NamedTuple):
     log_px: Tensor
     """(B,) log p(x | z), nats."""
     kl: Tensor
-    """(B, G) KL of posterior from prior per latent group, nats: analytic, or a one-sample estimate where flows make it so."""
+    """(B, G) KL of posterior from prior per latent group, nats: analytic, or a one-sample estimate where flows make
+    it so."""
     log_qz: Tensor
     """(B,) log q(z | x) of the latents drawn, nats."""
     log_pz: Tensor
@@ -61,7 +62,10 @@ class VAE(nn.Module, ABC):
 
     @abstractmethod
     def sample(self, noise: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] from the prior: the decoder's mean. The priors' sigmas are scaled by `temperature`."""
+        """Images (B, C, H, W) in [0, 1] from the prior: the decoder's mean.
+
+        The priors' sigmas are scaled by `temperature`.
+        """
 
     @abstractmethod
     def reconstruct(self, x: Tensor, noise: Sequence[Tensor]) -> Tensor:
