@@ -36,8 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         epilog="Every setting of a recipe can be given as a word, for instance: train.steps=500 train.micro_batch=16 "
-        "train.precision=bf16 data.workers=4 checkpoint.every=1000 tracking.wandb=offline. --dry-run prints them all with "
-        "their values.",
+        "train.precision=bf16 data.workers=4 checkpoint.every=1000 tracking.wandb=offline. --dry-run prints them all "
+        "with their values.",
     )
     names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
     what = parser.add_mutually_exclusive_group()

@@ -230,7 +230,7 @@ class Trainer:
             raise TrainingDiverged(
                 f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient. The last checkpoint is "
                 "sound: run the same command again with a lower optim.lr, with optim.clip set (for instance "
-                "optim.clip=200), or with train.precision=fp32; train.max_skipped_steps says how many in a row are borne."
+                "optim.clip=200), or with train.precision=fp32; train.max_skipped_steps says how many are borne."
             )
 
     # -------------------------------------------------------------------------------------------- interval's end
