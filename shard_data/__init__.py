@@ -6,7 +6,8 @@
 from shard_data.errors import AlreadyComplete, DataError, Incomplete
 from shard_data.sources.celeba import CelebA
 from shard_data.sources.cifar import Cifar10, Cifar100
-from shard_data.sources.mnist import Mnist
+from shard_data.sources.folder import Folder
+from shard_data.sources.mnist import FashionMnist, Kmnist, Mnist
 from shard_data.sources.toy_faces import ToyFaces
 from shard_data.writer import convert
 
@@ -16,7 +17,10 @@ __all__ = [
     "Cifar10",
     "Cifar100",
     "DataError",
+    "FashionMnist",
+    "Folder",
     "Incomplete",
+    "Kmnist",
     "Mnist",
     "ToyFaces",
     "convert",

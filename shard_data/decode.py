@@ -23,7 +23,15 @@ try:
 except ImportError:
     simplejpeg = None
 
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "MPO", "PPM")  # not EPS, for which Pillow starts Ghostscript
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "WEBP",
+    "PPM",
+)  # MPO opens as JPEG; not EPS, for which Pillow starts Ghostscript
 MAX_PIXELS = 80_000_000
 PLAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -69,8 +77,8 @@ def _read(data: bytes) -> Image.Image:
         raise Unsuitable(f"{image.width} x {image.height} pixels; more than {MAX_PIXELS:,} are refused")
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise Unsuitable(f"{image.format} with {image.n_frames} frames or pages; give one picture per file")
-    orientation = _orientation(image)
     rgb = _fast_jpeg(data, image) or _to_rgb(image)
+    orientation = _orientation(image)  # last, as for some formats it loads the image
     return rgb.transpose(TURN[orientation]) if orientation in TURN else rgb
 
 

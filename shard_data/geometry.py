@@ -41,3 +41,6 @@ def shorter_side_then_centre(image: Image.Image, size: int, filter: str) -> Imag
 def centre_then_resize(image: Image.Image, size: int, filter: str) -> Image.Image:
     """The largest square in the middle is cut out, then resized."""
     return resize(image.crop(centre_box(*image.size, min(image.size))), (size, size), filter)
+
+
+FITS = {"resize-crop": shorter_side_then_centre, "crop-resize": centre_then_resize}

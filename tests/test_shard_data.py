@@ -2,15 +2,18 @@
 
 import errno
 import gzip
+import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import tarfile
 import time
+from collections import namedtuple
 from math import prod
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from shard_data import AlreadyComplete, DataError, Mnist, ToyFaces, convert
+from shard_data import AlreadyComplete, DataError, FashionMnist, Kmnist, Mnist, ToyFaces, convert, plan
 from shard_data.__main__ import main
 from shard_data.plan import default_shard_size
 from shard_data.shard import decode_image, encode_image, tar_member
@@ -330,7 +333,7 @@ def repacked(edit):
 BAD_MNIST = {
     "missing": (IMAGES, lambda folder: (folder / IMAGES).unlink(), "not found"),
     "empty": (IMAGES, change(IMAGES, lambda data: b""), "not an IDX file"),
-    "web page": (IMAGES, change(IMAGES, lambda data: b"<!DOCTYPE html>"), "cannot be read"),
+    "web page": (IMAGES, change(IMAGES, lambda data: b"<!DOCTYPE html>"), "damaged gzip.*is a web page"),
     "truncated gzip": (IMAGES, change(IMAGES, lambda data: data[:-100]), "truncated or damaged gzip"),
     "damaged gzip": (
         IMAGES,
@@ -456,3 +459,89 @@ def test_every_pixel_and_label_of_the_real_mnist(real_mnist, split, prefix, coun
     assert samples[:, 640 : 640 + 784].tobytes() == pixels
     assert (samples[:, 2048] - ord("0")).tobytes() == labels
     assert rows(out, split)["label"].astype(np.uint8).tobytes() == labels
+
+
+@pytest.mark.parametrize(("name", "kind"), [("fashion_mnist", FashionMnist), ("kmnist", Kmnist)])
+def test_the_siblings_of_mnist_differ_in_name_and_classes(mnist, tmp_path, name, kind):
+    assert main([name, "--source", str(mnist), "--out", str(tmp_path / "cli"), "--workers", "1"]) == 0
+    manifest = convert(kind(mnist), tmp_path / "out")
+    assert manifest["name"] == name
+    assert manifest["classes"] == list(kind.classes)
+    assert len(set(kind.classes)) == 10
+    assert content(tmp_path / "cli") == content(tmp_path / "out")
+    assert rows(tmp_path / "out", "train")["label"].tolist() == digits("train")[1].tolist()
+
+
+@given(seed=st.integers(0, 2**64), size=st.integers(1, 9))
+@settings(max_examples=10, deadline=None)
+def test_shuffled_writing_is_a_permutation_that_the_seed_decides(tmp_path_factory, seed, size):
+    folder = tmp_path_factory.mktemp("shuffled")
+    manifest = convert(SMALL_FACES, folder, shuffle_seed=seed, shard_size=size)
+    keys = [row["key"].decode() for row in rows(folder, "train")]
+    assert sorted(keys) == [record.key for record in SMALL_FACES.records("train")]
+    assert keys == sorted(keys, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    assert manifest["shuffle_seed"] == seed
+    assert verify(folder, decode=True) == []
+
+
+def test_shuffle_seed_shows_in_the_fingerprint_and_not_in_the_samples(tmp_path):
+    prints = {
+        seed: convert(SMALL_FACES, tmp_path / str(seed), shuffle_seed=seed)["fingerprint"] for seed in (None, 0, 1)
+    }
+    assert len(set(prints.values())) == 3
+    sets = [{s["__key__"]: s["npy"].tobytes() for s in stock(tmp_path / str(seed), "train")} for seed in prints]
+    assert sets[0] == sets[1] == sets[2]
+    assert "shuffle_seed" not in json.loads((tmp_path / "None" / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize("encoding", ["npy", "png"])
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch, encoding):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: usage(10**9, 10**9, 5_000))
+    with pytest.raises(DataError, match=r"are needed and 0\.0 GB are free; free some space"):
+        convert(SMALL_FACES, tmp_path, encoding=encoding)
+    assert content(tmp_path) == {}
+
+
+def test_space_of_what_is_replaced_counts_as_free(tmp_path, monkeypatch):
+    convert(SMALL_FACES, tmp_path)
+    before = content(tmp_path)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: usage(10**9, 10**9, 0))
+    convert(SMALL_FACES, tmp_path, overwrite=True)
+    assert content(tmp_path) == before
+    with pytest.raises(DataError, match="are needed"):
+        convert(ToyFaces(size=32, train=23, val=7, test=0), tmp_path, overwrite=True)
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("encoding", ["npy", "png"])
+@pytest.mark.parametrize("made", ["faces", "digits"])
+def test_the_estimate_never_refuses_what_fits(tmp_path, encoding, made):
+    source = SMALL_FACES if made == "faces" else Mnist(write_mnist(tmp_path / "originals"))
+    manifest = convert(source, tmp_path / "out", encoding=encoding)
+    records = plan.plan_records(source, None)
+    need = plan.least_bytes(plan.plan_layout(source, encoding, records)) * sum(map(len, records.values()))
+    used = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert used / 4 < need <= used, manifest["name"]
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_do_not_show(tmp_path):
+    words = ["toy_faces", "--size", "16", "--train", "4000", "--val", "0", "--test", "0", "--shard-size", "50"]
+    command = [sys.executable, "-m", "shard_data", *words, "--workers", "2", "--shuffle", "3", "--out"]
+    environment = {**os.environ, "SHARD_DATA_TEST": tmp_path.name}
+    rng, kills = np.random.default_rng(20), 0
+    while kills < 20:
+        process = subprocess.Popen([*command, tmp_path / "killed"], stderr=subprocess.DEVNULL, env=environment)
+        time.sleep(rng.uniform(0.2, 1.2))
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+        wait_until(lambda: not processes_with(f"SHARD_DATA_TEST={tmp_path.name}"))
+        if (tmp_path / "killed" / "manifest.json").exists():
+            shutil.rmtree(tmp_path / "killed")
+    for name in ("killed", "straight"):
+        if not (tmp_path / name / "manifest.json").exists():
+            subprocess.run([*command, tmp_path / name], check=True, capture_output=True)
+    assert content(tmp_path / "killed") == content(tmp_path / "straight")

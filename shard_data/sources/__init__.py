@@ -1,5 +1,14 @@
 """The data sets that can be converted: each module has one source class, `add_arguments` and `from_arguments`."""
 
-from shard_data.sources import celeba, cifar, mnist, toy_faces
+from shard_data.sources import celeba, cifar, folder, mnist, toy_faces
 
-SOURCES = {"toy_faces": toy_faces, "mnist": mnist, "celeba": celeba, "cifar10": cifar, "cifar100": cifar}
+SOURCES = {
+    "toy_faces": toy_faces,
+    "mnist": mnist,
+    "fashion_mnist": mnist,
+    "kmnist": mnist,
+    "cifar10": cifar,
+    "cifar100": cifar,
+    "celeba": celeba,
+    "folder": folder,
+}

@@ -1,6 +1,8 @@
-"""MNIST from its four IDX files, gzipped or not, kept at 28 x 28.
+"""MNIST, Fashion-MNIST or KMNIST from its four IDX files, gzipped or not, kept at 28 x 28.
 
-Format: http://yann.lecun.com/exdb/mnist/, big-endian."""
+The three have one format and bear the same file names. Format: http://yann.lecun.com/exdb/mnist/, big-endian.
+Fashion-MNIST: Xiao, Rasul, Vollgraf, 2017. KMNIST: Clanuwat et al., Deep Learning for Classical Japanese Literature,
+2018."""
 
 import argparse
 import gzip
@@ -12,6 +14,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from shard_data import downloads
+from shard_data.arrivals import HEAD, what_is
+from shard_data.downloads import REMEDY
 from shard_data.errors import DataError
 from shard_data.files import sha256
 from shard_data.source import Record, Sample
@@ -21,7 +26,6 @@ PREFIX = {"train": "train", "test": "t10k"}
 SIDE = 28
 NUM_CLASSES = 10
 MAX_BYTES = 1 << 28  # five times MNIST's largest file: a gzip file can unpack to a thousand times its size
-REMEDY = "fetch the file again, whole, from a mirror of MNIST"
 
 
 class Mnist:
@@ -68,13 +72,38 @@ class Mnist:
         return find(self.folder, PREFIX[split], "images-idx3"), find(self.folder, PREFIX[split], "labels-idx1")
 
 
+class FashionMnist(Mnist):
+    """60,000 training and 10,000 test pieces of clothing."""
+
+    name = "fashion_mnist"
+    classes = (
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    )
+
+
+class Kmnist(Mnist):
+    """60,000 training and 10,000 test characters of old Japanese script, by their modern reading."""
+
+    name = "kmnist"
+    classes = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
+
+
 def find(folder: Path, prefix: str, kind: str) -> Path:
     """The IDX file as it is named on people's disks: a dash or a dot before "idx", gzipped or not."""
     name = f"{prefix}-{kind}-ubyte"
     for candidate in (name + ".gz", name, name.replace("-idx", ".idx"), name.replace("-idx", ".idx") + ".gz"):
         if (folder / candidate).is_file():
             return folder / candidate
-    raise DataError(f"{folder / name}[.gz]: not found; the source must be the folder of the four MNIST files")
+    raise DataError(f"{folder / name}[.gz]: not found; the source must be the folder of the four files; {REMEDY}")
 
 
 def read_pair(image_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -99,8 +128,8 @@ def read_idx(path: Path, magic: int, ndim: int) -> np.ndarray:
     data = _read_bytes(path)
     start = 4 + 4 * ndim
     if len(data) < start or int.from_bytes(data[:4], "big") != magic:
-        what = data[:4].hex(" ") or "nothing"
-        raise DataError(f"{path}: not an IDX file of the expected kind (starts with {what}, not {magic:08x}); {REMEDY}")
+        what = what_is(data[:HEAD])
+        raise DataError(f"{path}: is {what}, not an IDX file of the expected kind ({magic:08x}); {REMEDY}")
     shape = struct.unpack_from(f">{ndim}I", data, 4)
     expected = start + int(np.prod(shape, dtype=object))
     if len(data) != expected:
@@ -113,17 +142,18 @@ def _read_bytes(path: Path) -> bytes:
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             return file.read(MAX_BYTES)
-    except (EOFError, zlib.error) as error:
-        raise DataError(f"{path}: truncated or damaged gzip file ({error}); {REMEDY}") from None
-    except OSError as error:  # gzip.BadGzipFile is one
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        with open(path, "rb") as file:
+            what = what_is(file.read(HEAD))
+        raise DataError(f"{path}: truncated or damaged gzip file ({error}); it is {what}; {REMEDY}") from None
+    except OSError as error:
         raise DataError(f"{path}: cannot be read ({error}); {REMEDY}") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--source", type=Path, required=True, metavar="DIR", help="folder with the four IDX files, gzipped or not"
-    )
+    downloads.add_arguments(parser, "folder with the four IDX files, gzipped or not")
 
 
 def from_arguments(arguments: argparse.Namespace) -> Mnist:
-    return Mnist(arguments.source)
+    kind = {"mnist": Mnist, "fashion_mnist": FashionMnist, "kmnist": Kmnist}[arguments.command]
+    return kind(downloads.from_arguments(arguments.command, arguments))

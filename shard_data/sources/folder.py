@@ -1,0 +1,225 @@
+"""Any folder of images: classes by sub-folder or none, split folders as they are given or a split by hash.
+
+Where the folder holds train/ (and val/ or valid/ or validation/, and test/) these are the splits; otherwise each image
+goes where a hash of its path and the split seed says, so an image stays in its split when others come or go. Below
+that, the sub-folders are the classes; where images lie in no sub-folder there are none. Every picture is made RGB and
+upright (see shard_data.decode) and square: shorter side resized, then the middle cut out, or the other way round."""
+
+import argparse
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
+
+import numpy as np
+
+from shard_data.decode import WHAT_WAS_DONE, read_rgb
+from shard_data.errors import BadImage, DataError
+from shard_data.geometry import FILTERS, FITS, check_filter
+from shard_data.source import Omission, Record, Sample
+from shard_data.sources.image_files import read_file
+
+GIVEN = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = ("train", "val", "test")
+IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+OTHER_IMAGES = (
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jxl",
+    ".jp2",
+    ".psd",
+    ".svg",
+    ".eps",
+    ".dng",
+    ".cr2",
+    ".nef",
+    ".tga",
+    ".exr",
+)
+SIZES = (8, 1024)
+LONGEST = 50  # times the shorter side; a picture of one row would grow to gigabytes before its middle is cut out
+
+
+class Folder:
+    """Pictures as uint8 (size, size, 3), with class labels where they lie in sub-folders.
+
+    `fit` is "resize-crop" or "crop-resize"; `val` and `test` are shares in [0, 1) for the split by hash.
+    """
+
+    attributes: ClassVar[None] = None
+    splits: ClassVar[tuple[str, ...]] = SPLITS
+
+    def __init__(
+        self,
+        folder: str | Path,
+        size: int = 64,
+        *,
+        fit: str = "resize-crop",
+        filter: str = "bilinear",
+        use_classes: bool = True,
+        val: float = 0.05,
+        test: float = 0.05,
+        split_seed: int = 0,
+        name: str = "folder",
+    ):
+        self.folder, self.size, self.fit, self.filter = Path(folder), size, fit, filter
+        self.use_classes, self.shares, self.split_seed, self.name = use_classes, (val, test), split_seed, name
+        self._check_options()
+        self.omissions: list[Omission] = []
+        self.classes: tuple[str, ...] | None = None
+        self._found: dict[str, list[str]] = {}
+        self._given = False
+
+    def _check_options(self) -> None:
+        if not SIZES[0] <= self.size <= SIZES[1]:
+            raise DataError(f"size {self.size}: must be from {SIZES[0]} to {SIZES[1]} pixels")
+        check_filter(self.filter)
+        if self.fit not in FITS:
+            raise DataError(f"fit {self.fit!r}: must be one of {', '.join(FITS)}")
+        if not all(0 <= share < 1 for share in self.shares) or sum(self.shares) >= 1:
+            raise DataError(f"val and test {self.shares}: must be shares from 0 to 1 that leave something for train")
+        if not self.folder.is_dir():
+            raise DataError(f"{self.folder}: no such folder; --source must be the folder of the images")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in ("folder", "size", "fit", "filter")}
+
+    @property
+    def columns(self) -> frozenset[str]:
+        return frozenset({"label"} if self.classes else ())
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return (self.size, self.size, 3)
+
+    def transform(self) -> dict[str, Any]:
+        return {"fit": self.fit, "size": self.size, "filter": self.filter, **WHAT_WAS_DONE}
+
+    def description(self) -> dict[str, Any]:
+        """Lists the folder. What is no image by its name is counted, by the end of its name."""
+        self.omissions.clear()
+        self._given = any((self.folder / name).is_dir() for name in ("train", "Train"))
+        self._found = {split: [] for split in SPLITS}
+        digest, ignored = hashlib.sha256(), Counter()
+        for path, size in sorted(self._files()):
+            suffix = PurePosixPath(path).suffix.lower()
+            if suffix not in (*IMAGES, *OTHER_IMAGES):
+                ignored[suffix] += 1
+                continue
+            split = self._split(path)
+            if reason := _no_use(path, suffix):
+                self.omissions.append(Omission(split, printable(path), reason))
+                continue
+            self._found[split].append(path)
+            digest.update(f"{path}\0{size}\n".encode())
+        self.classes = self._classes()
+        splits = "given" if self._given else {"val": self.shares[0], "test": self.shares[1], "seed": self.split_seed}
+        return {"splits": splits, "listing_sha256": digest.hexdigest(), "ignored_files": dict(sorted(ignored.items()))}
+
+    def records(self, split: str) -> Sequence[Record]:
+        numbers = {name: number for number, name in enumerate(self.classes or ())}
+        return [
+            Record(f"{split}-{i:07d}", (path, numbers[self._class(path)] if numbers else -1))
+            for i, path in enumerate(self._found[split])
+        ]
+
+    def load(self, record: Record) -> Sample:
+        path, label = record.where
+        image = read_rgb(read_file(self.folder / path, path), path)
+        if max(image.size) > LONGEST * min(image.size):
+            raise BadImage(path, f"{image.width} x {image.height} pixels, too long for a square to be cut out")
+        pixels = np.asarray(FITS[self.fit](image, self.size, self.filter))
+        return Sample(pixels, label=label, facts={"file": path})
+
+    def _files(self) -> Iterator[tuple[str, int]]:
+        """(path below the folder, bytes) of every file that is not hidden. Links to folders are listed as omissions."""
+        for place, folders, files in os.walk(self.folder, onerror=_cannot_list):
+            here = Path(place)
+            folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+            for name in [name for name in folders if (here / name).is_symlink()]:
+                path = (here / name).relative_to(self.folder).as_posix()
+                self.omissions.append(Omission("none", printable(path), "a link to a folder, which is not followed"))
+            for name in files:
+                if not name.startswith("."):
+                    size = (here / name).stat().st_size if (here / name).exists() else 0
+                    yield (here / name).relative_to(self.folder).as_posix(), size
+
+    def _split(self, path: str) -> str:
+        if self._given:
+            top = path.partition("/")[0].lower()
+            if top not in GIVEN or "/" not in path:
+                raise DataError(
+                    f"{self.folder / printable(path)}: lies in none of train, val and test; "
+                    "move it, or give the folder of the classes as --source"
+                )
+            return GIVEN[top]
+        number = int.from_bytes(hashlib.sha256(f"{self.split_seed}:{printable(path)}".encode()).digest()[:8], "big")
+        share, (val, test) = number / 2**64, self.shares
+        return "test" if share < test else "val" if share < test + val else "train"
+
+    def _class(self, path: str) -> str | None:
+        """The folder that says the class: the first below the split, or below the source."""
+        folders = path.split("/")[int(self._given) : -1]
+        return folders[0] if folders else None
+
+    def _classes(self) -> tuple[str, ...] | None:
+        if not self.use_classes:
+            return None
+        found = {self._class(path): path for paths in self._found.values() for path in paths}
+        if None in found and len(found) > 1:
+            some = next(name for name in found if name is not None)
+            raise DataError(
+                f"{self.folder}: {found[None]} lies in no sub-folder and {found[some]} does, "
+                "so the classes are not clear; move one of them, or add --no-classes"
+            )
+        return None if None in found or not found else tuple(sorted(found))
+
+
+def _cannot_list(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); make it readable or move it away")
+
+
+def printable(path: str) -> str:
+    """A path as UTF-8 can write it; bytes of another encoding as \\x escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _no_use(path: str, suffix: str) -> str | None:
+    """Why an image is left out before anything is read of it."""
+    if suffix in OTHER_IMAGES:
+        return f"{suffix} images are not read here; convert them to PNG or JPEG"
+    return None if printable(path) == path else "its name is not UTF-8; rename it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="the folder")
+    parser.add_argument("--size", type=int, default=64, help="side in pixels, 8 to 1024 (default %(default)s)")
+    fit = "shorter side to --size, then the middle cut out; or the middle, then to --size (default %(default)s)"
+    parser.add_argument("--fit", choices=FITS, default="resize-crop", help=fit)
+    parser.add_argument(
+        "--filter", choices=FILTERS, default="bilinear", help="of Pillow's resize (default %(default)s)"
+    )
+    parser.add_argument("--no-classes", action="store_true", help="sub-folders are mere order, not classes")
+    for split in ("val", "test"):
+        share = f"share of {split} where no split folders are given (default %(default)s)"
+        parser.add_argument(f"--{split}", type=float, default=0.05, metavar="SHARE", help=share)
+    parser.add_argument("--split-seed", type=int, default=0, help="another seed, another split (default %(default)s)")
+    parser.add_argument("--name", default="folder", help="name of the set in its manifest (default %(default)s)")
+    parser.set_defaults(shuffle=0)  # folders come sorted by class, and batches should not
+
+
+def from_arguments(arguments: argparse.Namespace) -> Folder:
+    return Folder(
+        arguments.source,
+        arguments.size,
+        fit=arguments.fit,
+        filter=arguments.filter,
+        use_classes=not arguments.no_classes,
+        val=arguments.val,
+        test=arguments.test,
+        split_seed=arguments.split_seed,
+        name=arguments.name,
+    )
