@@ -20,6 +20,7 @@ from pipeline.ema import EMA
 from pipeline.evaluation import Evaluator
 from pipeline.flops import peak_flops, step_flops
 from pipeline.images import image_grid, reconstruction_grid, save_png
+from pipeline.models.base import VAE
 from pipeline.nn.batch_norm import keep_collectives_uncompiled
 from pipeline.objective import Objective
 from pipeline.optim import LearningRate, build_optimizer
@@ -103,9 +104,7 @@ def build_trainer(recipe: Recipe, runtime: Runtime, data: Data) -> Trainer:
     if train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if train.compile:
-        keep_collectives_uncompiled()
-        for cell in model.compilable_cells():
-            cell.compile(dynamic=False)
+        compile_cells(model)
     model.to(runtime.device)
     wrapped, optimizer = runtime.prepare(model, build_optimizer(model, recipe.optim))
     ema = EMA(model, train.ema_decay) if train.ema_decay else None
@@ -123,6 +122,16 @@ def build_trainer(recipe: Recipe, runtime: Runtime, data: Data) -> Trainer:
         batches=data.batches,
         model_input=data.model_input,
     )
+
+
+def compile_cells(model: VAE) -> None:
+    """Compiles the model's cells one by one, each for the one shape that it sees."""
+    keep_collectives_uncompiled()
+    cells = list(model.compilable_cells())
+    # Cells share their code, for which the compiler would give up after 8 shapes (or modes, training and evaluation).
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(cells))
+    for cell in cells:
+        cell.compile(dynamic=False)
 
 
 class Session:

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 from accelerate.state import AcceleratorState
 
@@ -12,6 +13,9 @@ from pipeline.runtime import Runtime
 from tests.shard_sets import random_samples, write_set
 
 os.environ.setdefault("WANDB_MODE", "offline")
+# First calls on a busy machine are slow, and no test measures time.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")
