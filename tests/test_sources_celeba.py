@@ -253,7 +253,11 @@ BAD_LISTS = {
         lambda text: text.replace(b"Attribute_39", b""),
         "39 attributes instead of 40",
     ),
-    "strange value": ("list_attr_celeba.txt", lambda text: text.replace(b" -1", b" +7", 1), "no value"),
+    "strange value": (
+        "list_attr_celeba.txt",
+        lambda text: text.replace(b" -1", b" +7", 1),
+        "from -1 to 7, not -1 to 1",
+    ),
     "fourth split": ("list_eval_partition.txt", lambda text: text.replace(b" 2", b" 3"), "0 to 3, not 0 to 2"),
     "twice": ("list_eval_partition.txt", lambda text: text + b"000001.jpg 0\n", r"row 13 \(000001.jpg\)"),
     "path": ("list_eval_partition.txt", lambda text: text + b"../../etc/x.jpg 0\n", "row 13"),

@@ -1,8 +1,9 @@
 """CelebA's lists: attributes, partition and identities; the original .txt (LF or CRLF) and Kaggle's .csv."""
 
 import re
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ from shard_data.errors import DataError
 
 NUM_ATTRIBUTES = 40
 NAME = re.compile(r"[A-Za-z0-9_-]+\.jpg")
-ATTRIBUTE_VALUES = {"1": 1, "-1": 0, "0": 0}
 MAX_BYTES = 1 << 28  # ten times the largest list
 
 
@@ -43,60 +43,69 @@ def read_attributes(path: Path) -> Table:
     """The attributes as int8 (rows, 40): 1 present, 0 absent."""
     lines = _lines(path)
     if path.suffix == ".csv":
-        promised, names = None, next(lines, [])[1:]
+        promised, names = None, next(lines, "").split(",")[1:]
     else:
-        promised, names = _count(path, next(lines, [])), next(lines, [])
+        promised, names = _count(path, next(lines, "")), next(lines, "").split()
     if len(set(names)) != NUM_ATTRIBUTES:
         raise _damaged(path, f"names {len(set(names))} attributes instead of {NUM_ATTRIBUTES}")
-    table = _table(path, tuple(names), lines, ATTRIBUTE_VALUES.__getitem__, np.int8)
+    table = _table(path, tuple(names), lines, limits=(-1, 1))
     if promised is not None and len(table.rows) != promised:
         raise _damaged(path, f"its first line promises {promised:,} rows, and there are {len(table.rows):,}")
-    return table
+    return replace(table, values=(table.values == 1).astype(np.int8))
 
 
 def read_column(path: Path, largest: int) -> Table:
-    """One whole number per image, from 0 to `largest`, as int32 (rows, 1)."""
+    """One whole number per image, from 0 to `largest`, as int64 (rows, 1)."""
     lines = _lines(path)
     if path.suffix == ".csv":
         next(lines, None)
-    table = _table(path, ("value",), lines, int, np.int64)
-    if len(table.values) and not 0 <= table.values.min() <= table.values.max() <= largest:
-        raise _damaged(path, f"holds values from {table.values.min()} to {table.values.max()}, not 0 to {largest}")
-    return table
+    return _table(path, ("value",), lines, limits=(0, largest))
 
 
-def _table(path: Path, columns: tuple[str, ...], lines: Iterator[list[str]], parse, dtype: type) -> Table:
-    rows, values = {}, []
-    for number, (name, *words) in enumerate(lines):
-        if len(words) != len(columns) or name in rows or not NAME.fullmatch(name):
-            raise _damaged(path, f"row {number + 1} ({name[:40]}) is none: a new file name and {len(columns)} values")
-        try:
-            values.append([parse(word) for word in words])
-        except (KeyError, ValueError):
-            raise _damaged(path, f"row {number + 1} ({name[:40]}) holds something that is no value") from None
-        rows[name] = number
-    return Table(path, columns, rows, np.array(values, dtype).reshape(-1, len(columns)))
+def _table(path: Path, columns: tuple[str, ...], lines: Iterator[str], limits: tuple[int, int]) -> Table:
+    """The rows below the head of a list, whose values are whole numbers within the limits."""
+    rows, values, separator = {}, [], "," if path.suffix == ".csv" else " "
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # for _numbers
+        for number, line in enumerate(lines):
+            name, _, rest = line.partition(separator)
+            row = _numbers(rest, separator)
+            if row is None or len(row) != len(columns) or name in rows or not NAME.fullmatch(name):
+                raise _damaged(
+                    path, f"row {number + 1} ({name[:40]}) is not a new file name and {len(columns)} numbers"
+                )
+            rows[name] = number
+            values.append(row)
+    table = np.array(values, np.int64).reshape(-1, len(columns))
+    if len(table) and not limits[0] <= table.min() <= table.max() <= limits[1]:
+        raise _damaged(path, f"holds values from {table.min()} to {table.max()}, not {limits[0]} to {limits[1]}")
+    return Table(path, columns, rows, table)
 
 
-def _lines(path: Path) -> Iterator[list[str]]:
-    """The words of every line that has any."""
+def _numbers(text: str, separator: str) -> np.ndarray | None:
+    """Whole numbers; None where there is anything else, of which numpy warns."""
+    try:
+        return np.fromstring(text, np.int64, sep=separator)
+    except (DeprecationWarning, ValueError):
+        return None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Every line that is not empty, without blanks around it."""
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if not head or not head.isascii() or head.lstrip().startswith(b"<") or b"\0" in head:
         raise _damaged(path, f"is {what_is(head)}")
-    separator = "," if path.suffix == ".csv" else None
     if path.stat().st_size > MAX_BYTES:
         raise _damaged(path, f"has more than {MAX_BYTES >> 20} MiB, which no list of CelebA has")
     with open(path, encoding="ascii", errors="replace") as file:
-        for line in file:
-            if line.strip():
-                yield [word.strip() for word in line.split(separator)]
+        yield from filter(None, map(str.strip, file))
 
 
-def _count(path: Path, words: list[str]) -> int:
-    if len(words) != 1 or not words[0].isdecimal():
-        raise _damaged(path, f"begins with {' '.join(words)[:40]!r} instead of the number of its rows")
-    return int(words[0])
+def _count(path: Path, line: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", line):
+        raise _damaged(path, f"begins with {line[:40]!r} instead of the number of its rows")
+    return int(line)
 
 
 def _damaged(path: Path, what: str) -> DataError:
