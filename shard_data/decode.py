@@ -12,11 +12,13 @@ Where simplejpeg is installed it decodes the plain JPEGs, in half the time and t
 
 import io
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from shard_data.errors import BadImage
+from shard_data.geometry import Box
 
 try:
     import simplejpeg
@@ -49,12 +51,22 @@ WHAT_WAS_DONE = {"alpha": "over white", "orientation": "EXIF"}
 """For the `transform` of sources whose originals may be of any kind."""
 
 
-def read_rgb(data: bytes, name: str) -> Image.Image:
-    """The picture in the bytes of an image file, upright, as mode RGB. Raises BadImage, which bears `name`."""
+class Cut(NamedTuple):
+    """A part of pictures of one size."""
+
+    size: tuple[int, int]
+    box: Box
+
+
+def read_rgb(data: bytes, name: str, cut: Cut | None = None) -> Image.Image:
+    """The picture in the bytes of an image file, upright, as mode RGB, or what `cut` leaves of it.
+
+    Raises BadImage, which bears `name`, also for a picture of another size than that of the cut.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about metadata that is not used here, and size, checked below
-            return _read(data)
+            return _read(data, cut)
     except Unsuitable as error:
         raise BadImage(name, str(error)) from None
     except Exception as error:  # decoders fed with broken bytes raise nearly anything
@@ -71,15 +83,27 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _read(data: bytes) -> Image.Image:
+def _read(data: bytes, cut: Cut | None) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise Unsuitable(f"{image.width} x {image.height} pixels; more than {MAX_PIXELS:,} are refused")
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise Unsuitable(f"{image.format} with {image.n_frames} frames or pages; give one picture per file")
-    rgb = _fast_jpeg(data, image) or _to_rgb(image)
-    orientation = _orientation(image)  # last, as for some formats it loads the image
-    return rgb.transpose(TURN[orientation]) if orientation in TURN else rgb
+    array = _fast_jpeg(data, image)
+    loaded = _to_rgb(image) if array is None else None
+    orientation = _orientation(image)  # not before, as for some formats it loads the image
+    if cut and array is not None and orientation not in TURN and image.size == cut.size:
+        left, top, right, bottom = cut.box
+        return Image.fromarray(array[top:bottom, left:right])  # as below, without a copy of the whole
+    rgb = loaded or Image.fromarray(array)
+    rgb = rgb.transpose(TURN[orientation]) if orientation in TURN else rgb
+    return _cut(rgb, cut) if cut else rgb
+
+
+def _cut(rgb: Image.Image, cut: Cut) -> Image.Image:
+    if rgb.size != cut.size:
+        raise Unsuitable(f"{rgb.width} x {rgb.height} pixels, where {cut.size[0]} x {cut.size[1]} are expected")
+    return rgb.crop(cut.box)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -89,15 +113,15 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _fast_jpeg(data: bytes, image: Image.Image) -> Image.Image | None:
-    """A plain YCbCr JPEG decoded by simplejpeg; anything else, and whatever it dislikes, is left to Pillow."""
+def _fast_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
+    """A plain YCbCr JPEG by simplejpeg, uint8 (H, W, 3); anything else, and what it dislikes, is left to Pillow."""
     if simplejpeg is None or image.format != "JPEG" or image.mode != "RGB":
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours != "YCbCr" or (width, height) != image.size:
             return None
-        return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB"))
+        return simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:
         return None
 

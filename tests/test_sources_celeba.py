@@ -205,7 +205,7 @@ def test_a_partial_set_lists_every_omission_with_its_reason(originals, tmp_path,
     assert all(o["count"] == len(o["names"]) for o in manifest["omitted"])
     reasons = {name: reason for _, reason, name in entries}
     assert "truncated" in reasons[NAMES[2]]
-    assert reasons[NAMES[3]] == "89 x 109 pixels, where aligned faces have 178 x 218"
+    assert reasons[NAMES[3]] == "89 x 109 pixels, where 178 x 218 are expected"
     kept = [sample["__key__"] for split in ("train", "val", "test") for sample in samples(tmp_path / "out", split)]
     gone = {name for _, name in UNREADABLE} | {name for _, _, name in LISTED}
     assert sorted(kept) == [name[:-4] for name in NAMES if name not in gone]

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from shard_data import downloads
-from shard_data.decode import read_rgb
-from shard_data.errors import BadImage, DataError
+from shard_data.decode import Cut, read_rgb
+from shard_data.errors import DataError
 from shard_data.files import sha256
 from shard_data.geometry import FILTERS, Box, centre_box, check_filter, check_size, resize
 from shard_data.source import Omission, Record, Sample
@@ -84,10 +84,8 @@ class CelebA:
 
     def load(self, record: Record) -> Sample:
         name, attributes, identity = record.where
-        image = read_rgb(self._images.read(name), name)
-        if image.size != (WIDTH, HEIGHT):
-            raise BadImage(name, f"{image.width} x {image.height} pixels, where aligned faces have {WIDTH} x {HEIGHT}")
-        pixels = np.asarray(resize(image.crop(self.box), (self.size, self.size), self.filter))
+        image = read_rgb(self._images.read(name), name, Cut((WIDTH, HEIGHT), self.box))
+        pixels = np.asarray(resize(image, (self.size, self.size), self.filter))
         return Sample(pixels, attributes=tuple(attributes), identity=identity)
 
     @cached_property
@@ -96,7 +94,7 @@ class CelebA:
 
     @cached_property
     def _attributes(self) -> Table:
-        return read_attributes(find_list(self.folder, "list_attr_celeba"))
+        return read_attributes(find_list(self.folder, "list_attr_celeba"), self._images.names)
 
     @cached_property
     def _partition(self) -> Table:
@@ -105,7 +103,7 @@ class CelebA:
     @cached_property
     def _identities(self) -> Table | None:
         path = find_list(self.folder, "identity_CelebA", required=False)
-        return path and read_column(path, largest=2**31 - 1)
+        return path and read_column(path, 2**31 - 1, self._images.names)
 
     @cached_property
     def _splits(self) -> dict[str, list[Record]]:

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,12 +19,16 @@ MAX_BYTES = 1 << 28  # ten times the largest list
 
 @dataclass(frozen=True)
 class Table:
-    """A list: file names to row numbers, in the file's order, and the rows' values (rows, columns)."""
+    """A list: file names to row numbers, in the file's order, and the rows' values (rows, columns).
+
+    `count` is of all rows in the file, also of those that were not wanted.
+    """
 
     path: Path
     columns: tuple[str, ...]
     rows: dict[str, int]
     values: np.ndarray
+    count: int
 
 
 def find_list(folder: Path, stem: str, required: bool = True) -> Path | None:
@@ -39,8 +43,8 @@ def find_list(folder: Path, stem: str, required: bool = True) -> Path | None:
     return None
 
 
-def read_attributes(path: Path) -> Table:
-    """The attributes as int8 (rows, 40): 1 present, 0 absent."""
+def read_attributes(path: Path, wanted: Container[str]) -> Table:
+    """The attributes of the wanted images as int8 (rows, 40): 1 present, 0 absent."""
     lines = _lines(path)
     if path.suffix == ".csv":
         promised, names = None, next(lines, "").split(",")[1:]
@@ -48,38 +52,42 @@ def read_attributes(path: Path) -> Table:
         promised, names = _count(path, next(lines, "")), next(lines, "").split()
     if len(set(names)) != NUM_ATTRIBUTES:
         raise _damaged(path, f"names {len(set(names))} attributes instead of {NUM_ATTRIBUTES}")
-    table = _table(path, tuple(names), lines, limits=(-1, 1))
-    if promised is not None and len(table.rows) != promised:
-        raise _damaged(path, f"its first line promises {promised:,} rows, and there are {len(table.rows):,}")
+    table = _table(path, tuple(names), lines, (-1, 1), wanted)
+    if promised is not None and table.count != promised:
+        raise _damaged(path, f"its first line promises {promised:,} rows, and there are {table.count:,}")
     return replace(table, values=(table.values == 1).astype(np.int8))
 
 
-def read_column(path: Path, largest: int) -> Table:
-    """One whole number per image, from 0 to `largest`, as int64 (rows, 1)."""
+def read_column(path: Path, largest: int, wanted: Container[str] | None = None) -> Table:
+    """One whole number per image, from 0 to `largest`, as int64 (rows, 1); of all images, or those that are wanted."""
     lines = _lines(path)
     if path.suffix == ".csv":
         next(lines, None)
-    return _table(path, ("value",), lines, limits=(0, largest))
+    return _table(path, ("value",), lines, (0, largest), wanted)
 
 
-def _table(path: Path, columns: tuple[str, ...], lines: Iterator[str], limits: tuple[int, int]) -> Table:
-    """The rows below the head of a list, whose values are whole numbers within the limits."""
-    rows, values, separator = {}, [], "," if path.suffix == ".csv" else " "
+def _table(
+    path: Path, columns: tuple[str, ...], lines: Iterator[str], limits: tuple[int, int], wanted: Container[str] | None
+) -> Table:
+    """The wanted rows below the head of a list, whose values are whole numbers within the limits."""
+    rows, values, number, separator = {}, [], -1, "," if path.suffix == ".csv" else " "
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # for _numbers
         for number, line in enumerate(lines):
             name, _, rest = line.partition(separator)
+            if wanted is not None and name not in wanted:
+                continue  # most rows, where there are only some of the images
             row = _numbers(rest, separator)
             if row is None or len(row) != len(columns) or name in rows or not NAME.fullmatch(name):
                 raise _damaged(
                     path, f"row {number + 1} ({name[:40]}) is not a new file name and {len(columns)} numbers"
                 )
-            rows[name] = number
+            rows[name] = len(rows)
             values.append(row)
     table = np.array(values, np.int64).reshape(-1, len(columns))
     if len(table) and not limits[0] <= table.min() <= table.max() <= limits[1]:
         raise _damaged(path, f"holds values from {table.min()} to {table.max()}, not {limits[0]} to {limits[1]}")
-    return Table(path, columns, rows, table)
+    return Table(path, columns, rows, table, number + 1)
 
 
 def _numbers(text: str, separator: str) -> np.ndarray | None:

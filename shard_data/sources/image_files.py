@@ -1,5 +1,6 @@
 """Where image files lie: a folder, or a ZIP file that is read without unpacking, so that nothing can be written."""
 
+import os
 import zlib
 from functools import cached_property
 from pathlib import Path
@@ -27,14 +28,14 @@ class ImageFolder:
         return {"path": self.path}  # a worker has no need of all the names
 
     def read(self, name: str) -> bytes:
-        return read_file(self.path / name, name)
+        return read_file(f"{self.path}/{name}", name)
 
 
-def read_file(path: Path, name: str) -> bytes:
+def read_file(path: str | Path, name: str) -> bytes:
     """The bytes of an image file. Raises BadImage where there is none to read, or far too many."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        with open(path, "rb", buffering=0) as file:
+            data = file.read() if os.fstat(file.fileno()).st_size <= MAX_BYTES else bytes(MAX_BYTES + 1)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise BadImage(name, f"cannot be read ({error.strerror})") from None
     if len(data) > MAX_BYTES:
