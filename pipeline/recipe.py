@@ -69,11 +69,11 @@ def recipe_path(name: str) -> Path:
     return path
 
 
-def load_recipe(path: Path, words: list[str], data_root: Path | None = None) -> Recipe:
+def load_recipe(path: Path, words: list[str], data_root: str | None = None) -> Recipe:
     """The recipe file under the words of the command line. Raises ConfigError naming each fault."""
     data = _one_duration(overlay(load_yaml(path), words), words)
     if data_root is not None:
-        data.setdefault("data", {})["root"] = str(data_root)
+        data.setdefault("data", {})["root"] = data_root
     return build(Recipe, data)
 
 

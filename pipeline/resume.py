@@ -20,6 +20,8 @@ CHANGEABLE = (
     "optim.clip",
     "data.root",
     "data.source",
+    "data.cache",
+    "data.verify",
     "data.workers",
     "data.trace",
     "checkpoint.",

@@ -99,6 +99,26 @@ class Runtime:
             raise failure
         return result
 
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Runs `work` on every rank. A ValueError or OSError of any rank reaches every rank, the first rank's first."""
+        result, failure = None, None
+        try:
+            result = work()
+        except (ValueError, OSError) as error:
+            failure = error
+        failures = [failure for failure in self.gather_objects(failure) if failure is not None]
+        if failures:
+            raise failures[0]
+        return result
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def from_main(self, value: Any) -> Any:
         """The main process's value, on every rank."""
         values = [value]

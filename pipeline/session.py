@@ -14,6 +14,7 @@ from pipeline.config import dump
 from pipeline.data.loader import Batch, build_eval_loader, build_train_loader, check_data
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Preprocess, to_model_input
+from pipeline.data.remote import check_address, default_cache, fetch_manifest, fetch_set, is_address
 from pipeline.data.shards import TarShards
 from pipeline.data_trace import Trace
 from pipeline.ema import EMA
@@ -35,6 +36,9 @@ from pipeline.trainer import Cadence, Trainer
 
 log = logging.getLogger("pipeline")
 
+SHOWN = ("train/loss", "train/elbo", "train/bpd", "train/kl", "train/lr", "perf/images_per_second")
+"""The figures of `metrics.jsonl` that the terminal shows too."""
+
 
 class Data:
     """The shard set of a run as its parts need it: micro-batches for training, a split for validation, floats for the
@@ -45,12 +49,23 @@ class Data:
         self.recipe = recipe
         self.runtime = runtime
         config = recipe.data
-        self.train = TarShards(config.root, config.train_split)
+        self.train, self.held_out = self._open_shards()
         check_data(config, self.train)
-        self.held_out = TarShards(config.root, recipe.validation.split)
         self.order = Order(self.train.shard_sizes, recipe.train.seed, config.window)
         self._augment = Preprocess(recipe.train.seed, flip=config.flip, binarise=config.binarise, pad=config.pad)
         self._plain = Preprocess(recipe.train.seed, binarise=config.binarise, pad=config.pad)
+
+    def _open_shards(self) -> list[TarShards]:
+        """Of the training and the validation split; from an address, they are fetched first."""
+        config, runtime = self.recipe.data, self.runtime
+        splits = config.train_split, self.recipe.validation.split
+        if not is_address(config.root):
+            return runtime.together(lambda: [TarShards(config.root, split, config.verify) for split in splits])
+        address = check_address(config.root)
+        manifest = runtime.from_main(runtime.on_main(lambda: fetch_manifest(address)))
+        cache = Path(config.cache) if config.cache else default_cache()
+        folder = runtime.together(lambda: fetch_set(address, manifest, splits, cache, progress=runtime.is_main))
+        return [TarShards(folder, split, config.verify, origin=address) for split in splits]
 
     def batches(self, step: int) -> Iterable[Batch]:
         """This rank's micro-batches from optimizer step `step` to the end of the run."""
@@ -135,7 +150,7 @@ def compile_cells(model: VAE) -> None:
 
 
 class Session:
-    """A run in its folder. `prepare()` resumes or starts; `run()` trains to the end."""
+    """A run in its folder. `resume()` continues from a checkpoint; `run()` trains to the end."""
 
     def __init__(self, recipe: Recipe, runtime: Runtime, folder: Path):
         self.recipe = recipe
@@ -155,7 +170,7 @@ class Session:
             sum_over_ranks=runtime.sum,
         )
         self.settings: dict[str, Any] = recipe.model_dump(mode="json")
-        self.score: float | None = None
+        self.validated: tuple[int, float] | None = None  # step and its negative ELBO, nats
         self.peak_flops = peak_flops(runtime.device_name, recipe.train.precision)
         self.tracker: Tracker | None = None
 
@@ -177,7 +192,7 @@ class Session:
         """Trains to the last step."""
         self.tracker = tracker
         if self.runtime.is_main:
-            (self.folder / "config.yaml").write_text(dump(self.recipe))
+            write_whole(self.folder / "config.yaml", dump(self.recipe))
         recipe, trainer = self.recipe, self.trainer
         trainer.cadences = [
             Cadence(recipe.validation.every, self.validate),
@@ -204,16 +219,14 @@ class Session:
             speed = scalars["perf/images_per_second"] * self.flops_per_image  # FLOP/s of all devices
             scalars["perf/mfu"] = speed / (self.peak_flops * self.runtime.world_size)
         self.tracker.log(step, scalars)
-        shown = [f"{name.split('/')[-1]} {scalars[name]:.4g}" for name in self.SHOWN if name in scalars]
+        shown = [f"{name.split('/')[-1]} {scalars[name]:.4g}" for name in SHOWN if name in scalars]
         log.info("step %d/%d  %s", step, self.trainer.total_steps, "  ".join(shown))
-
-    SHOWN = ("train/loss", "train/elbo", "train/bpd", "train/kl", "train/lr", "perf/images_per_second")
 
     def validate(self, step: int) -> None:
         """Held-out figures of the averaged weights, where there are any."""
         with self.trainer.averaged_weights():
             figures = self.evaluator.run(self.trainer.model)
-        self.score = -figures["val/elbo"]
+        self.validated = step, -figures["val/elbo"]
         self.tracker.log(step, figures)
         log.info(
             "step %d validation: %s", step, "  ".join(f"{name[4:]} {value:.4f}" for name, value in figures.items())
@@ -238,8 +251,9 @@ class Session:
 
     def save(self, step: int) -> None:
         """A checkpoint, written by the main process: every rank holds the same state."""
+        score = self.validated[1] if self.validated and self.validated[0] == step else None
         self.runtime.on_main(
-            lambda: self.checkpoints.save(step, self.trainer.state.tensors(), self._facts(), self.score)
+            lambda: self.checkpoints.save(step, self.trainer.state.tensors(), self._facts(), score)
         )
 
     def _facts(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipeline.checkpoint import Checkpoint, Checkpoints, RunLock  # noqa: E402
 from pipeline.config import dump  # noqa: E402
+from pipeline.data.remote import is_address  # noqa: E402
 from pipeline.recipe import RECIPES, Recipe, load_recipe, recipe_path  # noqa: E402
 from pipeline.runtime import Runtime, launched_rank, start_logging  # noqa: E402
 from pipeline.session import Session, choose_checkpoint, describe  # noqa: E402
@@ -45,7 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", metavar="NAME", help=f"train this model by its default recipe, or any recipe by name: {names}"
     )
     what.add_argument("--config", metavar="FILE", type=Path, help="a recipe file of your own")
-    parser.add_argument("--data", metavar="DIR", type=Path, help="the shard set to train on (data.root)")
+    parser.add_argument(
+        "--data", metavar="DIR", help="the shard set to train on (data.root): a folder, or its http(s):// address"
+    )
     parser.add_argument(
         "--run-dir",
         metavar="DIR",
@@ -190,7 +193,7 @@ def provide_data(recipe: Recipe, may_make: bool) -> None:
     root, source = recipe.data.root, recipe.data.source
     if root is None:
         raise ValueError("data.root: the recipe names no shard set; give one with --data DIR")
-    if (Path(root) / "manifest.json").is_file():
+    if is_address(root) or (Path(root) / "manifest.json").is_file():
         return
     command = f"python -m shard_data {source} --out {root}"
     if source is None or "DIR" in source or not may_make:

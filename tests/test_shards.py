@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -398,6 +399,31 @@ def replace_member(tar: Path, offset: int, size: int, image_size: tuple[int, int
     tar.write_bytes(content)
 
 
+def test_changed_pixels_are_noticed_where_tars_are_verified(small):
+    root, samples = small
+    tar, _, offset = place_of(root, 13)
+    flip_byte(tar, offset + 150, mask=1)
+    assert (TarShards(root, "train").images([13])[0] != samples.images[13]).sum() == 1
+    shards = TarShards(root, "train", verify=True)
+    for wanted in (10, 13, 13):
+        place = f"'train-s000{wanted}' at offset {place_of(root, wanted)[2]}: some bytes of the shard were changed"
+        with pytest.raises(DamagedShard, match=place):
+            shards.images([wanted])
+    np.testing.assert_array_equal(shards.images([0, 22]), samples.images[[0, 22]])
+
+
+def test_a_tar_is_hashed_once(small, monkeypatch):
+    root, _ = small
+    monkeypatch.setattr(shards_module, "MAX_OPEN_SHARDS", 1)
+    hashed = []
+    sha256 = shards_module._sha256
+    monkeypatch.setattr(shards_module, "_sha256", lambda path: hashed.append(path.name) or sha256(path))
+    shards = TarShards(root, "train", verify=True)
+    for _ in range(3):
+        shards.images(range(23))
+    assert [name for name in hashed if name.endswith(".tar")] == [f"train-{n:06d}.tar" for n in range(3)]
+
+
 @pytest.fixture(scope="module")
 def victims(tmp_path_factory) -> dict[str, tuple[Path, Samples, dict[str, bytes]]]:
     """One set per encoding, with the content of its files to restore them from."""
@@ -409,10 +435,12 @@ def victims(tmp_path_factory) -> dict[str, tuple[Path, Samples, dict[str, bytes]
     return sets
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(st.data())
 def test_random_damage_never_changes_a_label_or_goes_unnamed(victims, data):
-    """Cuts and byte flips anywhere: reading gives the right labels and keys, or an error that names the file."""
+    """Cuts and byte flips anywhere: reading gives the right labels and keys, or an error that names the place; and the
+    right pixels too, where they are verified or PNG.
+    """
     root, samples, contents = victims[data.draw(st.sampled_from(["npy", "png"]))]
     name = data.draw(st.sampled_from(sorted(set(contents) - {"manifest.json"})))
     content = bytearray(contents[name])
@@ -422,22 +450,23 @@ def test_random_damage_never_changes_a_label_or_goes_unnamed(victims, data):
         content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
     (root / name).write_bytes(content)
     try:
-        _read_all(root, samples, damaged=name)
+        _read_all(root, samples, name, verify=data.draw(st.booleans()))
     finally:
         (root / name).write_bytes(contents[name])
 
 
-def _read_all(root: Path, samples: Samples, damaged: str) -> None:
+def _read_all(root: Path, samples: Samples, damaged: str, verify: bool) -> None:
     """Shard by shard, so that the whole ones are seen to be spared. Pixels of .npy files carry no checksum."""
-    shards = TarShards(root, "train")
+    shards = TarShards(root, "train", verify)
     for number, rows in enumerate((range(5), range(5, 10), range(10, 12))):
         touched = damaged.startswith(f"train-{number:06d}")
         error, images = _try_reading(shards, samples, rows)
         if error:
             assert touched
             assert damaged in error
+            assert damaged.endswith(".npy") or re.search(r": sample 'train-s\d+' at offset \d+: ", error)
             continue
-        assert not (touched and damaged.endswith(".npy"))  # damage of an index never goes unnoticed
+        assert not (touched and (verify or damaged.endswith(".npy")))  # damage of an index never goes unnoticed
         assert (images == samples.images[rows]).all() or (touched and shards.manifest.encoding == "npy")
 
 

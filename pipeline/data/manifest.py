@@ -70,22 +70,23 @@ def load_manifest(root: Path) -> Manifest:
             f"{root}: no {FILE_NAME}, so this is not a complete shard set; "
             f"make it, or finish it, with: python -m shard_data SOURCE --out {root}"
         )
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(text: bytes, place: str) -> Manifest:
+    """The manifest that this JSON is. Raises ValueError, naming `place` as where it lies, when it is none."""
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}); make the shard set again") from error
-    return _validated(path, content)
-
-
-def _validated(path: Path, content: Any) -> Manifest:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not readable as JSON ({error}); make the shard set again") from error
     version = content.get("version") if isinstance(content, dict) else None
     if version is not None and version != VERSION:
         raise ValueError(
-            f"{path}: version {version}, but this release reads version {VERSION}; make the shard set again with it"
+            f"{place}: version {version}, but this release reads version {VERSION}; make the shard set again with it"
         )
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise ValueError(f"{path}: {where}: {first['msg']}; make the shard set again") from error
+        raise ValueError(f"{place}: {where}: {first['msg']}; make the shard set again") from error
