@@ -36,9 +36,6 @@ from pipeline.trainer import Cadence, Trainer
 
 log = logging.getLogger("pipeline")
 
-SHOWN = ("train/loss", "train/elbo", "train/bpd", "train/kl", "train/lr", "perf/images_per_second")
-"""The figures of `metrics.jsonl` that the terminal shows too."""
-
 
 class Data:
     """The shard set of a run as its parts need it: micro-batches for training, a split for validation, floats for the
@@ -150,7 +147,7 @@ def compile_cells(model: VAE) -> None:
 
 
 class Session:
-    """A run in its folder. `resume()` continues from a checkpoint; `run()` trains to the end."""
+    """A run in its folder. `prepare()` resumes or starts; `run()` trains to the end."""
 
     def __init__(self, recipe: Recipe, runtime: Runtime, folder: Path):
         self.recipe = recipe
@@ -170,7 +167,7 @@ class Session:
             sum_over_ranks=runtime.sum,
         )
         self.settings: dict[str, Any] = recipe.model_dump(mode="json")
-        self.validated: tuple[int, float] | None = None  # step and its negative ELBO, nats
+        self.score: float | None = None
         self.peak_flops = peak_flops(runtime.device_name, recipe.train.precision)
         self.tracker: Tracker | None = None
 
@@ -192,7 +189,7 @@ class Session:
         """Trains to the last step."""
         self.tracker = tracker
         if self.runtime.is_main:
-            write_whole(self.folder / "config.yaml", dump(self.recipe))
+            (self.folder / "config.yaml").write_text(dump(self.recipe))
         recipe, trainer = self.recipe, self.trainer
         trainer.cadences = [
             Cadence(recipe.validation.every, self.validate),
@@ -219,14 +216,16 @@ class Session:
             speed = scalars["perf/images_per_second"] * self.flops_per_image  # FLOP/s of all devices
             scalars["perf/mfu"] = speed / (self.peak_flops * self.runtime.world_size)
         self.tracker.log(step, scalars)
-        shown = [f"{name.split('/')[-1]} {scalars[name]:.4g}" for name in SHOWN if name in scalars]
+        shown = [f"{name.split('/')[-1]} {scalars[name]:.4g}" for name in self.SHOWN if name in scalars]
         log.info("step %d/%d  %s", step, self.trainer.total_steps, "  ".join(shown))
+
+    SHOWN = ("train/loss", "train/elbo", "train/bpd", "train/kl", "train/lr", "perf/images_per_second")
 
     def validate(self, step: int) -> None:
         """Held-out figures of the averaged weights, where there are any."""
         with self.trainer.averaged_weights():
             figures = self.evaluator.run(self.trainer.model)
-        self.validated = step, -figures["val/elbo"]
+        self.score = -figures["val/elbo"]
         self.tracker.log(step, figures)
         log.info(
             "step %d validation: %s", step, "  ".join(f"{name[4:]} {value:.4f}" for name, value in figures.items())
@@ -251,9 +250,8 @@ class Session:
 
     def save(self, step: int) -> None:
         """A checkpoint, written by the main process: every rank holds the same state."""
-        score = self.validated[1] if self.validated and self.validated[0] == step else None
         self.runtime.on_main(
-            lambda: self.checkpoints.save(step, self.trainer.state.tensors(), self._facts(), score)
+            lambda: self.checkpoints.save(step, self.trainer.state.tensors(), self._facts(), self.score)
         )
 
     def _facts(self) -> dict[str, Any]:
