@@ -101,7 +101,13 @@ def add_arguments(parser: argparse.ArgumentParser, source: str) -> None:
 def from_arguments(dataset: str, arguments: argparse.Namespace) -> Path:
     """The folder of the originals, filled where that was asked for."""
     if arguments.download:
-        fetch(dataset, arguments.source, arguments.mirror, progress=True)
+        try:
+            fetch(dataset, arguments.source, arguments.mirror, progress=True)
+        except OSError as error:
+            place, reason = error.filename or arguments.source, error.strerror or error
+            raise DataError(
+                f"{place}: cannot be written ({reason}); mend that and run the same command again"
+            ) from None
     elif arguments.mirror:
         raise DataError("--mirror says where to fetch from; add --download to fetch")
     return arguments.source
@@ -176,7 +182,7 @@ def _rest(error: urllib.error.HTTPError) -> bytes:
 def _copy(answer, out: BinaryIO, name: str, progress: bool) -> tuple[bytes, str]:
     """Copy what arrives; returns its first bytes and its md5."""
     head, digest, size = b"", hashlib.md5(), 0
-    total = int(answer.headers.get("Content-Length") or 0) or None
+    total = answer.length  # that the server promises, if it does
     with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=not progress, file=sys.stderr) as bar:
         while chunk := answer.read(CHUNK):
             head = head or chunk[:HEAD]

@@ -1,9 +1,11 @@
 """--download against a server on loopback: what is right is kept, what is wrong is told, nothing is left half."""
 
+import errno
 import gzip
 import hashlib
 import http.server
 import importlib.util
+import os
 import socket
 import threading
 from pathlib import Path
@@ -152,6 +154,21 @@ def test_a_server_that_says_nothing_is_not_waited_for_for_ever(mnist, tmp_path, 
     monkeypatch.setattr(downloads, "TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(DataError, match="timed out|broke off"):
         fetch("mnist", tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+def test_a_place_that_cannot_be_written_is_named(mnist, server, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    words = ["--download", "--mirror", f"{server.address}/mirror", "--out", str(tmp_path / "out")]
+    assert main(["mnist", "--source", str(tmp_path / "file"), *words]) == 2
+    assert f"{tmp_path}/file: cannot be written" in capsys.readouterr().err
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["mnist", "--source", str(tmp_path / "in"), *words]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert list((tmp_path / "in").iterdir()) == []
 
 
 def test_a_mirror_without_download_is_a_mistake(mnist, tmp_path, capsys):

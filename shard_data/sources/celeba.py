@@ -83,8 +83,8 @@ class CelebA:
         return self._splits[split]
 
     def load(self, record: Record) -> Sample:
-        name, attributes, identity = record.where
-        image = read_rgb(self._images.read(name), name, Cut((WIDTH, HEIGHT), self.box))
+        name, place, attributes, identity = record.where
+        image = read_rgb(self._images.read(name, place), name, Cut((WIDTH, HEIGHT), self.box))
         pixels = np.asarray(resize(image, (self.size, self.size), self.filter))
         return Sample(pixels, attributes=tuple(attributes), identity=identity)
 
@@ -119,7 +119,7 @@ class CelebA:
             else:
                 attributes = self._attributes.values[rows[name]].tobytes()
                 person = people.values[people.rows[name], 0] if people and name in people.rows else -1
-                splits[split].append(Record(Path(name).stem, (name, attributes, int(person))))
+                splits[split].append(Record(Path(name).stem, (name, self._images.place(name), attributes, int(person))))
         strays = sorted(there - self._partition.rows.keys())
         self.omissions.extend(Omission("none", name, f"no row in {self._partition.path.name}") for name in strays)
         return splits

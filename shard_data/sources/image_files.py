@@ -27,7 +27,10 @@ class ImageFolder:
     def __getstate__(self) -> dict:
         return {"path": self.path}  # a worker has no need of all the names
 
-    def read(self, name: str) -> bytes:
+    def place(self, name: str) -> None:
+        """Nothing more than the name is needed to read a file."""
+
+    def read(self, name: str, place: None = None) -> bytes:
         return read_file(f"{self.path}/{name}", name)
 
 
@@ -60,7 +63,7 @@ class ImageZip:
         self.path, self.suffix = path, suffix
 
     def __getstate__(self) -> dict:
-        return {"path": self.path, "suffix": self.suffix, "members": self.members}
+        return {"path": self.path, "suffix": self.suffix}  # a record brings its member's place along
 
     @cached_property
     def members(self) -> dict[str, Member]:
@@ -88,8 +91,10 @@ class ImageZip:
     def names(self) -> frozenset[str]:
         return frozenset(self.members)
 
-    def read(self, name: str) -> bytes:
-        member = self.members[name]
+    def place(self, name: str) -> Member:
+        return self.members[name]
+
+    def read(self, name: str, member: Member) -> bytes:
         if member.size > MAX_BYTES or member.packed > MAX_BYTES:
             raise BadImage(name, f"more than {MAX_BYTES >> 20} MiB; no image of a data set is that large")
         data = _unpack(self._packed(member), member)
