@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -552,3 +553,20 @@ def test_twenty_kills_at_random_moments_do_not_show(tmp_path):
         if not (tmp_path / name / "manifest.json").exists():
             subprocess.run([*command, tmp_path / name], check=True, capture_output=True)
     assert content(tmp_path / "killed") == content(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("train-images-idx3-ubyte.html.gz", "a web page"),
+        ("train-images-idx3-ubyte.annex_pointer.gz", "a git-annex pointer"),
+        ("not_mnist_idx_custom_train-images.gz", "37 labels for the 900 images|instead of 28 x 28"),
+    ],
+)
+def test_real_damaged_downloads_of_mnist_are_refused(mnist, tmp_path, name, message):
+    if "REAL_DATA_DIR" not in os.environ:
+        pytest.skip("REAL_DATA_DIR is not set: the damaged downloads are needed")
+    shutil.copyfile(Path(os.environ["REAL_DATA_DIR"]) / "hostile" / "bad_downloads" / name, mnist / IMAGES)
+    with pytest.raises(DataError, match=f"{IMAGES}|{LABELS}") as failure:
+        convert(Mnist(mnist), tmp_path / "out")
+    assert re.search(message, str(failure.value))
