@@ -7,6 +7,7 @@ import torch
 
 from pipeline.data.loader import Batch
 from pipeline.data.shards import TarShards
+from pipeline.records import cut_records
 from pipeline.runtime import Runtime
 
 
@@ -19,7 +20,7 @@ class Trace:
         self.shards = shards
         self.runtime = runtime
         if runtime.is_main:
-            cut_lines(self.path, start)
+            cut_records(self.path, last_step=start - 1)
 
     def add(self, step: int, micro_batches: list[Batch]) -> None:
         """Gathers the step's samples from all ranks; the main process writes them."""
@@ -30,17 +31,3 @@ class Trace:
             line = {"step": step, "positions": [r[0] for r in rows], "epochs": [r[1] for r in rows], "keys": keys}
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-
-
-def cut_lines(path: Path, start: int) -> None:
-    """Keeps the lines of steps before `start`."""
-    if not path.exists():
-        return
-    kept = [
-        line
-        for line in path.read_text().splitlines(keepends=True)
-        if line.endswith("\n") and json.loads(line)["step"] < start
-    ]
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)

@@ -1,12 +1,13 @@
 """Pictures for people: grids of images, and PNG files of them."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from pipeline.files import replacing
 
 MIN_SIDE = 64
 """Pixels below which an image is enlarged by a whole factor: 28-pixel digits are hard to see."""
@@ -40,14 +41,8 @@ def reconstruction_grid(originals: Tensor, reconstructions: Tensor, columns: int
 
 def save_png(path: Path | str, grid: np.ndarray) -> None:
     """Write a uint8 array (height, width, 3); whoever looks at `path` sees a whole picture or none."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        Image.fromarray(grid).save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(Path(path)) as file:
+        Image.fromarray(grid).save(file, format="PNG")
 
 
 def to_uint8(images: Tensor) -> Tensor:

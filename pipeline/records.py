@@ -13,6 +13,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline.files import replacing
+
 logger = logging.getLogger(__name__)
 
 
@@ -76,12 +78,8 @@ def cut_records(path: Path, last_step: int) -> None:
     kept = [line for line in lines if line.endswith(b"\n") and step_of(line, default=math.inf) <= last_step]
     if kept == lines:
         return
-    temporary = path.with_suffix(".jsonl.new")
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
     logger.info(
         "%s: %d records after step %d removed, since they are about to be repeated",
         path,

@@ -19,6 +19,7 @@ from pipeline.data.shards import TarShards
 from pipeline.data_trace import Trace
 from pipeline.ema import EMA
 from pipeline.evaluation import Evaluator
+from pipeline.files import replacing
 from pipeline.flops import peak_flops, step_flops
 from pipeline.images import image_grid, reconstruction_grid, save_png
 from pipeline.models.base import VAE
@@ -35,6 +36,9 @@ from pipeline.tracking import Tracker
 from pipeline.trainer import Cadence, Trainer
 
 log = logging.getLogger("pipeline")
+
+SHOWN = ("train/loss", "train/elbo", "train/bpd", "train/kl", "train/lr", "perf/images_per_second")
+"""The figures of `metrics.jsonl` that the terminal shows too."""
 
 
 class Data:
@@ -147,7 +151,7 @@ def compile_cells(model: VAE) -> None:
 
 
 class Session:
-    """A run in its folder. `prepare()` resumes or starts; `run()` trains to the end."""
+    """A run in its folder. `resume()` continues from a checkpoint; `run()` trains to the end."""
 
     def __init__(self, recipe: Recipe, runtime: Runtime, folder: Path):
         self.recipe = recipe
@@ -167,7 +171,7 @@ class Session:
             sum_over_ranks=runtime.sum,
         )
         self.settings: dict[str, Any] = recipe.model_dump(mode="json")
-        self.score: float | None = None
+        self.validated: tuple[int, float] | None = None  # step and its negative ELBO, nats
         self.peak_flops = peak_flops(runtime.device_name, recipe.train.precision)
         self.tracker: Tracker | None = None
 
@@ -189,7 +193,8 @@ class Session:
         """Trains to the last step."""
         self.tracker = tracker
         if self.runtime.is_main:
-            (self.folder / "config.yaml").write_text(dump(self.recipe))
+            with replacing(self.folder / "config.yaml") as file:
+                file.write(dump(self.recipe).encode())
         recipe, trainer = self.recipe, self.trainer
         trainer.cadences = [
             Cadence(recipe.validation.every, self.validate),
@@ -216,16 +221,14 @@ class Session:
             speed = scalars["perf/images_per_second"] * self.flops_per_image  # FLOP/s of all devices
             scalars["perf/mfu"] = speed / (self.peak_flops * self.runtime.world_size)
         self.tracker.log(step, scalars)
-        shown = [f"{name.split('/')[-1]} {scalars[name]:.4g}" for name in self.SHOWN if name in scalars]
+        shown = [f"{name.split('/')[-1]} {scalars[name]:.4g}" for name in SHOWN if name in scalars]
         log.info("step %d/%d  %s", step, self.trainer.total_steps, "  ".join(shown))
-
-    SHOWN = ("train/loss", "train/elbo", "train/bpd", "train/kl", "train/lr", "perf/images_per_second")
 
     def validate(self, step: int) -> None:
         """Held-out figures of the averaged weights, where there are any."""
         with self.trainer.averaged_weights():
             figures = self.evaluator.run(self.trainer.model)
-        self.score = -figures["val/elbo"]
+        self.validated = step, -figures["val/elbo"]
         self.tracker.log(step, figures)
         log.info(
             "step %d validation: %s", step, "  ".join(f"{name[4:]} {value:.4f}" for name, value in figures.items())
@@ -250,9 +253,8 @@ class Session:
 
     def save(self, step: int) -> None:
         """A checkpoint, written by the main process: every rank holds the same state."""
-        self.runtime.on_main(
-            lambda: self.checkpoints.save(step, self.trainer.state.tensors(), self._facts(), self.score)
-        )
+        score = self.validated[1] if self.validated and self.validated[0] == step else None
+        self.runtime.on_main(lambda: self.checkpoints.save(step, self.trainer.state.tensors(), self._facts(), score))
 
     def _facts(self) -> dict[str, Any]:
         return {

@@ -86,7 +86,7 @@ def test_a_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
     save_png(tmp_path / "a.png", old)
 
     def fail_midway(self, file, format):
-        Path(file).write_bytes(b"half")
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", fail_midway)
