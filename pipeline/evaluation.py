@@ -1,14 +1,16 @@
 """Figures on held-out images: the evidence lower bound and the importance-weighted likelihood, exact on any number of
 processes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import log
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from pipeline.data.damage import LeftOut
 from pipeline.data.loader import Batch
+from pipeline.data.shards import DamagedShard
 from pipeline.metrics import Meter, bits_per_dimension
 from pipeline.models.base import VAE, VAEOutput
 from pipeline.noise import draw_noise
@@ -46,7 +48,11 @@ class Evaluator:
         device: torch.device,
         autocast: Callable,
         sum_over_ranks: Callable[[Tensor], Tensor],
+        settle_damage: Callable[[Sequence[LeftOut], DamagedShard | None], int],
     ):
+        """`settle_damage` is told on every rank what could not be read; it gives the number of samples left out on all
+        ranks, or raises on all.
+        """
         self.config = config
         self.batches = batches
         self.model_input = model_input
@@ -54,22 +60,31 @@ class Evaluator:
         self.device = device
         self.autocast = autocast
         self.sum_over_ranks = sum_over_ranks
+        self.settle_damage = settle_damage
 
     @torch.no_grad()
     def run(self, model: VAE) -> dict[str, float]:
-        """`val/elbo` and, with importance samples, `val/nll` in nats per image; each in bits per dimension too.
+        """`val/elbo` and, with importance samples, `val/nll` in nats per image; each in bits per dimension too. Where
+        images could not be read, `val/skipped_samples` is their number, and the others' figures are given.
 
         The model is left in its mode.
         """
         training = model.training
         model.eval()
         meter = Meter(self.device, self._names())
+        left_out, error = [], None
         try:
             for batch in self.batches():
-                self._add(meter, model, batch)
+                left_out += batch.left_out
+                if len(batch.images):
+                    self._add(meter, model, batch)
+        except DamagedShard as damaged:
+            error = damaged
         finally:
             model.train(training)
-        return self._figures(meter.reduce(self.sum_over_ranks), model.num_dimensions)
+        skipped = self.settle_damage(left_out, error)
+        figures = self._figures(meter.reduce(self.sum_over_ranks), model.num_dimensions)
+        return figures | ({"val/skipped_samples": float(skipped)} if skipped else {})
 
     def _add(self, meter: Meter, model: VAE, batch: Batch) -> None:
         x = self.model_input(batch)

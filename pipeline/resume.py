@@ -22,6 +22,7 @@ CHANGEABLE = (
     "data.source",
     "data.cache",
     "data.verify",
+    "data.on_error",
     "data.workers",
     "data.trace",
     "checkpoint.",

@@ -79,6 +79,10 @@ class Runtime:
         votes = self.sum(flag.to(torch.float32))
         return votes.item() == self.world_size
 
+    def all_agree(self, flag: bool) -> bool:
+        """Whether a flag that no device holds is true on every rank. Free with one process."""
+        return flag if self.world_size == 1 else self.agree(torch.tensor(flag, device=self.device))
+
     def gather(self, value: Tensor) -> Tensor:
         """Equal-sized tensors of all ranks, joined along dimension 0 in rank order, on every rank."""
         return self.accelerator.gather(value)
@@ -96,7 +100,7 @@ class Runtime:
                 failure = error
         failure = self.from_main(failure)
         if failure is not None:
-            raise failure
+            raise alike(failure)
         return result
 
     def together(self, work: Callable[[], Result]) -> Result:
@@ -108,7 +112,7 @@ class Runtime:
             failure = error
         failures = [failure for failure in self.gather_objects(failure) if failure is not None]
         if failures:
-            raise failures[0]
+            raise alike(failures[0])
         return result
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -169,6 +173,17 @@ def check_process_count(world_size: int, expected: int | None) -> None:
             f"train.expect_processes: {expected} processes were expected and {world_size} started; "
             "look at the launcher's num_processes (accelerate_configs/ holds configurations that work)"
         )
+
+
+def alike(error: Exception) -> Exception:
+    """Marks an error as one that every rank raises at the same place."""
+    error.on_every_rank = True
+    return error
+
+
+def is_alike(error: Exception) -> bool:
+    """Whether every rank raises this error, so that a collective can still be had."""
+    return getattr(error, "on_every_rank", False)
 
 
 def launched_rank() -> int:

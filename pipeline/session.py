@@ -1,7 +1,7 @@
 """One training run: its folder, its parts put together from a recipe, and what is done at which cadence."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from pipeline.checkpoint import Checkpoint, Checkpoints
 from pipeline.config import dump
+from pipeline.damage import DamageLog
+from pipeline.data.damage import LeftOut
 from pipeline.data.loader import Batch, build_eval_loader, build_train_loader, check_data
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Preprocess, to_model_input
 from pipeline.data.remote import check_address, default_cache, fetch_manifest, fetch_set, is_address
-from pipeline.data.shards import TarShards
+from pipeline.data.shards import DamagedShard, TarShards
 from pipeline.data_trace import Trace
 from pipeline.ema import EMA
 from pipeline.evaluation import Evaluator
@@ -53,20 +55,22 @@ class Data:
         self.train, self.held_out = self._open_shards()
         check_data(config, self.train)
         self.order = Order(self.train.shard_sizes, recipe.train.seed, config.window)
+        self.damage = DamageLog(runtime)
         self._augment = Preprocess(recipe.train.seed, flip=config.flip, binarise=config.binarise, pad=config.pad)
         self._plain = Preprocess(recipe.train.seed, binarise=config.binarise, pad=config.pad)
 
     def _open_shards(self) -> list[TarShards]:
         """Of the training and the validation split; from an address, they are fetched first."""
         config, runtime = self.recipe.data, self.runtime
+        verify = config.verify and config.on_error == "raise"  # a hash does not tell which sample to leave out
         splits = config.train_split, self.recipe.validation.split
         if not is_address(config.root):
-            return runtime.together(lambda: [TarShards(config.root, split, config.verify) for split in splits])
+            return runtime.together(lambda: [TarShards(config.root, split, verify) for split in splits])
         address = check_address(config.root)
         manifest = runtime.from_main(runtime.on_main(lambda: fetch_manifest(address)))
         cache = Path(config.cache) if config.cache else default_cache()
         folder = runtime.together(lambda: fetch_set(address, manifest, splits, cache, progress=runtime.is_main))
-        return [TarShards(folder, split, config.verify, origin=address) for split in splits]
+        return [TarShards(folder, split, verify, origin=address) for split in splits]
 
     def batches(self, step: int) -> Iterable[Batch]:
         """This rank's micro-batches from optimizer step `step` to the end of the run."""
@@ -82,6 +86,7 @@ class Data:
             world_size=self.runtime.world_size,
             workers=self.recipe.data.workers,
             pin_memory=self.runtime.device.type == "cuda",
+            on_error=self.recipe.data.on_error,
         )
 
     def held_out_batches(self) -> Iterable[Batch]:
@@ -94,12 +99,20 @@ class Data:
             rank=self.runtime.rank,
             world_size=self.runtime.world_size,
             limit=config.images,
+            on_error=self.recipe.data.on_error,
         )
 
     def held_out_images(self, count: int) -> Tensor:
-        """The first images of the validation split as model input, the same on every rank."""
-        batch = next(iter(build_eval_loader(self.held_out, self._plain, batch_size=count, limit=count)))
-        return self.model_input(batch)
+        """The first `count` images of the validation split as model input, the same on every rank; fewer where some are
+        left out.
+        """
+        on_error = self.recipe.data.on_error
+        batches = build_eval_loader(self.held_out, self._plain, batch_size=count, on_error=on_error)
+        return self.model_input(self.runtime.together(lambda: first_with_images(batches)))
+
+    def settle_training(self, step: int, left_out: Sequence[LeftOut], error: DamagedShard | None) -> int:
+        """See DamageLog.settle, of the training split."""
+        return self.damage.settle(step, self.train.split, left_out, error)
 
     def model_input(self, batch: Batch) -> Tensor:
         """(b, C, H, W) in [0, 1] on the device."""
@@ -137,7 +150,16 @@ def build_trainer(recipe: Recipe, runtime: Runtime, data: Data) -> Trainer:
         total_steps=data.total_steps,
         batches=data.batches,
         model_input=data.model_input,
+        settle_damage=data.settle_training,
     )
+
+
+def first_with_images(batches: Iterable[Batch]) -> Batch:
+    """The first batch of which something could be read. Raises DamagedShard where there is none."""
+    for batch in batches:
+        if len(batch.images):
+            return batch
+    raise DamagedShard(f"no sample can be read; the last problem: {batch.left_out[-1].problem}")
 
 
 def compile_cells(model: VAE) -> None:
@@ -169,6 +191,7 @@ class Session:
             device=runtime.device,
             autocast=runtime.autocast,
             sum_over_ranks=runtime.sum,
+            settle_damage=self._settle_validation,
         )
         self.settings: dict[str, Any] = recipe.model_dump(mode="json")
         self.validated: tuple[int, float] | None = None  # step and its negative ELBO, nats
@@ -196,6 +219,7 @@ class Session:
             with replacing(self.folder / "config.yaml") as file:
                 file.write(dump(self.recipe).encode())
         recipe, trainer = self.recipe, self.trainer
+        self.runtime.on_main(lambda: self.data.damage.open(self.folder, trainer.step))
         trainer.cadences = [
             Cadence(recipe.validation.every, self.validate),
             Cadence(recipe.tracking.log_every, self.report),
@@ -233,6 +257,9 @@ class Session:
         log.info(
             "step %d validation: %s", step, "  ".join(f"{name[4:]} {value:.4f}" for name, value in figures.items())
         )
+
+    def _settle_validation(self, left_out: Sequence[LeftOut], error: DamagedShard | None) -> int:
+        return self.data.damage.settle(self.trainer.step, self.data.held_out.split, left_out, error)
 
     def draw(self, step: int) -> None:
         """Prior samples and reconstructions, as PNG files and in W&B.

@@ -21,7 +21,7 @@ from pipeline.checkpoint import Checkpoint, Checkpoints, RunLock  # noqa: E402
 from pipeline.config import dump  # noqa: E402
 from pipeline.data.remote import is_address  # noqa: E402
 from pipeline.recipe import RECIPES, Recipe, load_recipe, recipe_path  # noqa: E402
-from pipeline.runtime import Runtime, launched_rank, start_logging  # noqa: E402
+from pipeline.runtime import Runtime, is_alike, launched_rank, start_logging  # noqa: E402
 from pipeline.session import Session, choose_checkpoint, describe  # noqa: E402
 from pipeline.tracking import Tracker  # noqa: E402
 from pipeline.trainer import TrainingDiverged  # noqa: E402
@@ -121,6 +121,10 @@ def run(parsed: argparse.Namespace) -> int:
         return train_in(
             parsed.run_dir or Path("runs") / path.stem, recipe, runtime, parsed.resume, may_make=parsed.data is None
         )
+    except Exception as error:
+        if is_alike(error):  # a launcher ends all processes when the first leaves: wait until the main one is ready to
+            runtime.barrier()
+        raise
     finally:
         runtime.close()
 

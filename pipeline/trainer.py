@@ -5,7 +5,7 @@ resumed run needs one integer and the tensors of `TrainingState`, and goes on ex
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +16,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pipeline.data.damage import LeftOut
 from pipeline.data.loader import Batch
+from pipeline.data.shards import DamagedShard
 from pipeline.metrics import ActiveUnits, Meter, Throughput, bits_per_dimension, gpu_memory
 from pipeline.models.base import VAE
 from pipeline.noise import draw_noise
@@ -96,9 +98,11 @@ class Trainer:
         total_steps: int,
         batches: Callable[[int], Iterable[Batch]],
         model_input: Callable[[Batch], Tensor],
+        settle_damage: Callable[[int, Sequence[LeftOut], DamagedShard | None], int],
     ):
         """`batches(step)` yields this rank's micro-batches from that step on; `model_input` makes (b, C, H, W) floats
-        on the device of one.
+        on the device of one. `settle_damage` is told, on every rank before each step, how far training will be after
+        it, and what could not be read; it gives the number of samples left out on all ranks, or raises on all.
         """
         self.config = config
         self.runtime = runtime
@@ -111,6 +115,7 @@ class Trainer:
         self.total_steps = total_steps
         self.batches = batches
         self.model_input = model_input
+        self.settle_damage = settle_damage
         self.meter = Meter(runtime.device)
         self.active_units = ActiveUnits(group.name for group in model.groups)
         self._forget_statistics()
@@ -118,6 +123,7 @@ class Trainer:
         self.step = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
+        self.skipped_samples = 0
         self.cadences: list[Cadence] = []
         self.on_batches: Callable[[int, list[Batch]], None] = lambda step, micro_batches: None
 
@@ -196,7 +202,7 @@ class Trainer:
         with self._progress_bar() as bar:
             while self.step < self.total_steps:
                 with self.throughput.waiting():
-                    micro_batches = list(islice(stream, self.config.micro_batches))
+                    micro_batches = self._next_batches(stream)
                 sound = self.train_step(self.step, micro_batches)
                 self.throughput.count(self.config.batch_size)
                 self.on_batches(self.step, micro_batches)
@@ -204,6 +210,17 @@ class Trainer:
                 self._count_skip(sound)
                 self._run_cadences()
                 bar.update()
+
+    def _next_batches(self, stream: Iterator[Batch]) -> list[Batch]:
+        """The next step's micro-batches. Damage that one rank met is settled on all of them before the step."""
+        micro_batches, error = [], None
+        try:
+            micro_batches = list(islice(stream, self.config.micro_batches))
+        except DamagedShard as damaged:
+            error = damaged
+        left_out = [sample for batch in micro_batches for sample in batch.left_out]
+        self.skipped_samples += self.settle_damage(self.step + 1, left_out, error)
+        return micro_batches
 
     def _progress_bar(self) -> tqdm:
         hidden = None if self.runtime.is_main else True  # None: shown on a terminal only
@@ -245,6 +262,7 @@ class Trainer:
         scalars["train/beta"] = self.objective.beta(self.step - 1)
         scalars["train/lr"] = self.learning_rate(self.step - 1)
         scalars["train/skipped_steps"] = float(self.skipped_steps)
+        scalars["train/skipped_samples"] = float(self.skipped_samples)
         scalars["samples_seen"] = float(self.samples_seen)
         scalars |= self.active_units.reduce(self.runtime.sum)
         return scalars | self.throughput.report() | gpu_memory(self.runtime.device)
@@ -266,6 +284,7 @@ class Trainer:
             "samples_seen": self.samples_seen,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "skipped_samples": self.skipped_samples,
         }
 
     def resume(self, progress: dict[str, int], tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -274,3 +293,4 @@ class Trainer:
         self.step = progress["step"]
         self.skipped_steps = progress["skipped_steps"]
         self.skipped_in_a_row = progress["skipped_in_a_row"]
+        self.skipped_samples = progress.get("skipped_samples", 0)  # older checkpoints lack it

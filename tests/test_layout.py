@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     # 1: stands on nothing but third parties and its own floor
     """schema config distributions likelihoods models.base noise nn.layers nn.cells nn.batch_norm nn.depthwise nn.flows
-    data.hashing data.recent data.manifest data.order data.shards data.preprocess data.remote checkpoint tracking
-    records metrics ema files images runtime torchvision_guard""".split(),
+    data.hashing data.recent data.manifest data.order data.shards data.preprocess data.remote data.damage checkpoint
+    tracking records metrics ema files images runtime torchvision_guard""".split(),
     # 2
     """models.nvae models.nvae_names data.loader objective regularizers optim evaluation flops sampling state resume
-    data_trace""".split(),
+    data_trace damage""".split(),
     # 3
     ["trainer", "recipe", "session"],
     # 4: scripts

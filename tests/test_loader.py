@@ -3,6 +3,8 @@
 import contextlib
 import multiprocessing
 import pickle
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,11 +42,12 @@ def train_loader(root: Path, **changes) -> Batches:
 
 
 def joined(batches: list[Batch]) -> Batch:
-    return Batch(*map(torch.cat, zip(*batches, strict=True)))
+    return Batch(*map(torch.cat, zip(*(batch[:6] for batch in batches), strict=True)))
 
 
 def assert_equal(left: Batch, right: Batch) -> None:
-    for name, a, b in zip(Batch._fields, left, right, strict=True):
+    assert list(left.left_out) == list(right.left_out)
+    for name, a, b in zip(Batch._fields[:6], left[:6], right[:6], strict=True):
         assert a.dtype == b.dtype, name
         assert torch.equal(a, b), name
 
@@ -64,7 +67,7 @@ def test_a_batch_holds_what_the_order_says(made, straight):
         epochs, indices = order.at(positions)
         assert batch.images.shape == (BATCH, 1, 5, 6)
         assert batch.images.dtype == torch.uint8
-        assert [column.dtype for column in batch[1:]] == [torch.int64] * 4 + [torch.int8]
+        assert [column.dtype for column in batch[1:6]] == [torch.int64] * 4 + [torch.int8]
         np.testing.assert_array_equal(batch.positions, positions)
         np.testing.assert_array_equal(batch.epochs, epochs)
         np.testing.assert_array_equal(batch.indices, indices)
@@ -205,6 +208,115 @@ def test_evaluation_is_the_same_each_time_and_with_workers(made):
             assert_equal(a, b)
 
 
+# ----------------------------------------------------------------------------------------------------------- left out
+
+
+def damaged_copy(root: Path, to: Path, *indices: int) -> Path:
+    """A copy of the set in which the .npy headers of these training samples are damaged."""
+    shutil.copytree(root, to)
+    shards = TarShards(to, "train")
+    starts = np.cumsum((0, *shards.shard_sizes))
+    for index in indices:
+        number = int(np.searchsorted(starts, index, side="right")) - 1
+        offset = np.load(to / f"train-{number:06d}.index.npy")["offset"][index - starts[number]]
+        with (to / f"train-{number:06d}.tar").open("r+b") as file:
+            file.seek(int(offset))
+            file.write(b"?")
+    return to
+
+
+DAMAGED = (0, 95, 96, 1099)
+
+
+@pytest.fixture(scope="module")
+def damaged(made, tmp_path_factory) -> Path:
+    return damaged_copy(made[0], tmp_path_factory.mktemp("damaged") / "set", *DAMAGED)
+
+
+@pytest.fixture(scope="module")
+def skipping(damaged) -> list[Batch]:
+    return list(train_loader(damaged, on_error="skip"))
+
+
+def test_others_take_the_places_of_damaged_samples(made, straight, skipping):
+    """All else is as in the whole set; what was left out is told with its place, in both epochs."""
+    _, samples = made
+    preprocess = Preprocess(seed=3, flip=True, binarise="dynamic", pad=1)
+    left_out = [sample for batch in skipping for sample in batch.left_out]
+    drawn = [index for batch in straight for index in batch.indices.tolist()]
+    assert sorted(sample.index for sample in left_out) == sorted(index for index in drawn if index in DAMAGED)
+    assert len(left_out) >= 2 * len(DAMAGED)
+    for batch, expected in zip(skipping, straight, strict=True):
+        places = [int(sample.position - batch.positions[0]) for sample in batch.left_out]
+        assert set(expected.indices[places].tolist()) <= set(DAMAGED)
+        assert not set(batch.indices.tolist()) & set(DAMAGED)
+        assert batch.indices[places].tolist() == [sample.replaced_by for sample in batch.left_out]
+        indices, epochs = batch.indices.numpy(), batch.epochs.numpy()
+        np.testing.assert_array_equal(batch.images, preprocess(samples.images[indices], epochs, indices))
+        np.testing.assert_array_equal(batch.labels, samples.labels[indices])
+        others = np.setdiff1d(np.arange(BATCH), places)
+        for name in Batch._fields[:6]:
+            assert torch.equal(getattr(batch, name)[others], getattr(expected, name)[others])
+        assert torch.equal(batch.positions, expected.positions)
+    for sample in left_out:
+        assert re.search(rf"train-0000\d\d\.tar: sample 'train-s{sample.index:05d}' at offset \d+: ", sample.problem)
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 0), (3, 1), (7, 0)])
+def test_replacements_are_the_same_for_any_world_and_workers(damaged, skipping, world_size, workers):
+    ranks = [
+        list(train_loader(damaged, rank=rank, world_size=world_size, workers=workers, on_error="skip"))
+        for rank in range(world_size)
+    ]
+    for expected, *shares in zip(skipping, *ranks, strict=True):
+        left_out = [sample for share in shares for sample in share.left_out]
+        assert_equal(joined(shares)._replace(left_out=left_out), expected)
+
+
+def test_a_lost_shard_is_left_out_too(made, tmp_path):
+    root = damaged_copy(made[0], tmp_path / "set")
+    for name in ("train-000001.tar", "train-000004.index.npy"):
+        (root / name).unlink()
+    lost = {*range(90, 131), *range(213, 254)}
+    batches = list(train_loader(root, on_error="skip", stop=2))
+    seen = {index for batch in batches for index in batch.indices.tolist()}
+    assert seen <= set(range(1100)) - lost
+    assert {sample.index for batch in batches for sample in batch.left_out} == lost
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_set_of_which_nothing_is_left_is_given_up(made, tmp_path, workers):
+    root = damaged_copy(made[0], tmp_path / "set")
+    for path in root.glob("train-*.tar"):
+        path.unlink()
+    with pytest.raises(DamagedShard, match=r"at offset .*100 samples drawn in its place were damaged as well"):
+        list(train_loader(root, on_error="skip", workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_leaves_damaged_samples_out(damaged, workers):
+    shards = TarShards(damaged, "train")
+    loader = build_eval_loader(shards, Preprocess(seed=3), 1, limit=100, workers=workers, on_error="skip")
+    batches = list(loader)
+    assert [len(batch.images) for batch in batches] == [int(i not in DAMAGED) for i in range(100)]
+    assert joined(batches).indices.tolist() == [i for i in range(100) if i not in DAMAGED]
+    left_out = [sample for batch in batches for sample in batch.left_out]
+    assert [(sample.index, sample.replaced_by) for sample in left_out] == [(0, None), (95, None), (96, None)]
+
+
+def test_a_batch_of_which_nothing_is_left_is_empty(damaged):
+    batch = build_eval_loader(
+        TarShards(damaged, "train"),
+        Preprocess(seed=3, binarise="dynamic", flip=True, pad=2),
+        1,
+        limit=1,
+        on_error="skip",
+    )
+    (batch,) = batch
+    assert batch.images.shape == (0, 1, 7, 8)
+    assert [len(column) for column in batch] == [0] * 6 + [1]
+
+
 # ------------------------------------------------------------------------------------------------------------ settings
 
 
@@ -236,5 +348,5 @@ def test_settings_out_of_range_are_refused(bad):
 def test_batches_are_pinned_for_a_gpu(made, straight):
     batch = next(iter(train_loader(made[0], workers=1, pin_memory=True)))
     assert isinstance(batch, Batch)
-    assert all(column.is_pinned() for column in batch)
+    assert all(column.is_pinned() for column in batch[:6])
     assert_equal(batch, straight[0])

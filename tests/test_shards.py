@@ -298,7 +298,7 @@ def test_an_npy_of_another_kind(small, stored):
     content[offset : offset + path.stat().st_size] = path.read_bytes()
     tar.write_bytes(content)
     rewrite_index(root, "train-000001", lambda index: _with(index, 0, "size", path.stat().st_size))
-    assert_named(root, 10, "not the .npy that it should be")
+    assert_named(root, 10, "not the .npy that it should be|the index gives it")
 
 
 def _with(index: np.ndarray, row: int, field: str, value) -> np.ndarray:
@@ -321,7 +321,7 @@ def test_an_offset_at_the_wrong_place(small):
 
 def test_a_size_unlike_the_others(small):
     rewrite_index(small[0], "train-000001", lambda index: _with(index, 3, "size", 100))
-    assert_named(small[0], 13, "the index gives it 100 bytes, and 188 to the shard's first sample")
+    assert_named(small[0], 13, r"the index gives it 100 bytes; as .npy of \(4, 5, 3\) it has 188")
 
 
 def _pickled(_index):

@@ -20,6 +20,7 @@ class Stream(IntEnum):
     SAMPLES = 2
     FLIP = 3
     BINARISE = 4
+    REPLACE = 5
 
 
 def mix64(state: np.ndarray) -> np.ndarray:

@@ -5,8 +5,8 @@ alone. So the number of workers cannot change what the model sees, and starting 
 """
 
 import signal
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.data.damage import LeftOut, drop_damaged, replace_damaged
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Binarise, Preprocess
 from pipeline.data.shards import DamagedShard, TarShards
 from pipeline.schema import Section
+
+OnError = Literal["raise", "skip"]
 
 
 class DataConfig(Section):
@@ -31,6 +34,10 @@ class DataConfig(Section):
     verify: bool = True
     """Compare each tar with its sha256 when a process first opens it, at 0.5 to 2 GB/s; otherwise changed pixels of
     `.npy` images are not noticed."""
+    on_error: OnError = "raise"
+    """What becomes of samples that cannot be read. raise: the run ends, on every process with the same message. skip:
+    it goes on without them, listed in skipped_samples.jsonl; in training others take their places. Changed pixels of
+    `.npy` images are not noticed then, since the hash of a tar does not tell which sample to leave out."""
     source: str | None = None
     """What makes this set when written after `python -m shard_data`; DIR stands for the originals. A set that needs
     none is made where it is missing."""
@@ -71,6 +78,8 @@ class Batch(NamedTuple):
     """(b,) int64; -1 where there is none."""
     attributes: Tensor
     """(b, A) int8: 1 present, 0 absent, -1 unknown; A = 0 in a set without attributes."""
+    left_out: Sequence[LeftOut] = ()
+    """What could not be read of this batch; its columns are without it."""
 
 
 class Batches:
@@ -128,6 +137,7 @@ def build_train_loader(
     world_size: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
+    on_error: OnError = "raise",
 ) -> Batches:
     """This rank's share of the global micro-batches start, start + 1 ... stop - 1: one Batch each.
 
@@ -136,7 +146,7 @@ def build_train_loader(
     """
     if micro_batch % world_size:
         raise ValueError(f"a global micro-batch of {micro_batch} does not divide among {world_size} processes")
-    dataset = _TrainBatches(shards, preprocess, order, micro_batch, rank, world_size)
+    dataset = _TrainBatches(shards, preprocess, on_error, order, micro_batch, rank, world_size)
     return Batches(dataset, range(start, stop), workers, pin_memory)
 
 
@@ -149,64 +159,94 @@ def build_eval_loader(
     limit: int | None = None,
     workers: int = 0,
     pin_memory: bool = False,
+    on_error: OnError = "raise",
 ) -> Batches:
     """The first `limit` samples (default: all) in natural order, each on one rank; positions are indices, epochs 0.
 
     `batch_size` is global: a rank gets about batch_size / world_size samples at a time. Ragged tails are kept, so ranks
     may get different numbers of samples and of batches, and none at all when there are more ranks than samples: reduce
-    sums and counts.
+    sums and counts. With `on_error` "skip" a batch of which nothing can be read is empty.
     """
     count = len(shards) if limit is None else min(limit, len(shards))
     mine = range(count * rank // world_size, count * (rank + 1) // world_size)
-    dataset = _EvalBatches(shards, preprocess, mine, max(1, batch_size // world_size))
+    dataset = _EvalBatches(shards, preprocess, on_error, mine, max(1, batch_size // world_size))
     return Batches(dataset, range(len(dataset)), workers, pin_memory)
 
 
-class _TrainBatches(Dataset):
+class _WholeBatches(Dataset):
+    """Items are whole batches. What an item cannot give is handed over as an error, for `Batches` to raise."""
+
+    def __init__(self, shards: TarShards, preprocess: Preprocess, on_error: OnError):
+        self.shards = shards
+        self.preprocess = preprocess
+        self.on_error = on_error
+
+    def __getitem__(self, number: int) -> Batch | DamagedShard:
+        try:
+            return self._item(number)
+        except DamagedShard as error:
+            return DamagedShard(str(error))  # without the traceback, which does not travel
+
+    def _item(self, number: int) -> Batch:
+        positions, epochs, indices = self._plan(number)
+        try:
+            return self._read(positions, epochs, indices)
+        except DamagedShard:
+            if self.on_error == "raise":
+                raise
+            return self._read_around(positions, epochs, indices)
+
+    def _read(self, positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> Batch:
+        images = self.preprocess(self.shards.images(indices), epochs, indices)
+        labels, attributes = self.shards.labels(indices), self.shards.attributes(indices)
+        return Batch(*map(torch.from_numpy, (images, positions, epochs, indices, labels, attributes)))
+
+
+class _TrainBatches(_WholeBatches):
     """Item m: this rank's share of global micro-batch m."""
 
     def __init__(
-        self, shards: TarShards, preprocess: Preprocess, order: Order, micro_batch: int, rank: int, world_size: int
+        self,
+        shards: TarShards,
+        preprocess: Preprocess,
+        on_error: OnError,
+        order: Order,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
     ):
-        self.shards = shards
-        self.preprocess = preprocess
+        super().__init__(shards, preprocess, on_error)
         self.order = order
         self.micro_batch = micro_batch
         self.share = range(micro_batch * rank // world_size, micro_batch * (rank + 1) // world_size)
 
-    def __getitem__(self, number: int) -> Batch | DamagedShard:
+    def _plan(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         positions = np.asarray(self.share) + number * self.micro_batch
-        epochs, indices = self.order.at(positions)
-        return _read_batch(self.shards, self.preprocess, positions, epochs, indices)
+        return positions, *self.order.at(positions)
+
+    def _read_around(self, positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> Batch:
+        indices, left_out = replace_damaged(self.shards, self.order.seed, positions, epochs, indices)
+        return self._read(positions, epochs, indices)._replace(left_out=left_out)
 
 
-class _EvalBatches(Dataset):
+class _EvalBatches(_WholeBatches):
     """Item i: the i-th batch of the indices in `mine`."""
 
-    def __init__(self, shards: TarShards, preprocess: Preprocess, mine: range, batch: int):
-        self.shards = shards
-        self.preprocess = preprocess
+    def __init__(self, shards: TarShards, preprocess: Preprocess, on_error: OnError, mine: range, batch: int):
+        super().__init__(shards, preprocess, on_error)
         self.mine = mine
         self.batch = batch
 
     def __len__(self) -> int:
         return -(-len(self.mine) // self.batch)
 
-    def __getitem__(self, number: int) -> Batch | DamagedShard:
+    def _plan(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         indices = np.asarray(self.mine[number * self.batch : (number + 1) * self.batch])
-        return _read_batch(self.shards, self.preprocess, indices, np.zeros_like(indices), indices)
+        return indices, np.zeros_like(indices), indices
 
-
-def _read_batch(
-    shards: TarShards, preprocess: Preprocess, positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray
-) -> Batch | DamagedShard:
-    """The batch, or the error that the training process shall raise."""
-    try:
-        images = preprocess(shards.images(indices), epochs, indices)
-        columns = (images, positions, epochs, indices, shards.labels(indices), shards.attributes(indices))
-    except DamagedShard as error:
-        return DamagedShard(str(error))  # without the traceback, which does not travel
-    return Batch(*map(torch.from_numpy, columns))
+    def _read_around(self, _positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> Batch:
+        kept, left_out = drop_damaged(self.shards, indices)
+        return self._read(kept, epochs[: len(kept)], kept)._replace(left_out=left_out)
 
 
 def _start_worker(_worker: int) -> None:

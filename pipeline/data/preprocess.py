@@ -4,6 +4,7 @@ Chance depends on (seed, epoch, index) alone, so a sample is treated alike on ev
 resume.
 """
 
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -47,7 +48,7 @@ class Preprocess:
 
     def _binarised(self, images: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """One 32-bit draw per value of the image, two from each hash of the sample's own SplitMix64 sequence."""
-        size = images[0].size
+        size = prod(images.shape[1:])
         states = hash64(self.seed, Stream.BINARISE, epochs, indices)[:, None]  # (n, 1)
         steps = np.arange(1, (size + 1) // 2 + 1, dtype=np.uint64) * GOLDEN_GAMMA
         draws = mix64(states + steps).astype("<u8", copy=False).view("<u4")[:, :size]  # (n, H W C)

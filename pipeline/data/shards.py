@@ -19,6 +19,8 @@ from pipeline.data.recent import Recent
 
 # Two files each, and a process may commonly hold 1,024.
 MAX_OPEN_SHARDS = 256
+# A shard with one damaged sample, be it the first, gives the others.
+HEADERS_TRIED = 8
 PNG_MODES = {1: "L", 3: "RGB"}
 
 Indices = Sequence[int] | np.ndarray
@@ -235,25 +237,33 @@ class _Tar:
         return self._map[offset : offset + int(self.index["size"][row])]
 
     def _npy_header(self) -> np.ndarray:
-        """The .npy header that every sample of the shard must begin with: the first one's, once it is found to fit."""
-        record = io.BytesIO(self._record(0))
-        try:
-            if np.lib.format.read_magic(record) != (1, 0):
-                raise ValueError("another version of the format")
-            found = np.lib.format.read_array_header_1_0(record)
-        except Exception as error:  # a broken header makes NumPy's parser raise many kinds; each of them means damage
-            raise self.damaged(0, f"not the .npy that it should be ({error})") from error
+        """The .npy header that every sample of the shard must begin with: the first that is found to fit."""
+        problems = []
+        for row in range(min(HEADERS_TRIED, len(self.index))):
+            try:
+                header = self._parsed_header(row)
+            except Exception as error:  # a broken header makes NumPy's parser raise many kinds; each means damage
+                problems.append(error)
+                continue
+            self._check_equal_sizes(len(header) + prod(self.image_shape))
+            return header
+        raise self.damaged(0, f"not the .npy that it should be ({problems[0]})") from problems[0]
+
+    def _parsed_header(self, row: int) -> np.ndarray:
+        record = io.BytesIO(self._record(row))
+        if np.lib.format.read_magic(record) != (1, 0):
+            raise ValueError("another version of the format")
+        found = np.lib.format.read_array_header_1_0(record)
         size = record.tell() + prod(self.image_shape)
         if found != (self.image_shape, False, np.uint8) or size != len(record.getvalue()):
-            raise self.damaged(0, f"not the .npy that it should be ({found}, the manifest says {self.image_shape})")
-        self._check_equal_sizes(size)
+            raise ValueError(f"{found}, the manifest says {self.image_shape}")
         return np.frombuffer(record.getvalue(), np.uint8, record.tell())
 
     def _check_equal_sizes(self, size: int) -> None:
         odd = np.flatnonzero(self.index["size"] != size)
         if odd.size:
             found = self.index["size"][odd[0]]
-            raise self.damaged(odd[0], f"the index gives it {found} bytes, and {size} to the shard's first sample")
+            raise self.damaged(odd[0], f"the index gives it {found} bytes; as .npy of {self.image_shape} it has {size}")
 
     def _npy_images(self, rows: np.ndarray) -> np.ndarray:
         """Straight copies out of the map; the headers are compared, not parsed."""
@@ -263,7 +273,7 @@ class _Tar:
         start = len(self._header)
         wrong = np.flatnonzero((records[:, :start] != self._header).any(axis=1))
         if wrong.size:
-            raise self.damaged(rows[wrong[0]], "its .npy header is damaged")
+            raise self.damaged(rows[wrong[0]], "not the .npy that it should be (its header is damaged)")
         return records[:, start:].reshape(-1, *self.image_shape)
 
     def _png_image(self, row: int) -> np.ndarray:

@@ -1,0 +1,61 @@
+"""Samples that cannot be read, settled on all processes alike: all stop with one message, or all go on without them."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.data.damage import LeftOut
+from pipeline.data.shards import DamagedShard
+from pipeline.records import cut_records
+from pipeline.runtime import Runtime, alike
+
+FILE = "skipped_samples.jsonl"
+log = logging.getLogger("pipeline")
+
+
+class DamageLog:
+    """Counts what was left out, and lists it in the run's folder: one line per sample, when it is first met.
+
+    A line: {"step", "split", "index", "position", "replaced_by", "problem"}; `problem` names shard, sample and offset.
+    """
+
+    def __init__(self, runtime: Runtime):
+        self.runtime = runtime
+        self._path: Path | None = None
+        self._listed: set[tuple[str, int]] = set()
+
+    def open(self, folder: Path, last_step: int) -> None:
+        """Begin or continue the list. Lines after `last_step`, of steps which will be taken again, are cut off."""
+        self._path = folder / FILE
+        cut_records(self._path, last_step)
+        if self._path.exists():
+            lines = [json.loads(line) for line in self._path.read_text().splitlines()]
+            self._listed = {(line["split"], line["index"]) for line in lines}
+
+    def settle(self, step: int, split: str, left_out: Sequence[LeftOut], error: DamagedShard | None = None) -> int:
+        """How many samples were left out over all processes; every process calls it, at the same time.
+
+        Raises on every process the error of the first that has one.
+        """
+        if self.runtime.all_agree(error is None and not left_out):
+            return 0
+        reports = self.runtime.gather_objects((list(left_out), error))
+        errors = [error for _, error in reports if error is not None]
+        if errors:
+            raise alike(errors[0])
+        found = sorted((LeftOut(*sample) for samples, _ in reports for sample in samples), key=lambda s: s.position)
+        self._list(step, split, found)
+        return len(found)
+
+    def _list(self, step: int, split: str, found: list[LeftOut]) -> None:
+        new = {(split, sample.index): sample for sample in found if (split, sample.index) not in self._listed}
+        self._listed |= new.keys()
+        if not new or not self.runtime.is_main:
+            return
+        first = next(iter(new.values())).problem
+        log.warning("step %d, %s: %d more samples cannot be read and are left out: %s", step, split, len(new), first)
+        if self._path is not None:
+            lines = [json.dumps({"step": step, "split": split} | sample._asdict()) for sample in new.values()]
+            with self._path.open("a") as file:
+                file.write("".join(f"{line}\n" for line in lines))
