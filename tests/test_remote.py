@@ -1,5 +1,6 @@
 """Shard sets behind an address: fetched once, verified, and no harm from servers that fail or lie."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -295,11 +296,25 @@ def test_redirects_elsewhere_or_in_circles_are_refused(server, target):
     assert server.requests["manifest.json"] <= 6
 
 
+def test_the_body_of_a_redirect_is_not_read(server):
+    sent = []
+
+    def endless(handler, _content):
+        _to("/sets/made/manifest.json")(handler, b"")
+        while True:
+            sent.append(handler.wfile.write(bytes(2**16)))
+
+    server.faults["manifest.json"] = [endless]
+    assert json.loads(fetch_manifest(server.address))["name"] == "made"
+    assert sum(sent) < 2**25
+
+
 def test_no_redirect_leaves_https():
     request = remote.urllib.request.Request("https://host/x")
+    nothing = io.BytesIO()
     with pytest.raises(remote.urllib.error.HTTPError, match="another protocol"):
-        remote._Redirects().redirect_request(request, None, 302, "Found", {}, "http://host/x")
-    assert remote._Redirects().redirect_request(request, None, 302, "Found", {}, "https://other/x").type == "https"
+        remote._Redirects().redirect_request(request, nothing, 302, "Found", {}, "http://host/x")
+    assert remote._Redirects().redirect_request(request, nothing, 302, "Found", {}, "https://other/x").type == "https"
 
 
 # ---------------------------------------------------------------------------------------------------- hostile manifests
@@ -307,6 +322,13 @@ def test_no_redirect_leaves_https():
 
 def _first_shard(**changes):
     return lambda manifest: manifest["splits"]["train"]["shards"][0].update(changes)
+
+
+def _huge_count(manifest):
+    """An index as long as the sender likes."""
+    split = manifest["splits"]["train"]
+    split["shards"][0]["count"] = 2**60
+    split["count"] = sum(shard["count"] for shard in split["shards"])
 
 
 HOSTILE = {
@@ -319,6 +341,10 @@ HOSTILE = {
     "the manifest": (_first_shard(file="manifest.json"), "names manifest.json; do not use"),
     "a file twice": (_first_shard(file="train-000001.tar"), "names a file twice; do not use"),
     "a huge shard": (_first_shard(bytes=2**60), r"1,073,741,824\.0 GiB are to be fetched .* data\.cache"),
+    "more samples than bytes": (
+        _huge_count,
+        r"train-000000\.tar: 1152921504606846976 samples in \d+ bytes; do not use",
+    ),
     "a negative size": (_first_shard(bytes=-1), "bytes: .* greater than"),
     "another hash": (_first_shard(sha256="0" * 64), r"train-000000\.tar: its sha256 is not"),
 }

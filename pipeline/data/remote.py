@@ -36,8 +36,9 @@ SLOWEST = 2**16
 """Bytes per second that an answer must reach on the whole, after the first TIMEOUT seconds."""
 CHUNK = 2**20
 MAX_MANIFEST_BYTES = 2**26
-MAX_INDEX_BYTES = 2**16, 2**11
-"""Of an index, whose size no manifest tells: in all, and for each sample."""
+MAX_INDEX_HEADER = 2**16
+MIN_SAMPLE_BYTES = 2**10
+"""Of a sample in a tar: a header and a block. An index, whose size no manifest tells, has less for each."""
 PASSING_CODES = (408, 425, 429, 500, 502, 503, 504)
 
 log = logging.getLogger("pipeline")
@@ -118,7 +119,7 @@ def fetch_set(address: str, manifest: bytes, splits: Sequence[str], cache: Path,
 
 def remote_files(address: str, manifest: Manifest, splits: Sequence[str]) -> list[RemoteFile]:
     """The shards and indexes of these splits, without repetition. Raises ValueError for a split that is not there, and
-    FetchError for names that no shard set has.
+    FetchError for names and counts that no shard set has.
     """
     files = {}
     for split in dict.fromkeys(splits):
@@ -127,7 +128,9 @@ def remote_files(address: str, manifest: Manifest, splits: Sequence[str]) -> lis
         for shard in manifest.splits[split].shards:
             place = f"{address}/{shard.file}"
             files[shard.file] = RemoteFile(place, shard.file, shard.sha256, shard.bytes, shard.bytes)
-            limit = MAX_INDEX_BYTES[0] + MAX_INDEX_BYTES[1] * shard.count
+            limit = MAX_INDEX_HEADER + MIN_SAMPLE_BYTES * shard.count
+            if shard.count * MIN_SAMPLE_BYTES > shard.bytes:
+                raise FetchError(f"{place}: {shard.count} samples in {shard.bytes} bytes; do not use this set")
             files[shard.index] = RemoteFile(f"{address}/{shard.index}", shard.index, shard.index_sha256, None, limit)
     odd = [name for name in files if not name.endswith((".tar", ".index.npy"))]
     if odd or len(files) != 2 * sum(len(manifest.splits[split].shards) for split in dict.fromkeys(splits)):
@@ -285,6 +288,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, request, answer, code, message, headers, address):
         """The request that follows, or HTTPError."""
+        answer.close()  # urllib would read the body, however long
         if urllib.parse.urlsplit(address).scheme not in ("https", request.type):
             raise urllib.error.HTTPError(address, code, "redirected to another protocol", headers, answer)
         return super().redirect_request(request, answer, code, message, headers, address)
