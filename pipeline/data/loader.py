@@ -64,7 +64,9 @@ class DataConfig(Section):
 
 
 class Batch(NamedTuple):
-    """b samples of one rank, on the CPU. A NamedTuple, so that DataLoader can pin and transfer it."""
+    """b samples of one rank, on the CPU; the images are pinned where the loader was asked to. A NamedTuple, which
+    DataLoader can pin and transfer.
+    """
 
     images: Tensor
     """(b, C, H, W) uint8, padded."""
@@ -96,6 +98,7 @@ class Batches:
             sampler=numbers,
             num_workers=workers,
             pin_memory=pin_memory,
+            collate_fn=_as_it_is,
             worker_init_fn=_start_worker,
             prefetch_factor=4 if workers else None,
         )
@@ -107,7 +110,7 @@ class Batches:
         for item in self._loader:
             if isinstance(item, DamagedShard):
                 raise item
-            yield item
+            yield Batch(item.images, *map(torch.from_numpy, item[1:6]), item.left_out)
 
 
 def check_data(config: DataConfig, shards: TarShards) -> None:
@@ -174,7 +177,11 @@ def build_eval_loader(
 
 
 class _WholeBatches(Dataset):
-    """Items are whole batches. What an item cannot give is handed over as an error, for `Batches` to raise."""
+    """Items are whole batches. What an item cannot give is handed over as an error, for `Batches` to raise.
+
+    All columns but the images are still NumPy's: a tensor from a worker takes a file of shared memory and a handshake,
+    five of which cost as much as reading 500 small images.
+    """
 
     def __init__(self, shards: TarShards, preprocess: Preprocess, on_error: OnError):
         self.shards = shards
@@ -197,9 +204,8 @@ class _WholeBatches(Dataset):
             return self._read_around(positions, epochs, indices)
 
     def _read(self, positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> Batch:
-        images = self.preprocess(self.shards.images(indices), epochs, indices)
-        labels, attributes = self.shards.labels(indices), self.shards.attributes(indices)
-        return Batch(*map(torch.from_numpy, (images, positions, epochs, indices, labels, attributes)))
+        images = torch.from_numpy(self.preprocess(self.shards.images(indices), epochs, indices))
+        return Batch(images, positions, epochs, indices, self.shards.labels(indices), self.shards.attributes(indices))
 
 
 class _TrainBatches(_WholeBatches):
@@ -247,6 +253,10 @@ class _EvalBatches(_WholeBatches):
     def _read_around(self, _positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> Batch:
         kept, left_out = drop_damaged(self.shards, indices)
         return self._read(kept, epochs[: len(kept)], kept)._replace(left_out=left_out)
+
+
+def _as_it_is(item):
+    return item
 
 
 def _start_worker(_worker: int) -> None:
