@@ -1,6 +1,6 @@
 """Draws one figure of several runs over their steps, as an SVG file.
 
-python -m benchmarks.plot_curves runs/a runs/b --key val/elbo --negate --label "test negative ELBO, nats" --out curve.svg
+python -m benchmarks.plot_curves runs/a runs/b --key val/elbo --label "ELBO, nats" --out curve.svg
 """
 
 import argparse

@@ -10,7 +10,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,6 +108,24 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         path = f"{prefix}{key}"
         flat.update(flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
     return flat
+
+
+def document(kind: type[Section], prefix: str = "") -> Iterator[str]:
+    """A Markdown line for each setting below `kind`: dotted path, default, and the text below the field."""
+    for name, field in kind.model_fields.items():
+        sections = _sections_in(field.annotation)
+        for section in sections:
+            variant = f" ({_tag(section)})" if len(sections) > 1 else ""
+            yield f"\n**{prefix}{name}**{variant}: {_one_line(section.__doc__)}\n"
+            yield from document(section, f"{prefix}{name}.")
+        if not sections:
+            default = "required" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
+            meaning = f": {_one_line(field.description)}" if field.description else ""
+            yield f"- `{prefix}{name}` = `{default}`{meaning}"
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
 
 
 def _explain(kind: type[Section], fault: Mapping[str, Any]) -> str:

@@ -1,4 +1,7 @@
-"""A whole experiment as one frozen config: every section, and the checks that span them."""
+"""A whole experiment as one frozen config: every section, and the checks that span them.
+
+`python -m pipeline.recipe > docs/settings.md` writes the list of all settings.
+"""
 
 from pathlib import Path
 from typing import Any, Self
@@ -7,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 
 from pipeline.checkpoint import CheckpointConfig
-from pipeline.config import ConfigError, build, load_yaml, overlay
+from pipeline.config import ConfigError, build, document, load_yaml, overlay
 from pipeline.data.loader import DataConfig
 from pipeline.evaluation import ValidationConfig
 from pipeline.models.base import VAE
@@ -91,3 +94,17 @@ def total_steps(recipe: Recipe, epoch_size: int) -> int:
     if recipe.train.steps is not None:
         return recipe.train.steps
     return max(1, round(recipe.train.epochs * epoch_size / recipe.train.batch_size))
+
+
+def settings_page() -> str:
+    """docs/settings.md: every setting, its default and what it means."""
+    head = """# Settings
+
+Every setting of a recipe, with its default: in the recipe's file, or on the command line as `section.key=value`.
+`pipeline/train.py ... --dry-run` prints the values that a run would have.
+"""
+    return head + "\n".join(document(Recipe)) + "\n"
+
+
+if __name__ == "__main__":
+    print(settings_page(), end="")

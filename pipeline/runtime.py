@@ -46,6 +46,9 @@ class Runtime:
         check_process_count(self.world_size, expect_processes)
         if self.device.type == "cpu":
             torch.set_num_threads(cpu_threads or cores_per_process())
+        # What the host knows is agreed among hosts: the devices go on working meanwhile. None is the default group.
+        on_gpus = self.device.type == "cuda" and self.world_size > 1
+        self._hosts = dist.new_group(backend="gloo") if on_gpus else None
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The model behind DDP (with more than one process) and autocast, and the optimizer, both on the device."""
@@ -80,8 +83,12 @@ class Runtime:
         return votes.item() == self.world_size
 
     def all_agree(self, flag: bool) -> bool:
-        """Whether a flag that no device holds is true on every rank. Free with one process."""
-        return flag if self.world_size == 1 else self.agree(torch.tensor(flag, device=self.device))
+        """Whether a flag that no device holds is true on every rank, without waiting for a device."""
+        if self.world_size == 1:
+            return flag
+        votes = torch.tensor(int(flag))
+        dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self._hosts)
+        return bool(votes)
 
     def gather(self, value: Tensor) -> Tensor:
         """Equal-sized tensors of all ranks, joined along dimension 0 in rank order, on every rank."""

@@ -7,7 +7,7 @@ class Section(BaseModel):
     """One section of a recipe. Declared beside the code that it configures; composed in `recipe.py`.
 
     Values are never coerced (no "1" for 1), unknown keys are errors, and nothing changes after construction.
-    A field's `description` is what `--help-config` prints.
+    The text below a field is its line in docs/settings.md.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)

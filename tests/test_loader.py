@@ -155,9 +155,11 @@ def test_workers_use_one_thread_and_leave_ctrl_c_to_the_trainer():
 
 
 ENDLESS = """
+import signal
 import sys
 from pathlib import Path
 from tests.test_loader import train_loader
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 for batch in train_loader(Path(sys.argv[1]), stop=10**9, workers=2):
     print(len(batch.images), flush=True)
 """

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.config import ConfigError, load_yaml
-from pipeline.recipe import RECIPES, Recipe, build_model, load_recipe, recipe_path, total_steps
+from pipeline.recipe import RECIPES, Recipe, build_model, load_recipe, recipe_path, settings_page, total_steps
 from pipeline.session import describe
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -75,3 +75,12 @@ def test_epochs_on_the_command_line_replace_steps(tmp_path):
 def test_an_unknown_model_lists_the_known():
     with pytest.raises(ConfigError, match="there is no such recipe; known: .*nvae_celeba64"):
         recipe_path("nave")
+
+
+def test_the_page_of_settings_is_current_and_explains_each():
+    page = settings_page()
+    assert (RECIPES.parents[1] / "docs" / "settings.md").read_text() == page, (
+        "python -m pipeline.recipe > docs/settings.md"
+    )
+    unexplained = [line for line in page.splitlines() if line.startswith("- `") and "`: " not in line]
+    assert all(".name` = " in line for line in unexplained)
