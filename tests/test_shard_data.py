@@ -268,7 +268,12 @@ def processes_with(variable: str) -> list[Path]:
 
 def test_ctrl_c_stops_all_workers_and_says_how_to_go_on(tmp_path):
     words = ["toy_faces", "--train", "100000", "--shard-size", "50000", "--workers", "2", "--out", tmp_path / "out"]
-    process = subprocess.Popen([sys.executable, "-m", "shard_data", *words], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shard_data", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
+    )
     wait_until(lambda: len(list((tmp_path / "out").glob("*.partial"))) == 2)
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=60)
