@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from pipeline.data.order import Order
-from pipeline.data.shards import TarShards
+from pipeline.data.shards import DamagedShard, TarShards
+from pipeline.session import Data
 from tests.conftest import tiny_settings
 from tests.shard_sets import random_samples, write_set
 from tests.test_launch import ROOT, close, launch, metrics, plain, run
@@ -184,3 +185,15 @@ def test_a_run_that_damage_stopped_goes_on_with_skip(root, recipe, tmp_path):
     assert result.returncode == 0, result.stderr
     assert [(r["step"], r["position"]) for r in skipped(tmp_path / "run")] == [(4, 40)]
     assert metrics(tmp_path / "run")[-1]["train/skipped_samples"] == 1
+
+
+def test_pictures_are_drawn_of_the_first_images_that_can_be_read(root, make_recipe, make_runtime):
+    """Shards of 10 and 3 images, and batches of 4: of the first batch with something left, 10 and 11 are left."""
+    (root / "test-000000.tar").unlink()
+    recipe = make_recipe(f"data.root={root}", "data.on_error=skip")
+    data = Data(recipe, make_runtime())
+    expected = TarShards(root, "test").images([10, 11]).transpose(0, 3, 1, 2) / 255
+    np.testing.assert_allclose(data.held_out_images(4).numpy(), expected, rtol=1e-6)
+    (root / "test-000001.tar").unlink()
+    with pytest.raises(DamagedShard, match=r"no sample can be read; the last problem: .*test-000001\.tar"):
+        Data(recipe, make_runtime()).held_out_images(4)
