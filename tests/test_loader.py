@@ -322,6 +322,40 @@ def test_a_batch_of_which_nothing_is_left_is_empty(damaged):
     assert [len(column) for column in batch] == [0] * 6 + [1]
 
 
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory) -> tuple[Path, Samples]:
+    samples = random_samples(60, 6, 6)
+    return write_set(tmp_path_factory.mktemp("victim"), {"train": samples}, [10], "png"), samples
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_random_damage_neither_hangs_nor_changes_a_sample(victim, data):
+    """Cuts and byte flips: the samples that come are right, the others are told with the file that is damaged."""
+    root, samples = victim
+    path = data.draw(st.sampled_from(sorted(path for path in root.iterdir() if path.name != "manifest.json")))
+    whole = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(whole) - 1))
+    flipped = whole[:place] + bytes([whole[place] ^ data.draw(st.integers(1, 255))]) + whole[place + 1 :]
+    path.write_bytes(data.draw(st.sampled_from([whole[:place], flipped])))
+    on_error, workers = data.draw(st.sampled_from(["raise", "skip"])), data.draw(st.sampled_from([0, 0, 0, 1]))
+    problems = []
+    try:
+        for batch in train_loader(root, micro_batch=15, stop=4, on_error=on_error, workers=workers):
+            indices, epochs = batch.indices.numpy(), batch.epochs.numpy()
+            expected = Preprocess(seed=3, flip=True, binarise="dynamic", pad=1)(
+                samples.images[indices], epochs, indices
+            )
+            np.testing.assert_array_equal(batch.images, expected)
+            np.testing.assert_array_equal(batch.labels, samples.labels[indices])
+            problems += [sample.problem for sample in batch.left_out]
+    except DamagedShard as error:
+        problems += [str(error)] if on_error == "raise" else ["given up"]
+    finally:
+        path.write_bytes(whole)
+    assert all(path.name in problem for problem in problems)
+
+
 # ------------------------------------------------------------------------------------------------------------ settings
 
 
