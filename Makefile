@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)   ## Train a small NVAE on drawn faces: shards, checkpoint, metrics and sample pictures in runs/nvae
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml pipeline/train.py --model nvae tracking.wandb=disabled
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml --num_cpu_threads_per_process 1 pipeline/train.py --model nvae tracking.wandb=disabled
 	@echo "Sample pictures: runs/nvae/samples   metrics: runs/nvae/metrics.jsonl   checkpoints: runs/nvae/checkpoints"
 
 test: $(STAMP)   ## Run the tests
