@@ -9,6 +9,7 @@ Run the same command again to continue an interrupted run.
 import argparse
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -72,10 +73,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line; `--train.steps=5` is taken for `train.steps=5`, as W&B sweeps write it."""
+    """The command line. Settings may stand anywhere, and with a leading `--`, as W&B sweeps write them."""
     parser = build_parser()
     parsed, rest = parser.parse_known_args(arguments)
-    unknown = [word for word in rest if not (word.startswith("--") and "." in word and "=" in word)]
+    unknown = [word for word in rest if not re.match(r"(--)?\w+\.[\w.]+=", word)]
     if unknown:
         parser.error(f"unknown argument {unknown[0]}; settings are written section.key=value")
     if not (parsed.model or parsed.config):

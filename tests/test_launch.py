@@ -224,10 +224,12 @@ def test_the_command_line_teaches(tmp_path):
 
 
 def test_dry_run_prints_and_touches_nothing(tmp_path):
-    result = run(sys.executable, TRAIN, "--model", "nvae_celeba64", "--dry-run", "--train.batch_size=64", cwd=tmp_path)
+    words = ["train.seed=7", "--dry-run", "train.micro_batch=32", "--train.batch_size=64"]  # before, between and after
+    result = run(sys.executable, TRAIN, "optim.clip=200", "--model", "nvae_celeba64", *words, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "153,281,364 parameters" in result.stdout
-    assert "batch_size: 64" in result.stdout
+    for setting in ("batch_size: 64", "micro_batch: 32", "seed: 7", "clip: 200"):
+        assert setting in result.stdout
     assert list(tmp_path.iterdir()) == []
 
 
