@@ -5,6 +5,7 @@ Nothing here knows models or data. With one process each collective is the ident
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -52,7 +53,10 @@ class Runtime:
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The model behind DDP (with more than one process) and autocast, and the optimizer, both on the device."""
-        return self.accelerator.prepare(model, optimizer)
+        with warnings.catch_warnings():
+            # torch 2.13 deprecates an argument that Accelerate passes; nobody here can do anything about it.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            return self.accelerator.prepare(model, optimizer)
 
     def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager:
         """Gradients stay on their rank until the last micro-batch of a step."""

@@ -131,7 +131,7 @@ def build_trainer(recipe: Recipe, runtime: Runtime, data: Data) -> Trainer:
     torch.manual_seed(train.seed)
     model = build_model(recipe).to(runtime.dtype)
     if train.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+        use_channels_last(model)
     if train.compile:
         compile_cells(model)
     model.to(runtime.device)
@@ -160,6 +160,16 @@ def first_with_images(batches: Iterable[Batch]) -> Batch:
         if len(batch.images):
             return batch
     raise DamagedShard(f"no sample can be read; the last problem: {batch.left_out[-1].problem}")
+
+
+def use_channels_last(model: VAE) -> None:
+    """Lays out convolution weights as their activations will be."""
+    model.to(memory_format=torch.channels_last)
+    for parameter in model.parameters():
+        if parameter.dim() == 4 and parameter.is_contiguous():
+            # 1x1 and depthwise kernels are in both layouts at once; DDP compares strides, and gradients have these.
+            plain = torch.empty(parameter.shape, device="meta").stride()
+            parameter.data = parameter.data.as_strided(parameter.shape, plain)
 
 
 def compile_cells(model: VAE) -> None:

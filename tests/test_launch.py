@@ -96,6 +96,7 @@ def test_many_processes_give_the_losses_of_one(recipe_file, single, tmp_path, pr
     result = launch(processes, recipe_file, "--run-dir", str(tmp_path), "train.precision=fp64", "data.trace=true")
     assert result.returncode == 0, result.stderr
     assert f"{processes} processes on CPU" in result.stderr
+    assert "Warning" not in result.stderr
     assert len(metrics(single)) == 6
     close(metrics(single), metrics(tmp_path), 1e-10)
     assert (single / "data_trace.jsonl").read_text() == (tmp_path / "data_trace.jsonl").read_text()
