@@ -1,6 +1,7 @@
 """Files that are whole or not there."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its name in one rename when all of it is on disk, and vanishes if writing fails."""
+    """A file to write that takes its name in one rename when all of it is on disk, and vanishes if writing fails.
+
+    One process of a host writes a file at a time; hosts that share the folder do not disturb each other.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}.partial")
     try:
         with partial.open("wb") as file:
             yield file

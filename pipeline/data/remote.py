@@ -14,7 +14,6 @@ import io
 import logging
 import os
 import shutil
-import socket
 import time
 import urllib.error
 import urllib.parse
@@ -26,6 +25,7 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from pipeline.data.manifest import FILE_NAME, Manifest, parse_manifest
+from pipeline.files import replacing
 
 ATTEMPTS = 4
 FIRST_WAIT = 1.0
@@ -112,7 +112,7 @@ def fetch_set(address: str, manifest: bytes, splits: Sequence[str], cache: Path,
         _check_room(folder, missing)
         log.info("fetching %d files of %s into %s", len(missing), address, folder)
         _fetch_all(folder, missing, progress)
-    with _locked(folder / f"{FILE_NAME}.lock", wait=True), _replacing(folder / FILE_NAME) as file:
+    with _locked(folder / f"{FILE_NAME}.lock", wait=True), replacing(folder / FILE_NAME) as file:
         file.write(manifest)
     return folder
 
@@ -183,27 +183,12 @@ def _locked(path: Path, wait: bool) -> Iterator[bool]:
 def _fetch_file(folder: Path, file: RemoteFile) -> None:
     if _is_there(folder, file):  # since another process had the lock
         return
-    with _replacing(folder / file.name) as target:
+    with replacing(folder / file.name) as target:
         if _receive(file.address, file.size, file.limit, target) != file.sha256:
             raise FetchError(
                 f"{file.address}: its sha256 is not the manifest's, so it is damaged or of another set; "
                 "copy the set there again, and check it there with: python -m shard_data verify"
             )
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write. It takes its name in one rename when all is on the disk, and vanishes if writing fails."""
-    # Named after the host: where nodes share the cache, locks may not reach from one to the other.
-    partial = path.with_name(f"{path.name}.{socket.gethostname()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _receive(address: str, size: int | None, limit: int, target: BinaryIO) -> str:
