@@ -12,7 +12,7 @@ from pipeline.data.damage import LeftOut
 from pipeline.data.loader import Batch
 from pipeline.data.shards import DamagedShard
 from pipeline.metrics import Meter, bits_per_dimension
-from pipeline.models.base import VAE, VAEOutput
+from pipeline.models.base import VAE, VAEOutput, evaluating
 from pipeline.noise import draw_noise
 from pipeline.schema import Section
 
@@ -69,19 +69,16 @@ class Evaluator:
 
         The model is left in its mode.
         """
-        training = model.training
-        model.eval()
         meter = Meter(self.device, self._names())
         left_out, error = [], None
         try:
-            for batch in self.batches():
-                left_out += batch.left_out
-                if len(batch.images):
-                    self._add(meter, model, batch)
+            with evaluating(model):
+                for batch in self.batches():
+                    left_out += batch.left_out
+                    if len(batch.images):
+                        self._add(meter, model, batch)
         except DamagedShard as damaged:
             error = damaged
-        finally:
-            model.train(training)
         skipped = self.settle_damage(left_out, error)
         figures = self._figures(meter.reduce(self.sum_over_ranks), model.num_dimensions)
         return figures | ({"val/skipped_samples": float(skipped)} if skipped else {})

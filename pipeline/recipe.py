@@ -45,7 +45,7 @@ class Recipe(Section):
         train = self.train
         if (train.steps is None) == (train.epochs is None):
             raise ValueError("train: give one of train.steps and train.epochs")
-        if train.batch_size % (train.micro_batch or train.batch_size):
+        if train.batch_size % train.images_per_pass:
             sizes = [size for size in range(1, train.batch_size + 1) if train.batch_size % size == 0]
             raise ValueError(
                 f"train.micro_batch: {train.micro_batch} does not divide train.batch_size={train.batch_size}; "

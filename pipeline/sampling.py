@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.models.base import VAE
+from pipeline.models.base import VAE, evaluating
 from pipeline.noise import draw_noise
 from pipeline.schema import Section
 
@@ -59,23 +59,17 @@ class Pictures:
         pictures = {}
         for temperature in self.config.temperatures:
             drawer = self._readjusted(model, temperature) if self.config.readjust_iterations else model
-            training = drawer.training
-            drawer.eval()
-            with self.autocast():
+            with evaluating(drawer), self.autocast():
                 drawn = drawer.sample(self._noise(model, "sample", 0), temperature)
-            drawer.train(training)
             pictures[f"samples/temperature_{temperature:g}"] = drawn.float().cpu()
         return pictures
 
     @torch.no_grad()
     def reconstructions(self, model: VAE, x: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1] for images x. The model is left as it was."""
-        training = model.training
-        model.eval()
         noise = draw_noise(model.groups, self.seed, "reconstruct", range(len(x)), self.device, self.dtype)
-        with self.autocast():
+        with evaluating(model), self.autocast():
             drawn = model.reconstruct(x, noise)
-        model.train(training)
         return drawn.float().cpu()
 
     def _readjusted(self, model: VAE, temperature: float) -> VAE:

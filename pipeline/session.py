@@ -1,7 +1,7 @@
 """One training run: its folder, its parts put together from a recipe, and what is done at which cadence."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class Data:
             self.train,
             self._augment,
             self.order,
-            micro_batch=train.micro_batch or train.batch_size,
+            micro_batch=train.images_per_pass,
             start=step * train.micro_batches,
             stop=self.total_steps * train.micro_batches,
             rank=self.runtime.rank,
@@ -322,7 +322,7 @@ def choose_checkpoint(checkpoints: Checkpoints, resume: str) -> Checkpoint | Non
     return checkpoints.load(resume)
 
 
-def describe(recipe: Recipe) -> Callable[[], str]:
+def describe(recipe: Recipe) -> str:
     """What --dry-run prints of a recipe's model: parameters, groups and memory."""
     with torch.device("meta"):
         model = build_model(recipe)

@@ -180,7 +180,7 @@ def train_with_tracker(session: Session, recipe: Recipe, runtime: Runtime, folde
 def check_batch(recipe: Recipe, world_size: int) -> None:
     """Raises ValueError where the processes cannot share a micro-batch equally."""
     train = recipe.train
-    micro_batch = train.micro_batch or train.batch_size
+    micro_batch = train.images_per_pass
     if micro_batch % world_size:
         fitting = [size for size in range(world_size, train.batch_size + 1, world_size) if train.batch_size % size == 0]
         nearest = max(world_size, round(train.batch_size / world_size) * world_size)

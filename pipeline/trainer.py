@@ -61,9 +61,14 @@ class TrainConfig(Section):
     """So many steps in a row with a non-finite loss or gradient end the run."""
 
     @property
+    def images_per_pass(self) -> int:
+        """Images per forward pass over all processes."""
+        return self.micro_batch or self.batch_size
+
+    @property
     def micro_batches(self) -> int:
         """Forward passes per optimizer step."""
-        return self.batch_size // (self.micro_batch or self.batch_size)
+        return self.batch_size // self.images_per_pass
 
 
 class TrainingDiverged(RuntimeError):
@@ -164,7 +169,7 @@ class Trainer:
         out = self.wrapped_model(x, noise)
         loss, statistics = self.objective(out, step)
         self._note(statistics)
-        self._kl_units.append(out.kl_units)
+        self._kl_units.append([units.detach() for units in out.kl_units])  # without the graph behind them
         return loss
 
     def _penalty(self, step: int) -> Tensor:
@@ -293,4 +298,4 @@ class Trainer:
         self.step = progress["step"]
         self.skipped_steps = progress["skipped_steps"]
         self.skipped_in_a_row = progress["skipped_in_a_row"]
-        self.skipped_samples = progress.get("skipped_samples", 0)  # older checkpoints lack it
+        self.skipped_samples = progress["skipped_samples"]

@@ -5,6 +5,7 @@ Shape legend: B images, C channels, H x W pixels, G latent groups. Likelihoods a
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -74,3 +75,14 @@ class VAE(nn.Module, ABC):
     def compilable_cells(self) -> Iterator[nn.Module]:
         """The submodules that `train.compile` compiles one by one; none by default."""
         return iter(())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is in eval mode; afterwards in the mode that it had."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
