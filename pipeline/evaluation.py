@@ -43,7 +43,7 @@ class Evaluator:
         self,
         config: ValidationConfig,
         batches: Callable[[], Iterable[Batch]],
-        model_input: Callable[[Batch], Tensor],
+        inputs: Callable[[Batch], tuple[Tensor, Tensor | None]],
         seed: int,
         device: torch.device,
         autocast: Callable,
@@ -55,7 +55,7 @@ class Evaluator:
         """
         self.config = config
         self.batches = batches
-        self.model_input = model_input
+        self.inputs = inputs
         self.seed = seed
         self.device = device
         self.autocast = autocast
@@ -84,24 +84,26 @@ class Evaluator:
         return figures | ({"val/skipped_samples": float(skipped)} if skipped else {})
 
     def _add(self, meter: Meter, model: VAE, batch: Batch) -> None:
-        x = self.model_input(batch)
+        x, condition = self.inputs(batch)
         count = len(x)
-        first = self._forward(model, x, batch, draw=0)
+        with self.autocast():
+            features = model.features(x, condition)
+
+        def bound(draw: int) -> VAEOutput:
+            stream, positions = f"validate/{draw}", batch.positions.tolist()
+            noise = draw_noise(model.noise_groups, self.seed, stream, positions, x.device, x.dtype)
+            with self.autocast():
+                return model.bound(x, features, noise, condition)
+
+        first = bound(0)
         meter.add("elbo", first.elbo.sum(), count)
         meter.add("log_px", first.log_px.sum(), count)
         meter.add("kl", first.kl.sum(), count)
         if self.config.importance_samples:
             weights = [_log_weight(first)]
-            weights += [
-                _log_weight(self._forward(model, x, batch, draw)) for draw in range(1, self.config.importance_samples)
-            ]
+            weights += [_log_weight(bound(draw)) for draw in range(1, self.config.importance_samples)]
             log_px = torch.stack(weights).logsumexp(dim=0) - log(self.config.importance_samples)  # (B,)
             meter.add("nll", -log_px.sum(), count)
-
-    def _forward(self, model: VAE, x: Tensor, batch: Batch, draw: int) -> VAEOutput:
-        noise = draw_noise(model.groups, self.seed, f"validate/{draw}", batch.positions.tolist(), x.device, x.dtype)
-        with self.autocast():
-            return model(x, noise)
 
     def _names(self) -> list[str]:
         """Every rank brings these to the reduction, also one that had no image."""

@@ -15,9 +15,10 @@ def step_flops(model: VAE, batch_size: int) -> int:
     One forward pass, and twice that for backward. `model` is on the meta device, where nothing is computed.
     """
     x = torch.empty(1, *model.image_shape, device="meta")
-    noise = [torch.empty(1, *group.shape, device="meta") for group in model.groups]
+    noise = [torch.empty(1, *group.shape, device="meta") for group in model.noise_groups]
+    condition = torch.empty(1, model.condition_size, device="meta") if model.condition_size else None
     with FlopCounterMode(display=False) as counter:
-        model.eval()(x, noise)
+        model.eval()(x, noise, condition)
     return 3 * batch_size * counter.get_total_flops()
 
 

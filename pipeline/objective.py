@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.models.base import LatentGroup, VAEOutput
 from pipeline.schema import Section
 
+Schedule = Literal["warmup", "constant", "cyclical", "low_to_high"]
 Balancing = Literal["none", "equal", "linear", "sqrt", "square"]
 
 
@@ -22,7 +23,14 @@ class ObjectiveConfig(Section):
     """What is minimised."""
 
     beta: float = Field(1.0, ge=0)
-    """Weight of the KL after its warm-up."""
+    """Weight of the KL when it is fully on."""
+    schedule: Schedule = "warmup"
+    """How the KL weight comes to `beta`. warmup: linearly, as kl_warmup_* say; constant: at once; cyclical: from 0 to
+    `beta` again and again (Fu et al. 2019); low_to_high: linearly from `beta_low` to `beta` over the whole run."""
+    num_cycles: int = Field(4, ge=1)
+    """Cycles of `cyclical` over the run; in the first half of each the weight rises, then it stays at `beta`."""
+    beta_low: float = Field(0.0, ge=0)
+    """Where `low_to_high` begins."""
     kl_warmup_portion: float = Field(0.3, ge=0, le=1)
     """Share of the training steps over which the KL weight rises linearly to `beta`; 0: constant from the start."""
     kl_warmup_delay: float = Field(1e-4, ge=0, le=1)
@@ -56,19 +64,27 @@ class Objective:
         self._alpha = torch.tensor(resolution_factors(groups, config.kl_balancing), dtype=torch.float64)
 
     def warmup(self, step: int) -> float:
-        """Progress of the KL warm-up in [0, 1] at optimiser step `step`, counted from 0."""
-        return kl_warmup(step, self.total_steps, self.config)
+        """Progress of the KL warm-up in [0, 1] at optimiser step `step`, counted from 0; 1 for the other schedules."""
+        return kl_warmup(step, self.total_steps, self.config) if self.config.schedule == "warmup" else 1.0
 
     def beta(self, step: int) -> float:
         """Weight of the KL at optimiser step `step`."""
-        return self.config.beta * self.warmup(step)
+        config = self.config
+        if config.schedule == "warmup":
+            return config.beta * self.warmup(step)
+        done = step / self.total_steps
+        if config.schedule == "cyclical":
+            return config.beta * min(2 * (done * config.num_cycles % 1), 1.0)
+        if config.schedule == "low_to_high":
+            return config.beta_low + (config.beta - config.beta_low) * min(step / max(self.total_steps - 1, 1), 1.0)
+        return config.beta
 
     def __call__(self, out: VAEOutput, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss (a scalar with gradient) and statistics (detached scalars), as means over this process's images.
 
-        Statistics: `elbo`, `log_px` and `kl` without weights, and per group `kl/NAME`.
+        Statistics: `elbo`, `log_px` and `kl` without weights, the model's own penalties, and per group `kl/NAME`.
         """
-        loss = (self.charged_kl(out.kl, step) - out.log_px).mean()
+        loss = (self.charged_kl(out.kl, step) - out.log_px + sum(out.penalties.values())).mean()
         return loss, self._statistics(out)
 
     def charged_kl(self, kl: Tensor, step: int) -> Tensor:
@@ -97,7 +113,7 @@ class Objective:
         statistics = {"elbo": log_px - kl.sum(), "log_px": log_px, "kl": kl.sum()}
         for group, group_kl in zip(self.groups, kl, strict=True):
             statistics[f"kl/{group.name}"] = group_kl
-        return statistics
+        return statistics | {name: penalty.mean() for name, penalty in out.penalties.items()}
 
 
 def kl_warmup(step: int, total_steps: int, config: ObjectiveConfig) -> float:

@@ -19,8 +19,13 @@ class OptimConfig(Section):
     """Peak learning rate."""
     lr_min: float = Field(1e-4, ge=0)
     """Learning rate at the end of the cosine."""
-    schedule: Literal["cosine", "cosine_per_epoch", "constant"] = "cosine"
-    """`cosine` falls every step, `cosine_per_epoch` as in the NVAE reference release. All begin with the warm-up."""
+    schedule: Literal["cosine", "cosine_per_epoch", "constant", "step"] = "cosine"
+    """`cosine` falls every step, `cosine_per_epoch` as in the NVAE reference release, `step` by `decay_factor` every
+    `decay_epochs`. All begin with the warm-up."""
+    decay_epochs: float = Field(30.0, gt=0)
+    """Epochs between the falls of the schedule `step`."""
+    decay_factor: float = Field(0.5, gt=0, le=1)
+    """What the schedule `step` multiplies the learning rate by."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up. Give this or `warmup_epochs`."""
     warmup_epochs: float = Field(0.0, ge=0)
@@ -69,11 +74,20 @@ class LearningRate:
         self.warmup_epochs = config.warmup_epochs or config.warmup_steps / steps_per_epoch
 
     def __call__(self, step: int) -> float:
-        rules = {"cosine": self._cosine, "cosine_per_epoch": self._cosine_per_epoch, "constant": self._constant}
+        rules = {
+            "cosine": self._cosine,
+            "cosine_per_epoch": self._cosine_per_epoch,
+            "constant": self._constant,
+            "step": self._step,
+        }
         return rules[self.config.schedule](step)
 
     def _constant(self, step: int) -> float:
         return self.config.lr * self._warmup(step)
+
+    def _step(self, step: int) -> float:
+        falls = math.floor(step / (self.config.decay_epochs * self.steps_per_epoch))
+        return self._constant(step) * self.config.decay_factor**falls
 
     def _cosine(self, step: int) -> float:
         if step < self.warmup_steps:

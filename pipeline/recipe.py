@@ -10,11 +10,12 @@ import torch
 from pydantic import Field, model_validator
 
 from pipeline.checkpoint import CheckpointConfig
+from pipeline.conditions import Condition
 from pipeline.config import ConfigError, build, document, load_yaml, overlay
 from pipeline.data.loader import DataConfig
 from pipeline.evaluation import ValidationConfig
 from pipeline.models.base import VAE
-from pipeline.models.nvae import NVAE, NVAEConfig
+from pipeline.models.nvae import NVAEConfig
 from pipeline.objective import ObjectiveConfig
 from pipeline.optim import OptimConfig
 from pipeline.regularizers import RegularizerConfig
@@ -26,11 +27,16 @@ from pipeline.trainer import TrainConfig
 RECIPES = Path(__file__).parent / "configs"
 
 
+Model = NVAEConfig
+"""Every model's section; `model.name` tells them apart."""
+
+
 class Recipe(Section):
     """Everything that determines a run, but for the number of processes."""
 
-    model: NVAEConfig
+    model: Model
     data: DataConfig
+    condition: Condition | None = None
     train: TrainConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     regularizers: RegularizerConfig = RegularizerConfig()
@@ -60,7 +66,7 @@ def build_model(recipe: Recipe) -> VAE:
     """The recipe's model, freshly initialised from torch's global generator."""
     data = recipe.data
     side = data.size + 2 * data.pad
-    return NVAE(recipe.model, (data.channels, side, side), border=data.pad, bits=data.bits)
+    return recipe.model.build((data.channels, side, side), data.pad, data.bits, recipe.condition)
 
 
 def recipe_path(name: str) -> Path:

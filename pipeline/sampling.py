@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from pipeline.conditions import ClassCondition, Condition
 from pipeline.models.base import VAE, evaluating
 from pipeline.noise import draw_noise
 from pipeline.schema import Section
@@ -18,7 +20,8 @@ class SamplesConfig(Section):
     every: int = Field(1000, ge=0)
     """Steps between sample grids; also after the last step. 0: never."""
     count: int = Field(64, gt=0)
-    """Pictures in a grid of prior samples."""
+    """Pictures in a grid of prior samples. Models that are told a class draw so many rows, one per class, of equal
+    length; those told attributes take them from the held-out images."""
     temperatures: tuple[float, ...] = (0.7, 1.0)
     """Scale of the priors' sigmas, a grid for each."""
     reconstructions: int = Field(16, ge=0)
@@ -28,8 +31,36 @@ class SamplesConfig(Section):
     drawing. The reference release's sampling tool uses 500."""
 
 
+class Grid(NamedTuple):
+    """What a grid of prior samples shows: n pictures, row by row."""
+
+    positions: Sequence[int]
+    """Of each picture's noise; pictures of equal position share it."""
+    condition: Tensor | None
+    """(n, K)."""
+    columns: int
+
+
+def plan_grid(count: int, condition: Condition | None, held_out: Tensor | None) -> Grid:
+    """The grid of `count` samples; `held_out` (n, K) are the conditions of real images.
+
+    By class: a row per class, a column per draw of the latent, so that a column shows one latent in every class.
+    """
+    if isinstance(condition, ClassCondition):
+        classes = condition.num_classes
+        columns = max(1, count // classes)
+        one_hot = torch.eye(classes).repeat_interleave(columns, dim=0)  # (classes * columns, classes)
+        return Grid(list(range(columns)) * classes, one_hot, columns)
+    told = None if held_out is None else held_out.repeat(-(-count // len(held_out)), 1)[:count]
+    return Grid(range(count), told, 8)
+
+
 def readjust_batch_norm(
-    model: VAE, noise: Callable[[int], Sequence[Tensor]], iterations: int, temperature: float
+    model: VAE,
+    noise: Callable[[int], Sequence[Tensor]],
+    iterations: int,
+    temperature: float,
+    condition: Tensor | None = None,
 ) -> None:
     """Moves the decoder's running statistics towards those of prior samples at `temperature`, in place.
 
@@ -39,7 +70,7 @@ def readjust_batch_norm(
     model.train()
     with torch.no_grad():
         for iteration in range(iterations):
-            model.sample(noise(iteration), temperature)
+            model.sample(noise(iteration), temperature, condition)
     model.eval()
 
 
@@ -54,35 +85,41 @@ class Pictures:
         self.autocast = autocast
 
     @torch.no_grad()
-    def samples(self, model: VAE) -> dict[str, Tensor]:
-        """{"samples/temperature_0.7": (count, C, H, W) in [0, 1]} for each temperature. The model is left as it was."""
+    def samples(self, model: VAE, grid: Grid) -> dict[str, Tensor]:
+        """{"samples/temperature_0.7": (n, C, H, W) in [0, 1]} for each temperature. The model is left as it was."""
+        condition = self._placed(grid.condition)
+        noise = self._noise(model, "sample", grid.positions)
         pictures = {}
         for temperature in self.config.temperatures:
-            drawer = self._readjusted(model, temperature) if self.config.readjust_iterations else model
+            drawer = self._readjusted(model, temperature, condition) if self.config.readjust_iterations else model
             with evaluating(drawer), self.autocast():
-                drawn = drawer.sample(self._noise(model, "sample", 0), temperature)
+                drawn = drawer.sample(noise, temperature, condition)
             pictures[f"samples/temperature_{temperature:g}"] = drawn.float().cpu()
         return pictures
 
     @torch.no_grad()
-    def reconstructions(self, model: VAE, x: Tensor) -> Tensor:
+    def reconstructions(self, model: VAE, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """(B, C, H, W) in [0, 1] for images x. The model is left as it was."""
-        noise = draw_noise(model.groups, self.seed, "reconstruct", range(len(x)), self.device, self.dtype)
+        noise = self._noise(model, "reconstruct", range(len(x)))
         with evaluating(model), self.autocast():
-            drawn = model.reconstruct(x, noise)
+            drawn = model.reconstruct(x, noise, condition)
         return drawn.float().cpu()
 
-    def _readjusted(self, model: VAE, temperature: float) -> VAE:
+    def _readjusted(self, model: VAE, temperature: float, condition: Tensor | None) -> VAE:
         model = copy.deepcopy(model)
+        count = self.config.count if condition is None else len(condition)
         with self.autocast():
             readjust_batch_norm(
                 model,
-                lambda i: self._noise(model, "readjust", i * self.config.count),
+                lambda i: self._noise(model, "readjust", range(i * count, (i + 1) * count)),
                 self.config.readjust_iterations,
                 temperature,
+                condition,
             )
         return model
 
-    def _noise(self, model: VAE, stream: str, start: int) -> list[Tensor]:
-        positions = range(start, start + self.config.count)
+    def _placed(self, condition: Tensor | None) -> Tensor | None:
+        return None if condition is None else condition.to(self.device, self.dtype)
+
+    def _noise(self, model: VAE, stream: str, positions: Sequence[int]) -> list[Tensor]:
         return draw_noise(model.groups, self.seed, stream, positions, self.device, self.dtype)

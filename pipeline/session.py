@@ -32,7 +32,7 @@ from pipeline.recipe import Recipe, build_model, total_steps
 from pipeline.regularizers import Regularizers
 from pipeline.resume import changed_settings, check_fingerprint
 from pipeline.runtime import Runtime
-from pipeline.sampling import Pictures
+from pipeline.sampling import Pictures, plan_grid
 from pipeline.state import TrainingState
 from pipeline.tracking import Tracker
 from pipeline.trainer import Cadence, Trainer
@@ -54,6 +54,8 @@ class Data:
         config = recipe.data
         self.train, self.held_out = self._open_shards()
         check_data(config, self.train)
+        if recipe.condition is not None:
+            recipe.condition.check(self.train.classes, self.train.attribute_names)
         self.order = Order(self.train.shard_sizes, recipe.train.seed, config.window)
         self.damage = DamageLog(runtime)
         self._augment = Preprocess(recipe.train.seed, flip=config.flip, binarise=config.binarise, pad=config.pad)
@@ -102,23 +104,28 @@ class Data:
             on_error=self.recipe.data.on_error,
         )
 
-    def held_out_images(self, count: int) -> Tensor:
-        """The first `count` images of the validation split as model input, the same on every rank; fewer where some are
-        left out.
+    def held_out_inputs(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """The first `count` images of the validation split as model input, and their conditions, the same on every
+        rank; fewer where some are left out.
         """
         on_error = self.recipe.data.on_error
         batches = build_eval_loader(self.held_out, self._plain, batch_size=count, on_error=on_error)
-        return self.model_input(self.runtime.together(lambda: first_with_images(batches)))
+        return self.inputs(self.runtime.together(lambda: first_with_images(batches)))
 
     def settle_training(self, step: int, left_out: Sequence[LeftOut], error: DamagedShard | None) -> int:
         """See DamageLog.settle, of the training split."""
         return self.damage.settle(step, self.train.split, left_out, error)
 
-    def model_input(self, batch: Batch) -> Tensor:
-        """(b, C, H, W) in [0, 1] on the device."""
-        images = batch.images.to(self.runtime.device, non_blocking=True)
-        x = to_model_input(images, self.recipe.data.bits, self.runtime.dtype)
-        return x.contiguous(memory_format=torch.channels_last) if self.recipe.train.channels_last else x
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What the model takes of a batch, on the device: (b, C, H, W) in [0, 1], and (b, K) or None."""
+        device, dtype = self.runtime.device, self.runtime.dtype
+        x = to_model_input(batch.images.to(device, non_blocking=True), self.recipe.data.bits, dtype)
+        if self.recipe.train.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        if self.recipe.condition is None:
+            return x, None
+        condition = self.recipe.condition.encode(batch.labels, batch.attributes, self.train.attribute_names)
+        return x, condition.to(device, dtype, non_blocking=True)
 
     @property
     def total_steps(self) -> int:
@@ -149,7 +156,7 @@ def build_trainer(recipe: Recipe, runtime: Runtime, data: Data) -> Trainer:
         clip=recipe.optim.clip,
         total_steps=data.total_steps,
         batches=data.batches,
-        model_input=data.model_input,
+        inputs=data.inputs,
         settle_damage=data.settle_training,
     )
 
@@ -196,7 +203,7 @@ class Session:
         self.evaluator = Evaluator(
             recipe.validation,
             batches=self.data.held_out_batches,
-            model_input=self.data.model_input,
+            inputs=self.data.inputs,
             seed=recipe.train.seed,
             device=runtime.device,
             autocast=runtime.autocast,
@@ -276,12 +283,17 @@ class Session:
 
         Every rank draws (batch norm may have to talk); one writes.
         """
+        samples = self.recipe.samples
+        x, condition = self.data.held_out_inputs(max(samples.reconstructions, samples.count))
+        grid = plan_grid(samples.count, self.recipe.condition, condition)
+        shown = slice(samples.reconstructions)
         with self.trainer.averaged_weights():
-            grids = {name: image_grid(x, columns=8) for name, x in self.pictures.samples(self.trainer.model).items()}
-            if self.recipe.samples.reconstructions:
-                x = self.data.held_out_images(self.recipe.samples.reconstructions)
-                drawn = self.pictures.reconstructions(self.trainer.model, x)
-                grids["reconstructions"] = reconstruction_grid(x.float().cpu(), drawn, columns=8)
+            drawn = self.pictures.samples(self.trainer.model, grid)
+            grids = {name: image_grid(images, columns=grid.columns) for name, images in drawn.items()}
+            if samples.reconstructions:
+                told = None if condition is None else condition[shown]
+                reconstructed = self.pictures.reconstructions(self.trainer.model, x[shown], told)
+                grids["reconstructions"] = reconstruction_grid(x[shown].float().cpu(), reconstructed, columns=8)
         if self.runtime.is_main:
             for name, grid in grids.items():
                 folder, _, suffix = name.partition("/")

@@ -102,12 +102,13 @@ class Trainer:
         clip: float | None,
         total_steps: int,
         batches: Callable[[int], Iterable[Batch]],
-        model_input: Callable[[Batch], Tensor],
+        inputs: Callable[[Batch], tuple[Tensor, Tensor | None]],
         settle_damage: Callable[[int, Sequence[LeftOut], DamagedShard | None], int],
     ):
-        """`batches(step)` yields this rank's micro-batches from that step on; `model_input` makes (b, C, H, W) floats
-        on the device of one. `settle_damage` is told, on every rank before each step, how far training will be after
-        it, and what could not be read; it gives the number of samples left out on all ranks, or raises on all.
+        """`batches(step)` yields this rank's micro-batches from that step on; `inputs` makes of one (b, C, H, W) floats
+        and the condition (b, K) or None, on the device. `settle_damage` is told, on every rank before each step, how
+        far training will be after it, and what could not be read; it gives the number of samples left out on all
+        ranks, or raises on all.
         """
         self.config = config
         self.runtime = runtime
@@ -119,7 +120,7 @@ class Trainer:
         self.clip = clip
         self.total_steps = total_steps
         self.batches = batches
-        self.model_input = model_input
+        self.inputs = inputs
         self.settle_damage = settle_damage
         self.meter = Meter(runtime.device)
         self.active_units = ActiveUnits(group.name for group in model.groups)
@@ -163,10 +164,10 @@ class Trainer:
         return sound
 
     def _loss(self, step: int, batch: Batch) -> Tensor:
-        x = self.model_input(batch)
+        x, condition = self.inputs(batch)
         positions = batch.positions.tolist()
-        noise = draw_noise(self.model.groups, self.config.seed, "train", positions, x.device, x.dtype)
-        out = self.wrapped_model(x, noise)
+        noise = draw_noise(self.model.noise_groups, self.config.seed, "train", positions, x.device, x.dtype)
+        out = self.wrapped_model(x, noise, condition)
         loss, statistics = self.objective(out, step)
         self._note(statistics)
         self._kl_units.append([units.detach() for units in out.kl_units])  # without the graph behind them

@@ -21,15 +21,20 @@ class OneConvolution(VAE):
         super().__init__()
         self.conv = nn.Conv2d(3, 5, 3, padding=1)
 
-    def forward(self, x, noise):
-        h = self.conv(x).flatten(1).sum(1)
-        return VAEOutput(h, h[:, None], h, h, (h,))
+    def features(self, x, condition=None):
+        return self.conv(x).flatten(1).sum(1)
 
-    def sample(self, noise, temperature=1.0):
-        return noise[0].new_zeros(len(noise[0]), *self.image_shape)
+    def bound(self, x, features, noise, condition=None):
+        return VAEOutput(features, features[:, None], features, features, (features,))
 
-    def reconstruct(self, x, noise):
-        return x
+    def encode(self, x, noise, condition=None):
+        return list(noise)
+
+    def decode(self, latents, condition=None):
+        return latents[0].new_zeros(len(latents[0]), *self.image_shape)
+
+    def sample(self, noise, temperature=1.0, condition=None):
+        return self.decode(noise)
 
 
 def test_a_convolution_counts_two_for_each_product_and_three_passes():

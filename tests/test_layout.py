@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = [
     # 1: stands on nothing but third parties and its own floor
-    """schema config distributions likelihoods models.base noise nn.layers nn.cells nn.batch_norm nn.depthwise nn.flows
+    """schema config conditions distributions likelihoods models.base noise
+    nn.layers nn.cells nn.batch_norm nn.depthwise nn.flows
     data.hashing data.recent data.manifest data.order data.shards data.preprocess data.remote data.damage checkpoint
     tracking records metrics ema files images runtime torchvision_guard""".split(),
     # 2

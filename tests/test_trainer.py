@@ -45,8 +45,8 @@ def take_step(trainer: Trainer, step: int) -> bool:
 def poison(trainer: Trainer, where: str) -> None:
     """Makes the next training step meet a NaN at one place."""
     if where == "data":
-        model_input = trainer.model_input
-        trainer.model_input = lambda batch: model_input(batch).index_fill(0, torch.tensor(0), torch.nan)
+        inputs = trainer.inputs
+        trainer.inputs = lambda batch: (inputs(batch)[0].index_fill(0, torch.tensor(0), torch.nan), None)
     elif where == "gradient":
         parameter = next(trainer.model.parameters())
         parameter.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(0), torch.inf))
@@ -116,13 +116,13 @@ def test_training_goes_on_after_an_unsound_step(make_trainer):
 
 
 def spoil_steps(trainer: Trainer, steps: set[int]) -> None:
-    model_input = trainer.model_input
+    inputs = trainer.inputs
 
     def spoiled(batch):
-        x = model_input(batch)
-        return x * torch.nan if int(batch.positions[0]) // 8 in steps else x
+        x, condition = inputs(batch)
+        return (x * torch.nan if int(batch.positions[0]) // 8 in steps else x), condition
 
-    trainer.model_input = spoiled
+    trainer.inputs = spoiled
 
 
 def test_too_many_unsound_steps_end_the_run_with_advice(make_trainer):

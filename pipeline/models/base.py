@@ -4,9 +4,9 @@ Shape legend: B images, C channels, H x W pixels, G latent groups. Likelihoods a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -37,6 +37,8 @@ class VAEOutput(NamedTuple):
     """(B,) log p(z) of the latents drawn, nats."""
     kl_units: tuple[Tensor, ...]
     """G tensors (channels,): KL summed over space, averaged over the batch, nats. A unit counts as active above 0.1."""
+    penalties: Mapping[str, Tensor] = {}
+    """(B,) each: terms of the model's own that the loss takes beside the bound, weights included. Read only."""
 
     @property
     def elbo(self) -> Tensor:
@@ -47,30 +49,55 @@ class VAEOutput(NamedTuple):
 class VAE(nn.Module, ABC):
     """A variational autoencoder whose randomness is an argument.
 
-    Every random draw comes in as standard normal noise, one tensor (B, *group.shape) per latent group in drawing order,
-    so that the same images and noise give the same result on any number of processes.
+    Every random draw comes in as standard normal noise, one tensor (B, *group.shape) per entry of `noise_groups`, so
+    that the same images and noise give the same result on any number of processes. A conditional model
+    (`condition_size` above 0) takes a condition (B, condition_size) as `pipeline.conditions` makes it; others None.
     """
 
     groups: tuple[LatentGroup, ...]
+    """In drawing order."""
     image_shape: tuple[int, int, int]
     """(C, H, W) of the model's input."""
     num_dimensions: int
     """Number of image dimensions that the likelihood counts: the D of bits per dimension."""
+    condition_size: int = 0
+    """Columns of the condition; 0: the model takes none."""
+
+    @property
+    def noise_groups(self) -> tuple[LatentGroup, ...]:
+        """What noise `forward` takes: the latent groups, and after them what else a model draws while it trains."""
+        return self.groups
+
+    def forward(self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> VAEOutput:
+        """Bound on log p(x | condition) for images x (B, C, H, W) in [0, 1]."""
+        return self.bound(x, self.features(x, condition), noise, condition)
 
     @abstractmethod
-    def forward(self, x: Tensor, noise: Sequence[Tensor]) -> VAEOutput:
-        """Bound on log p(x) for images x (B, C, H, W) in [0, 1]."""
+    def features(self, x: Tensor, condition: Tensor | None = None) -> Any:
+        """The encoder's part that no latent draw changes: computed once for any number of draws."""
 
     @abstractmethod
-    def sample(self, noise: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+    def bound(self, x: Tensor, features: Any, noise: Sequence[Tensor], condition: Tensor | None = None) -> VAEOutput:
+        """`forward` from `features` on."""
+
+    @abstractmethod
+    def encode(self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> list[Tensor]:
+        """Latents drawn from the posterior of x, one (B, *group.shape) per group. Noise of zeros gives its mean."""
+
+    @abstractmethod
+    def decode(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W) in [0, 1]: the decoder's mean for these latents."""
+
+    @abstractmethod
+    def sample(self, noise: Sequence[Tensor], temperature: float = 1.0, condition: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [0, 1] from the prior: the decoder's mean.
 
         The priors' sigmas are scaled by `temperature`.
         """
 
-    @abstractmethod
-    def reconstruct(self, x: Tensor, noise: Sequence[Tensor]) -> Tensor:
+    def reconstruct(self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [0, 1]: the decoder's mean given a posterior sample for each x."""
+        return self.decode(self.encode(x, noise, condition), condition)
 
     def compilable_cells(self) -> Iterator[nn.Module]:
         """The submodules that `train.compile` compiles one by one; none by default."""
@@ -86,3 +113,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def check_condition(model: VAE, condition: Tensor | None) -> None:
+    """Raises ValueError where a conditional model is told nothing, or anything does not fit its `condition_size`."""
+    given = 0 if condition is None else condition.shape[1]
+    if given != model.condition_size:
+        raise ValueError(f"the model takes a condition of {model.condition_size} columns, got {given}")

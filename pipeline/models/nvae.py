@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from pipeline.conditions import Condition
 from pipeline.distributions import Normal, at_least_float32
 from pipeline.likelihoods import Likelihood, LogisticMixtureLikelihood, PixelDistribution
-from pipeline.models.base import VAE, LatentGroup, VAEOutput
+from pipeline.models.base import VAE, LatentGroup, VAEOutput, check_condition
 from pipeline.nn.cells import CELLS, ResidualCell, Resize
 from pipeline.nn.flows import FlowPair
 from pipeline.nn.layers import WNConv2d, find_convs, normalized_once
@@ -61,6 +62,12 @@ class NVAEConfig(Section):
     """Which cells are used where. `res_mbconv` is the paper's: plain convolutions encode, inverted residuals decode."""
     likelihood: Likelihood = LogisticMixtureLikelihood()
     """p(x | z)."""
+
+    def build(
+        self, image_shape: tuple[int, int, int], border: int, bits: int, condition: Condition | None = None
+    ) -> "NVAE":
+        """The model for padded images of this shape. Raises ValueError for sizes that it cannot halve."""
+        return NVAE(self, image_shape, border, bits, condition.size if condition else 0)
 
     @property
     def num_halvings(self) -> int:
@@ -105,6 +112,20 @@ class DecoderStep(nn.Module):
         self.combine = combine
 
 
+class Conditioning(nn.Module):
+    """What a condition (B, size) adds to the decoder's start and to the raw parameters of every group's prior.
+
+    Nothing at first: a fresh conditional model is the unconditional one.
+    """
+
+    def __init__(self, size: int, start_width: int, latent_channels: int, num_groups: int):
+        super().__init__()
+        self.start = nn.Linear(size, start_width, bias=False)
+        self.priors = nn.ModuleList(nn.Linear(size, 2 * latent_channels, bias=False) for _ in range(num_groups))
+        for embedding in (self.start, *self.priors):
+            nn.init.zeros_(embedding.weight)
+
+
 class NVAE(VAE):
     """See the module's docstring.
 
@@ -113,8 +134,16 @@ class NVAE(VAE):
     VAE without towers. Raises ValueError for images that are not square or that the halvings do not divide.
     """
 
-    def __init__(self, config: NVAEConfig, image_shape: tuple[int, int, int], border: int = 0, bits: int = 8):
+    def __init__(
+        self,
+        config: NVAEConfig,
+        image_shape: tuple[int, int, int],
+        border: int = 0,
+        bits: int = 8,
+        condition_size: int = 0,
+    ):
         super().__init__()
+        self.condition_size = condition_size
         check_image_shape(config, image_shape)
         channels, height, width = self.image_shape = tuple(image_shape)
         self.config, self.border, self.bits = config, border, bits
@@ -145,12 +174,27 @@ class NVAE(VAE):
         self.postprocess = build_postprocess(config)
         num_outputs = config.likelihood.num_outputs(channels)
         self.output = WNConv2d(config.decoder_channels, num_outputs, 3, padding=1)
+        if self.condition_size:
+            self.conditioning = Conditioning(
+                self.condition_size, decoder_width, config.latent_channels, len(self.groups)
+            )
         self._normalized_convs = [conv for conv in find_convs(self).values() if isinstance(conv, WNConv2d)]
 
     # ---- the interface of VAE ---------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, noise: Sequence[Tensor]) -> VAEOutput:
-        outputs, draws = self.infer(x, noise)
+    def forward(self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> VAEOutput:
+        with normalized_once(self._normalized_convs):
+            return super().forward(x, noise, condition)
+
+    def features(self, x: Tensor, condition: Tensor | None = None) -> list[Tensor]:
+        check_condition(self, condition)
+        with normalized_once(self._normalized_convs):
+            return self._encode(x)
+
+    def bound(
+        self, x: Tensor, features: list[Tensor], noise: Sequence[Tensor], condition: Tensor | None = None
+    ) -> VAEOutput:
+        outputs, draws = self._infer(features, noise, condition)
         likelihood = self.config.likelihood.build(self._without_border(outputs), self.bits)
         log_px = likelihood.log_prob(self._without_border(x)).flatten(1).sum(1)  # (B,)
         log_q = [draw.posterior.log_prob(draw.base) for draw in draws]  # G tensors (B, *group.shape)
@@ -168,41 +212,54 @@ class NVAE(VAE):
             kl_units=tuple(group.mean(0) for group in kl_units),
         )
 
-    def sample(self, noise: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
-        return self.likelihood(self.generate(noise, temperature)).mean
+    def encode(self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> list[Tensor]:
+        _, draws = self.infer(x, noise, condition)
+        return [draw.z for draw in draws]
 
-    def reconstruct(self, x: Tensor, noise: Sequence[Tensor]) -> Tensor:
-        outputs, _ = self.infer(x, noise)
-        return self.likelihood(outputs).mean
+    def decode(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
+        check_condition(self, condition)
+        with normalized_once(self._normalized_convs):
+            return self.likelihood(self._decode(lambda k, h: latents[k], condition)).mean
+
+    def sample(self, noise: Sequence[Tensor], temperature: float = 1.0, condition: Tensor | None = None) -> Tensor:
+        return self.likelihood(self.generate(noise, temperature, condition)).mean
 
     def compilable_cells(self) -> Iterator[nn.Module]:
         return (module for module in self.modules() if isinstance(module, ResidualCell))
 
     # ---- what lies beneath it ---------------------------------------------------------------------------------------
 
-    def infer(self, x: Tensor, noise: Sequence[Tensor]) -> tuple[Tensor, list[LatentDraw]]:
+    def infer(
+        self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None
+    ) -> tuple[Tensor, list[LatentDraw]]:
         """Decoder outputs (B, C_out, H, W), raw, and what each group drew, for images x (B, C, H, W) in [0, 1]."""
+        with normalized_once(self._normalized_convs):
+            return self._infer(self.features(x, condition), noise, condition)
+
+    def _infer(
+        self, features: list[Tensor], noise: Sequence[Tensor], condition: Tensor | None
+    ) -> tuple[Tensor, list[LatentDraw]]:
         draws: list[LatentDraw] = []
 
         def draw(k: int, h: Tensor | None) -> Tensor:
-            draws.append(self._infer_group(k, features[k], h, noise[k]))
+            draws.append(self._infer_group(k, features[k], h, noise[k], condition))
             return draws[-1].z
 
         with normalized_once(self._normalized_convs):
-            features = self._encode(x)
-            return self._decode(draw), draws
+            return self._decode(draw, condition), draws
 
-    def generate(self, noise: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+    def generate(self, noise: Sequence[Tensor], temperature: float = 1.0, condition: Tensor | None = None) -> Tensor:
         """Decoder outputs (B, C_out, H, W), raw, for latents drawn from the priors with sigmas times `temperature`.
 
         Flows take no part: they belong to the posteriors.
         """
+        check_condition(self, condition)
 
         def draw(k: int, h: Tensor | None) -> Tensor:
-            return Normal(*self._raw_prior(k, h, noise[k]), temperature).sample(noise[k])
+            return Normal(*self._raw_prior(k, h, noise[k], condition), temperature).sample(noise[k])
 
         with normalized_once(self._normalized_convs):
-            return self._decode(draw)
+            return self._decode(draw, condition)
 
     def likelihood(self, outputs: Tensor) -> PixelDistribution:
         """p(x | z) of whole images, border included, from raw decoder outputs."""
@@ -218,23 +275,29 @@ class NVAE(VAE):
         features[-1:] = [F.elu(self.encoder_top(F.elu(h)))]
         return features[::-1]
 
-    def _decode(self, draw: Callable[[int, Tensor | None], Tensor]) -> Tensor:
+    def _decode(self, draw: Callable[[int, Tensor | None], Tensor], condition: Tensor | None) -> Tensor:
         """Raw outputs, when `draw(k, h)` gives group k's latent at decoder state h. Group 0 needs no state."""
         z = draw(0, None)
-        h = self.decoder_start(z) if self.config.is_vanilla else self.decoder[0].combine(self._started(z))
+        h = self._top_state(z, condition)  # (B, width, top, top)
         for k in range(1, len(self.groups)):
             h = self.decoder[k].cells(h)  # (B, width, H_k, W_k)
             z = draw(k, h)
             h = self.decoder[k].combine(torch.cat([h, z.to(h.dtype)], dim=1))
         return self.output(F.elu(self.postprocess(h)))
 
-    def _started(self, z: Tensor) -> Tensor:
-        """The learned start beside the first latent, (B, width + latent_channels, top, top)."""
-        start = self.start.expand(z.shape[0], -1, -1, -1)
-        return torch.cat([start, z.to(start.dtype)], dim=1).contiguous(memory_format=self._memory_format(z))
+    def _top_state(self, z: Tensor, condition: Tensor | None) -> Tensor:
+        """The first latent merged with the learned start, or alone where there is no start."""
+        told = 0 if condition is None else self.conditioning.start(condition)[:, :, None, None]
+        if self.config.is_vanilla:
+            return self.decoder_start(z) + told
+        start = self.start.expand(z.shape[0], -1, -1, -1) + told
+        merged = torch.cat([start, z.to(start.dtype)], dim=1)  # (B, width + latent_channels, top, top)
+        return self.decoder[0].combine(merged.contiguous(memory_format=self._memory_format(z)))
 
-    def _infer_group(self, k: int, feature: Tensor, h: Tensor | None, noise: Tensor) -> LatentDraw:
-        raw_prior = self._raw_prior(k, h, noise)
+    def _infer_group(
+        self, k: int, feature: Tensor, h: Tensor | None, noise: Tensor, condition: Tensor | None
+    ) -> LatentDraw:
+        raw_prior = self._raw_prior(k, h, noise, condition)
         if k > 0:
             feature = feature + self.encoder[-1 - k].combine(h)
         raw_posterior = _mean_and_log_sigma(self.posteriors[k](feature))
@@ -244,11 +307,14 @@ class NVAE(VAE):
         base = posterior.sample(noise)
         return LatentDraw(posterior, Normal(*raw_prior), base, self.flows[k](base))
 
-    def _raw_prior(self, k: int, h: Tensor | None, noise: Tensor) -> Sequence[Tensor]:
+    def _raw_prior(self, k: int, h: Tensor | None, noise: Tensor, condition: Tensor | None) -> Sequence[Tensor]:
         if k > 0:
-            return _mean_and_log_sigma(self.priors[k - 1](F.elu(h)))
-        zeros = torch.zeros_like(noise, dtype=self.stem.weight.dtype)
-        return zeros, zeros
+            raw = self.priors[k - 1](F.elu(h))  # (B, 2 latent_channels, H_k, W_k)
+        else:
+            raw = torch.zeros_like(noise, dtype=self.stem.weight.dtype).repeat(1, 2, 1, 1)
+        if condition is not None:
+            raw = raw + self.conditioning.priors[k](condition)[:, :, None, None]
+        return _mean_and_log_sigma(raw)
 
     def _memory_format(self, like: Tensor) -> torch.memory_format:
         """channels_last if the first latent or the weights are."""

@@ -132,8 +132,12 @@ def _normalized_stack(convs: list[WNConv2d]) -> Tensor:
 def normalized_once(convs: Sequence[WNConv2d]) -> Iterator[None]:
     """Within the block every one of these convolutions uses a weight computed at its start, all of them at once.
 
-    For one pass of the model over unchanged parameters; outside, each computes its own at every call.
+    For one pass of the model over unchanged parameters; outside, each computes its own at every call. A block within a
+    block changes nothing.
     """
+    if convs[0].handed_weight is not None:
+        yield
+        return
     device = convs[0].weight.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else convs[0].weight.dtype
