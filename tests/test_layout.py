@@ -15,7 +15,7 @@ FLOORS = [
     """schema config conditions distributions likelihoods models.base noise
     nn.layers nn.cells nn.batch_norm nn.depthwise nn.flows
     data.hashing data.recent data.manifest data.order data.shards data.preprocess data.remote data.damage checkpoint
-    tracking records metrics ema files images runtime torchvision_guard""".split(),
+    tracking records status metrics ema files images runtime torchvision_guard""".split(),
     # 2
     """models.nvae models.nvae_names data.loader objective regularizers optim evaluation flops sampling state resume
     data_trace damage""".split(),
