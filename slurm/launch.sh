@@ -1,0 +1,216 @@
+# shellcheck shell=bash
+# The launcher that all scripts of this folder share. A script sets what it is about, sources this file and calls `train`,
+# `evaluate` or `make_shards` with its words. docs/slurm.md is the user's guide.
+#
+# slurm/submit.sh calls a script first on the host that submits (SUBMITTING=1: check and stop), then SLURM does on the
+# job's first node. Exit codes: 0 done, or requeued; 2 something to mend; 75 unfinished and not requeued; others: the program's.
+set -euo pipefail
+
+# In a job that plain sbatch submitted, go on with the copy of the code that the job's first start has made.
+if [ -z "${FROZEN_CODE:-}" ]; then
+    FROZEN_CODE=$(bash slurm/freeze.sh "${recipe:-}" "$@") || exit
+    export FROZEN_CODE
+    # shellcheck source=slurm/launch.sh
+    source "$FROZEN_CODE/slurm/launch.sh"
+    return
+fi
+
+# The time limit is near (--signal in the scripts' headers). Noted at once: a step may not run yet.
+stopping=
+trap 'stopping=1' USR1
+
+# shellcheck source=slurm/site.sh
+source "$FROZEN_CODE/slurm/site.sh"
+export PYTHON PYTHONPATH=$FROZEN_CODE PYTHONFAULTHANDLER=1
+
+say() { echo "$(date '+%F %T') $*" >&2; }
+die() { echo "error: $*" >&2; exit 2; }
+
+# An array's task is named by array and index: the job id of one of the tasks is that of the whole array too.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-${SLURM_JOB_ID:-}}
+attempt=${SLURM_RESTART_COUNT:-0}
+
+# Trains `$recipe` (a name, or a YAML file) in a run folder of its own; words are settings.
+train() {
+    check_words "$@"
+    find_recipe
+    find_shards
+    if [ -n "${SUBMITTING:-}" ]; then
+        exec "$PYTHON" "$FROZEN_CODE/pipeline/train.py" --config "$recipe" --data "$data" --dry-run "$@" > /dev/null
+    fi
+    run_dir=${RUN_DIR:-$RUNS/$name}
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+        run_dir=$run_dir-seed$SLURM_ARRAY_TASK_ID
+        set -- "$@" "train.seed=$SLURM_ARRAY_TASK_ID"
+    fi
+    begin_attempt "$run_dir"
+    stage_shards
+    count_processes
+    local before rc=0
+    before=$(mark_time)
+    launch train.py --config "$recipe" --data "$data" --run-dir "$run_dir" \
+        train.expect_processes="$NUM_PROCESSES" train.cpu_threads="$OMP_NUM_THREADS" "$@" || rc=$?
+    settle_training "$rc" "$before"
+}
+
+# Evaluates a run; all words go to pipeline/evaluate.py, the first is the run's folder.
+evaluate() {
+    [ -d "${1:-}" ] || die "name the run's folder: slurm/evaluate.sh RUN --data DIR --split test; there is no '${1:-}' in $PWD"
+    [ -z "${SUBMITTING:-}" ] || exit 0
+    begin_attempt "$1"
+    count_processes
+    launch evaluate.py "$@"
+}
+
+# Makes a shard set; all words go to `python -m shard_data`. It goes on where an attempt before it stopped.
+make_shards() {
+    [ $# -gt 0 ] || die "say what to make, for instance: slurm/shard_data.sh mnist --source DIR --out data/mnist"
+    [ -z "${SUBMITTING:-}" ] || exit 0
+    begin_attempt "$*"
+    local rc=0
+    run_step srun --ntasks=1 --nodes=1 --kill-on-bad-exit=1 \
+        "$PYTHON" -m shard_data "$1" --workers "${SLURM_CPUS_PER_TASK:-1}" "${@:2}" || rc=$?
+    [ "$rc" -ge 128 ] || exit "$rc"
+    settle "$rc" "$([ -n "$stopping" ] && echo preempted || echo killed)" 0
+}
+
+# --- before anything is launched
+
+check_words() {
+    local word
+    for word in "$@"; do
+        case $word in
+            --run-dir*) die "name the run folder by the variable RUN_DIR, not by $word: the job looks there for how training ended" ;;
+            --data | --data=* | data.root=*) die "name the shard set by the variable DATA, not by $word: the job checks and copies it" ;;
+            --model* | --config*) die "name a recipe as the first word of slurm/baselines.sh, not by $word" ;;
+        esac
+    done
+}
+
+# A recipe's name or file in `$recipe` -> its frozen file, and the run's `$name`.
+find_recipe() {
+    name=$(basename "$recipe" .yaml)
+    case $recipe in
+        *.yaml) recipe=$FROZEN_CODE/recipes/$name.yaml ;;
+        *) recipe=$FROZEN_CODE/pipeline/configs/$name.yaml ;;
+    esac
+    [ -f "$recipe" ] || die "there is no recipe '$name'; those of the project: $(basename -s .yaml -a "$FROZEN_CODE"/pipeline/configs/*.yaml | paste -sd ' ')"
+    command -v "$PYTHON" > /dev/null || die "no python at $PYTHON: run \`make test\` once, or set PYTHON in slurm/site.sh"
+}
+
+# -> `$data`: what DATA names, or the recipe. A set that is not there is no reason to hold GPUs.
+find_shards() {
+    local root source
+    { read -r root; read -r source; } < <("$PYTHON" -c '
+import sys, yaml
+data = yaml.safe_load(open(sys.argv[1])).get("data", {})
+print(data.get("root") or "", data.get("source") or "SOURCE", sep="\n")' "$recipe")
+    data=${DATA:-$root}
+    [ -n "$data" ] || die "the recipe $name names no shard set; give one by the variable DATA"
+    if [[ $data == *://* || -f $data/manifest.json || -n ${SHARDS_LATER:-} ]]; then return; fi
+    die "$data holds no complete shard set (no manifest.json); this job makes it:
+  slurm/submit.sh slurm/shard_data.sh $source --out $data"
+}
+
+begin_attempt() { # WHAT
+    attempts=.slurm/job-$job.attempts
+    [ "$attempt" -gt 0 ] || : > "$attempts"
+    say "job $job, attempt $attempt on $SLURM_JOB_NODELIST: $1"
+    say "code: $FROZEN_CODE ($(cat "$FROZEN_CODE/REVISION"))"
+}
+
+# Copies the shards to each node's own disk, and compares them with their hashes; whole ones from before are kept.
+stage_shards() {
+    if [ -z "$STAGE" ] || [[ $data == *://* ]]; then return; fi
+    local rc=0
+    run_step srun --ntasks-per-node=1 --kill-on-bad-exit=1 "$PYTHON" "$FROZEN_CODE/slurm/stage.py" "$data" "$STAGE" || rc=$?
+    case $rc in
+        0) data=$("$PYTHON" "$FROZEN_CODE/slurm/stage.py" --where "$data" "$STAGE") ;;
+        2) exit 2 ;; # says itself what to mend
+        *) settle "$rc" "$([ -n "$stopping" ] && echo preempted || echo killed)" 0 ;;
+    esac
+}
+
+# --- the program on all nodes
+
+# -> the variables that slurm/node.sh reads.
+count_processes() {
+    local per_node=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+    [ -n "$per_node" ] || die "the job has no GPUs: ask for them (--gpus-per-node=8), or set PROCESSES_PER_NODE to train on CPUs"
+    export NUM_PROCESSES=$((SLURM_JOB_NUM_NODES * per_node))
+    local cpus=${SLURM_CPUS_PER_TASK:-1}
+    export OMP_NUM_THREADS=$((cpus > per_node ? cpus / per_node : 1))
+    export SRUN_CPUS_PER_TASK=$cpus # srun does not inherit it
+    MAIN_PROCESS_IP=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    export MAIN_PROCESS_IP
+    export MAIN_PROCESS_PORT=$((20000 + SLURM_JOB_ID % 10000)) # two jobs on one node do not meet
+}
+
+launch() { # SCRIPT WORD...
+    local script=$FROZEN_CODE/pipeline/$1
+    run_step srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash "$FROZEN_CODE/slurm/node.sh" "$script" "${@:2}"
+}
+
+# Runs a command in the background, for bash hears signals only between commands; gives the command's exit code.
+# USR1 goes to the processes of the step, again and again, as one that comes before they listen is lost.
+run_step() {
+    local step rc=0
+    "$@" &
+    step=$!
+    while kill -0 "$step" 2> /dev/null; do
+        if [ -z "$stopping" ]; then
+            wait "$step" || true
+        else
+            say "stopping: telling the job's steps"
+            scancel --signal=USR1 "$job" || true
+            for _ in {1..20}; do kill -0 "$step" 2> /dev/null && sleep 1; done
+        fi
+    done
+    wait "$step" || rc=$?
+    return "$rc"
+}
+
+# --- afterwards: done, requeue or give up
+
+mark_time() { stat -c %y "$run_dir/status.json" 2> /dev/null || true; }
+
+# What training says of itself in RUN/status.json decides, for an exit code does not tell a kill from an error.
+settle_training() { # RC MARK_TIME_BEFORE
+    local state step
+    read -r state step < <("$PYTHON" -c '
+import pathlib, sys
+from pipeline.status import read_status
+status = read_status(pathlib.Path(sys.argv[1]))
+print(status.state, status.step)' "$run_dir")
+    if [ "$(mark_time)" = "$2" ] && [ "$state" != finished ]; then
+        [ "$1" != 0 ] || exit 0 # nothing was to be trained: --dry-run
+        state=$([ -n "$stopping" ] && echo preempted || echo none)
+    fi
+    case $state in
+        finished) say "finished: step $step"; exit 0 ;;
+        failed) say "failed: $run_dir/status.json says why; not requeued"; exit $(($1 > 0 ? $1 : 1)) ;;
+        *) settle "$1" "$state" "$step" ;;
+    esac
+}
+
+settle() { # RC STATE STEP: unfinished
+    say "attempt $attempt stopped: $2 at step $3, exit code $1"
+    echo "$2 $3" >> "$attempts"
+    local failures
+    failures=$(failures_in_a_row)
+    [ "$failures" -lt "$MAX_FAILURES" ] || give_up "$failures attempts in a row failed and brought it no step further (MAX_FAILURES)"
+    [ $((attempt + 1)) -lt "$MAX_ATTEMPTS" ] || give_up "this was the last of $MAX_ATTEMPTS attempts (MAX_ATTEMPTS)"
+    scontrol requeue "$job" || give_up "SLURM did not requeue the job"
+    say "requeued"
+    exit 0
+}
+
+# Failed attempts since the last that was stopped on purpose or went further than all before it.
+failures_in_a_row() {
+    awk '{ failures = $1 == "preempted" || $2 > best ? 0 : failures + 1 } $2 > best { best = $2 } END { print failures }' "$attempts"
+}
+
+give_up() { # WHY
+    say "unfinished, not requeued: $1. Submit the same again to go on."
+    exit 75
+}

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# What srun starts once on every node: `accelerate launch`, which starts the node's processes.
+#
+#   slurm/node.sh SCRIPT WORD...
+#
+# SLURM sends USR1 to every process of a step. The launcher would die of it, and take the processes with it, so it is
+# ignored here; that outlives exec, and the script's own processes set a handler.
+set -euo pipefail
+trap '' USR1
+exec "$PYTHON" -m accelerate.commands.launch \
+    --config_file "$FROZEN_CODE/accelerate_configs/multi_node.yaml" \
+    --num_machines "$SLURM_JOB_NUM_NODES" --machine_rank "$SLURM_NODEID" --num_processes "$NUM_PROCESSES" \
+    --main_process_ip "$MAIN_PROCESS_IP" --main_process_port "$MAIN_PROCESS_PORT" \
+    --num_cpu_threads_per_process "$OMP_NUM_THREADS" "$@"

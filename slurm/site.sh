@@ -1,0 +1,28 @@
+# shellcheck shell=bash
+# What differs from site to site; the one file here to edit. slurm/submit.sh reads it on the host that submits, each job
+# reads it on its first node. NAME=${NAME:-value} gives way to a NAME that the submitting shell has exported.
+
+# Environment: a python that has the project's packages (`make` makes .venv), and the modules it needs.
+# module purge
+# module load gcc cuda
+PYTHON=${PYTHON:-.venv/bin/python}
+
+# Account and partition, as slurm/submit.sh hands them to sbatch. Plain sbatch reads no file: give options there, or put
+# these lines into ~/.bashrc.
+# export SBATCH_ACCOUNT=my_project
+# export SBATCH_PARTITION=gpu
+
+# Network: needed where node names resolve to loopback, or where the fast network is not the first one.
+# export NCCL_SOCKET_IFNAME=ib0   # GPUs
+# export GLOO_SOCKET_IFNAME=ib0   # CPUs, and what hosts of GPU jobs agree on
+# export NCCL_IB_HCA=mlx5
+# export NCCL_DEBUG=WARN
+
+# Places. RUNS: where run folders are made. STAGE: a folder on each node's own disk, the same path on all of them and
+# left alone between jobs; shards are copied there and checked before training. Empty: shards are read where they are.
+RUNS=${RUNS:-runs}
+STAGE=${STAGE:-}
+
+# How often a job is requeued: starts in all, and failed ones in a row that brought training no step further.
+MAX_ATTEMPTS=${MAX_ATTEMPTS:-100}
+MAX_FAILURES=${MAX_FAILURES:-5}

@@ -1,0 +1,97 @@
+"""Copies a shard set to this node's own disk, and compares every file with its hash.
+
+    python slurm/stage.py SET FOLDER           into FOLDER/NAME-FINGERPRINT; whole files from before are kept
+    python slurm/stage.py --where SET FOLDER   only print that folder
+
+Needs the repository on PYTHONPATH. Exit codes: 0 the copy is whole, 1 this node cannot take it, 2 the set itself is
+not in order.
+"""
+
+import fcntl
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+
+from shard_data.errors import DataError
+from shard_data.files import replacing, sha256
+from shard_data.manifest import FILE, Manifest, all_shards, load
+
+SECONDS_PER_LINE = 10
+
+
+def where(manifest: Manifest, folder: Path) -> Path:
+    """The copy's folder. Another set, or another version of it, has another one."""
+    return folder / f"{manifest['name']}-{manifest['fingerprint'][:12]}"
+
+
+def stage(root: Path, folder: Path) -> None:
+    """Makes the copy whole. Raises DataError where the original is damaged, OSError where the copy cannot be made."""
+    manifest = load(root)
+    target = where(manifest, folder)
+    target.mkdir(parents=True, exist_ok=True)
+    with open(target / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of the jobs on this node one copies, and the others find it done
+        copied = copy_shards(manifest, root, target)
+        copy(root / FILE, target / FILE, sha256(root / FILE))
+    say(f"{target} is whole: {len(hashes(manifest))} files, {copied} of them copied now")
+
+
+def copy_shards(manifest: Manifest, root: Path, target: Path) -> int:
+    """Returns how many files had to be copied."""
+    files = hashes(manifest)
+    copied, told = 0, time.monotonic()
+    for number, (name, digest) in enumerate(files.items(), start=1):
+        if not is_whole(target / name, digest):
+            copy(root / name, target / name, digest)
+            copied += 1
+        if time.monotonic() - told > SECONDS_PER_LINE:
+            say(f"{number} of {len(files)} files of {root} are here")
+            told = time.monotonic()
+    return copied
+
+
+def hashes(manifest: Manifest) -> dict[str, str]:
+    """File name -> sha256, of all tars and indices."""
+    shards = all_shards(manifest)
+    return {s["file"]: s["sha256"] for s in shards} | {s["index"]: s["index_sha256"] for s in shards}
+
+
+def is_whole(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(path) == digest
+
+
+def copy(source: Path, target: Path, digest: str) -> None:
+    """Copies one file, and reads the copy again."""
+    with replacing(target) as file, open(source, "rb") as original:
+        shutil.copyfileobj(original, file, 2**20)
+    if is_whole(target, digest):
+        return
+    target.unlink()
+    if is_whole(source, digest):
+        raise OSError(f"{target} is not what was written there; this node's disk is faulty")
+    raise DataError(f"{source} is damaged; `python -m shard_data verify {source.parent}` tells more")
+
+
+def say(text: str) -> None:
+    print(f"{socket.gethostname()}: {text}", file=sys.stderr, flush=True)
+
+
+def main(words: list[str]) -> int:
+    if words[:1] == ["--where"]:
+        print(where(load(Path(words[1])), Path(words[2])))
+        return 0
+    try:
+        stage(Path(words[0]), Path(words[1]))
+    except DataError as error:
+        say(f"error: {error}")
+        return 2
+    except OSError as error:
+        say(f"error: the shards could not be copied to {words[1]}: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
