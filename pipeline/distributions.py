@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BinRule = Literal["published", "exact"]
+Squashing = Literal["sigmoid", "tanh"]
 
 SOFT_CLAMP = 5.0
 MIN_SIGMA = 0.01
@@ -34,20 +35,19 @@ def soft_clamp(values: Tensor) -> Tensor:
 
 
 class Normal:
-    """Diagonal normal from raw, unbounded network outputs a and l, elementwise.
+    """Diagonal normal, elementwise, from its mean and the logarithm of its sigma."""
 
-    mu = 5 tanh(a/5), sigma = temperature * (exp(5 tanh(l/5)) + 0.01): the bounds that keep NVAE stable (NVAE section
-    3.2 and its reference release, which applies them to every Normal, so that raw zeros mean sigma = 1.01).
-    """
+    def __init__(self, mean: Tensor, log_sigma: Tensor):
+        self.mean, self.log_sigma = at_least_float32(mean), at_least_float32(log_sigma)
 
-    def __init__(self, raw_mean: Tensor, raw_log_sigma: Tensor, temperature: float = 1.0):
-        self.mean = soft_clamp(at_least_float32(raw_mean))
-        sigma = torch.exp(soft_clamp(at_least_float32(raw_log_sigma))) + MIN_SIGMA
-        self.sigma = sigma if temperature == 1.0 else sigma * temperature
+    @classmethod
+    def standard(cls, like: Tensor) -> "Normal":
+        """Mean 0 and sigma 1, of this tensor's shape, device and precision."""
+        return cls(torch.zeros_like(like), torch.zeros_like(like))
 
     @cached_property
-    def log_sigma(self) -> Tensor:
-        return torch.log(self.sigma)
+    def sigma(self) -> Tensor:
+        return torch.exp(self.log_sigma)
 
     def sample(self, noise: Tensor) -> Tensor:
         """mu + sigma * noise, for standard normal noise of the same shape."""
@@ -64,11 +64,28 @@ class Normal:
         return 0.5 * (distance + ratio - 1) + (other.log_sigma - self.log_sigma)
 
 
-class PixelNormal:
-    """Continuous density of y = 2x - 1 under a soft-clamped `Normal`; in bits not comparable with the discrete ones."""
+class ClampedNormal(Normal):
+    """Diagonal normal from raw, unbounded network outputs a and l, elementwise.
 
-    def __init__(self, raw_mean: Tensor, raw_log_sigma: Tensor):
-        self.normal = Normal(raw_mean, raw_log_sigma)
+    mu = 5 tanh(a/5), sigma = temperature * (exp(5 tanh(l/5)) + 0.01): the bounds that keep NVAE stable (NVAE section
+    3.2 and its reference release, which applies them to every normal, so that raw zeros mean sigma = 1.01).
+    """
+
+    def __init__(self, raw_mean: Tensor, raw_log_sigma: Tensor, temperature: float = 1.0):
+        sigma = torch.exp(soft_clamp(at_least_float32(raw_log_sigma))) + MIN_SIGMA
+        self.sigma = sigma if temperature == 1.0 else sigma * temperature
+        self.mean = soft_clamp(at_least_float32(raw_mean))
+
+    @cached_property
+    def log_sigma(self) -> Tensor:
+        return torch.log(self.sigma)
+
+
+class PixelNormal:
+    """Continuous density of y = 2x - 1 under a `Normal`; in bits not comparable with the discrete ones."""
+
+    def __init__(self, normal: Normal):
+        self.normal = normal
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density of y per element (B, C, H, W), nats."""
@@ -82,6 +99,28 @@ class PixelNormal:
     def sample(self, noise: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] from standard normal noise of that shape."""
         return to_image(self.normal.sample(noise))
+
+
+class SquaredError:
+    """The summed squared error of tutorials, from raw outputs (B, C, H, W): an unnormalised normal of variance 1/2.
+
+    `sigmoid` compares x with sigmoid(raw) in [0, 1]; `tanh` compares y = 2x - 1 with tanh(raw) in [-1, 1]. Without its
+    normaliser it is no density: values are comparable only with each other, not in bits with any likelihood.
+    """
+
+    def __init__(self, raw: Tensor, output: Squashing):
+        self.raw, self.output = at_least_float32(raw), output
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Minus the squared error per element (B, C, H, W)."""
+        x = x.to(self.raw.dtype)
+        error = x - torch.sigmoid(self.raw) if self.output == "sigmoid" else 2 * x - 1 - torch.tanh(self.raw)
+        return -error.square()
+
+    @property
+    def mean(self) -> Tensor:
+        """(B, C, H, W) in [0, 1]."""
+        return torch.sigmoid(self.raw) if self.output == "sigmoid" else to_image(torch.tanh(self.raw))
 
 
 class Bernoulli:

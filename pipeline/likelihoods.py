@@ -1,24 +1,30 @@
 """The likelihood p(x | z) as a config section: which distribution, and how many decoder channels it takes."""
 
+from math import log
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from pipeline.distributions import (
     Bernoulli,
     BinRule,
+    ClampedNormal,
     DiscretizedLogistic,
     DiscretizedLogisticMixture,
+    Normal,
     PixelNormal,
+    SquaredError,
+    Squashing,
 )
 from pipeline.schema import Section
 
-PixelDistribution = Bernoulli | PixelNormal | DiscretizedLogistic | DiscretizedLogisticMixture
+PixelDistribution = Bernoulli | PixelNormal | SquaredError | DiscretizedLogistic | DiscretizedLogisticMixture
 
 
 class BernoulliLikelihood(Section):
-    """Binary pixels."""
+    """Binary pixels; on grey values in [0, 1] the cross-entropy of tutorials."""
 
     name: Literal["bernoulli"] = "bernoulli"
 
@@ -58,14 +64,34 @@ class NormalLikelihood(Section):
     """Continuous density of each pixel value; in bits per dimension not comparable with the discrete likelihoods."""
 
     name: Literal["normal"] = "normal"
+    sigma: Annotated[float, Field(gt=0)] | None = None
+    """Of every pixel, on values scaled to [-1, 1]. Unset: learned for each pixel, mean and sigma softly clamped."""
 
     def num_outputs(self, channels: int) -> int:
         """Decoder output channels for images of this many channels."""
-        return 2 * channels
+        return channels if self.sigma else 2 * channels
 
     def build(self, outputs: Tensor, bits: int) -> PixelDistribution:
-        """p(x | z) from decoder outputs (B, num_outputs, H, W): raw means, then raw log sigmas."""
-        return PixelNormal(*outputs.chunk(2, dim=1))
+        """p(x | z) from decoder outputs (B, num_outputs, H, W): means, and raw log sigmas where they are learned."""
+        if self.sigma:
+            return PixelNormal(Normal(outputs, torch.full_like(outputs, log(self.sigma))))
+        return PixelNormal(ClampedNormal(*outputs.chunk(2, dim=1)))
+
+
+class SquaredErrorLikelihood(Section):
+    """Minus the summed squared error, as tutorials train: no normalised density, its bits compare with nothing."""
+
+    name: Literal["squared_error"] = "squared_error"
+    output: Squashing = "sigmoid"
+    """What bounds the decoder's output: `sigmoid` compares values in [0, 1], `tanh` values scaled to [-1, 1]."""
+
+    def num_outputs(self, channels: int) -> int:
+        """Decoder output channels for images of this many channels."""
+        return channels
+
+    def build(self, outputs: Tensor, bits: int) -> PixelDistribution:
+        """p(x | z) from decoder outputs (B, num_outputs, H, W)."""
+        return SquaredError(outputs, self.output)
 
 
 class DiscretizedLogisticLikelihood(Section):
@@ -83,6 +109,10 @@ class DiscretizedLogisticLikelihood(Section):
 
 
 Likelihood = Annotated[
-    BernoulliLikelihood | LogisticMixtureLikelihood | NormalLikelihood | DiscretizedLogisticLikelihood,
+    BernoulliLikelihood
+    | LogisticMixtureLikelihood
+    | NormalLikelihood
+    | SquaredErrorLikelihood
+    | DiscretizedLogisticLikelihood,
     Field(discriminator="name"),
 ]

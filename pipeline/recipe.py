@@ -4,7 +4,7 @@
 """
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -15,6 +15,7 @@ from pipeline.config import ConfigError, build, document, load_yaml, overlay
 from pipeline.data.loader import DataConfig
 from pipeline.evaluation import ValidationConfig
 from pipeline.models.base import VAE
+from pipeline.models.mlp_vae import MLPVAEConfig
 from pipeline.models.nvae import NVAEConfig
 from pipeline.objective import ObjectiveConfig
 from pipeline.optim import OptimConfig
@@ -27,7 +28,7 @@ from pipeline.trainer import TrainConfig
 RECIPES = Path(__file__).parent / "configs"
 
 
-Model = NVAEConfig
+Model = Annotated[NVAEConfig | MLPVAEConfig, Field(discriminator="name")]
 """Every model's section; `model.name` tells them apart."""
 
 

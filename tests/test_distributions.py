@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pipeline.distributions import (
     Bernoulli,
+    ClampedNormal,
     DiscretizedLogistic,
     DiscretizedLogisticMixture,
-    Normal,
     PixelNormal,
 )
 from pipeline.likelihoods import (
@@ -40,8 +40,8 @@ def double(value: float) -> Tensor:
 @settings(deadline=None)
 @given(raw, raw, raw, raw, st.floats(-10, 10), st.sampled_from([1.0, 0.7]))
 def test_normal_agrees_with_torch_distributions(mean, log_sigma, other_mean, other_log_sigma, z, temperature):
-    ours = Normal(double(mean), double(log_sigma), temperature)
-    other = Normal(double(other_mean), double(other_log_sigma))
+    ours = ClampedNormal(double(mean), double(log_sigma), temperature)
+    other = ClampedNormal(double(other_mean), double(other_log_sigma))
     theirs = torch.distributions.Normal(ours.mean, ours.sigma)
     torch.testing.assert_close(ours.log_prob(double(z)), theirs.log_prob(double(z)), rtol=1e-12, atol=1e-12)
     kl = torch.distributions.kl_divergence(theirs, torch.distributions.Normal(other.mean, other.sigma))
@@ -50,15 +50,15 @@ def test_normal_agrees_with_torch_distributions(mean, log_sigma, other_mean, oth
 
 def test_normal_clamps_softly_and_scales_by_temperature_last():
     zeros = torch.zeros(3)
-    assert Normal(zeros, zeros).sigma.tolist() == pytest.approx([1.01] * 3)
-    assert Normal(zeros, zeros, temperature=0.5).sigma.tolist() == pytest.approx([0.505] * 3)
-    extreme = Normal(torch.tensor([-1e9, 1e9]), torch.tensor([-1e9, 1e9]))
+    assert ClampedNormal(zeros, zeros).sigma.tolist() == pytest.approx([1.01] * 3)
+    assert ClampedNormal(zeros, zeros, temperature=0.5).sigma.tolist() == pytest.approx([0.505] * 3)
+    extreme = ClampedNormal(torch.tensor([-1e9, 1e9]), torch.tensor([-1e9, 1e9]))
     assert extreme.mean.tolist() == pytest.approx([-5, 5])
     assert extreme.sigma.tolist() == pytest.approx([torch.exp(torch.tensor(s)).item() + 0.01 for s in (-5.0, 5.0)])
 
 
 def test_normal_sample_is_mean_plus_scaled_noise():
-    normal = Normal(random(4, 2, seed=1), random(4, 2, seed=2))
+    normal = ClampedNormal(random(4, 2, seed=1), random(4, 2, seed=2))
     noise = random(4, 2, seed=3)
     torch.testing.assert_close(normal.sample(noise), normal.mean + normal.sigma * noise)
 
@@ -70,9 +70,9 @@ def test_normal_sample_is_mean_plus_scaled_noise():
 def test_half_precision_is_promoted_and_double_kept(given_dtype, computed):
     x = torch.rand(2, 3, 4, 4).to(given_dtype)
     outputs = random(2, 100, 4, 4).to(given_dtype)
-    z = Normal(outputs, outputs)
+    z = ClampedNormal(outputs, outputs)
     assert z.sigma.dtype == z.sample(outputs).dtype == z.log_prob(outputs).dtype == computed
-    for likelihood in (Bernoulli(outputs[:, :3]), PixelNormal(*outputs[:, :6].chunk(2, 1))):
+    for likelihood in (Bernoulli(outputs[:, :3]), PixelNormal(ClampedNormal(*outputs[:, :6].chunk(2, 1)))):
         assert likelihood.log_prob(x).dtype == likelihood.mean.dtype == computed
     for likelihood in (
         DiscretizedLogistic(*outputs[:, :6].chunk(2, 1)),
@@ -98,7 +98,7 @@ def test_bernoulli_agrees_with_torch_distributions():
 def test_pixel_normal_is_the_density_of_y():
     mean, log_sigma, x = random(2, 3, 4, 4), random(2, 3, 4, 4, seed=1), random(2, 3, 4, 4, seed=2)
     theirs = torch.distributions.Normal(5 * torch.tanh(mean / 5), torch.exp(5 * torch.tanh(log_sigma / 5)) + 0.01)
-    ours = PixelNormal(mean, log_sigma)
+    ours = PixelNormal(ClampedNormal(mean, log_sigma))
     torch.testing.assert_close(ours.log_prob(x), theirs.log_prob(2 * x - 1))
     torch.testing.assert_close(ours.mean, (theirs.mean.clamp(-1, 1) + 1) / 2)
     noise = 10 * random(2, 3, 4, 4, seed=3)

@@ -13,12 +13,13 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     # 1: stands on nothing but third parties and its own floor
     """schema config conditions distributions likelihoods models.base noise
-    nn.layers nn.cells nn.batch_norm nn.depthwise nn.flows
+    nn.layers nn.cells nn.batch_norm nn.depthwise nn.flows nn.posterior nn.posterior_flows
     data.hashing data.recent data.manifest data.order data.shards data.preprocess data.remote data.damage checkpoint
-    tracking records status metrics ema files images runtime torchvision_guard""".split(),
+    tracking wandb_run wandb_files records status metrics ema files images runtime torchvision_guard
+    agreement launcher preemption roll watchdog""".split(),
     # 2
-    """models.nvae models.nvae_names data.loader objective regularizers optim evaluation flops sampling state resume
-    data_trace damage""".split(),
+    """models.nvae models.nvae_names models.flat models.mlp_vae data.loader objective regularizers optim evaluation flops
+    sampling state resume data_trace damage""".split(),
     # 3
     ["trainer", "recipe", "session"],
     # 4: scripts
@@ -26,7 +27,7 @@ FLOORS = [
 ]
 
 DOORS = {
-    "wandb": {"pipeline/tracking.py"},
+    "wandb": {"pipeline/wandb_run.py"},
     "yaml": {"pipeline/config.py"},
     "accelerate": {"pipeline/runtime.py"},
     "torchvision": {"pipeline/torchvision_guard.py"},

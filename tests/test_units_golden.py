@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pipeline.data.preprocess import to_model_input
-from pipeline.distributions import DiscretizedLogisticMixture, Normal, PixelNormal
+from pipeline.distributions import ClampedNormal, DiscretizedLogisticMixture, PixelNormal
 from pipeline.models.base import LatentGroup, VAEOutput
 from pipeline.models.nvae_names import config_from_reference, import_state_dict
 from pipeline.nn.cells import CELLS, BNELUConv, BNSwishConv, FactorizedReduce, InvertedResidual, ResidualCell
@@ -38,9 +38,9 @@ def test_every_entry_has_a_test(units):
 
 def test_normal(units):
     entry = units["normal"]
-    prior = Normal(entry["p_raw"]["mu_raw"], entry["p_raw"]["log_sigma_raw"])
+    prior = ClampedNormal(entry["p_raw"]["mu_raw"], entry["p_raw"]["log_sigma_raw"])
     for row in entry["rows"]:
-        posterior = Normal(entry["q_raw"]["mu_raw"], entry["q_raw"]["log_sigma_raw"], row["temp_q"])
+        posterior = ClampedNormal(entry["q_raw"]["mu_raw"], entry["q_raw"]["log_sigma_raw"], row["temp_q"])
         close(posterior.mean, row["q_mu"])
         close(posterior.sigma, row["q_sigma"])
         close(posterior.log_prob(entry["z"]), row["log_q"])
@@ -63,7 +63,7 @@ def test_dmol_all_levels(units):
 
 def test_normal_decoder(units):
     entry = units["normal_decoder"]
-    close(PixelNormal(*entry["logits"].chunk(2, dim=1)).log_prob(entry["x"]), entry["log_prob"])
+    close(PixelNormal(ClampedNormal(*entry["logits"].chunk(2, dim=1))).log_prob(entry["x"]), entry["log_prob"])
 
 
 def test_quantise(units):

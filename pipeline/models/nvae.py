@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.conditions import Condition
-from pipeline.distributions import Normal, at_least_float32
+from pipeline.distributions import ClampedNormal, Normal, at_least_float32
 from pipeline.likelihoods import Likelihood, LogisticMixtureLikelihood, PixelDistribution
 from pipeline.models.base import VAE, LatentGroup, VAEOutput, check_condition
 from pipeline.nn.cells import CELLS, ResidualCell, Resize
@@ -256,7 +256,7 @@ class NVAE(VAE):
         check_condition(self, condition)
 
         def draw(k: int, h: Tensor | None) -> Tensor:
-            return Normal(*self._raw_prior(k, h, noise[k], condition), temperature).sample(noise[k])
+            return ClampedNormal(*self._raw_prior(k, h, noise[k], condition), temperature).sample(noise[k])
 
         with normalized_once(self._normalized_convs):
             return self._decode(draw, condition)
@@ -303,9 +303,9 @@ class NVAE(VAE):
         raw_posterior = _mean_and_log_sigma(self.posteriors[k](feature))
         if k > 0 and self.config.residual_posterior:
             raw_posterior = [a + b for a, b in zip(raw_posterior, raw_prior, strict=True)]
-        posterior = Normal(*raw_posterior)
+        posterior = ClampedNormal(*raw_posterior)
         base = posterior.sample(noise)
-        return LatentDraw(posterior, Normal(*raw_prior), base, self.flows[k](base))
+        return LatentDraw(posterior, ClampedNormal(*raw_prior), base, self.flows[k](base))
 
     def _raw_prior(self, k: int, h: Tensor | None, noise: Tensor, condition: Tensor | None) -> Sequence[Tensor]:
         if k > 0:
