@@ -65,9 +65,23 @@ class MetricsFile:
             logger.warning("%s: %s; its records are kept in memory until it can be written", self._file.name, fault)
         self._failing = fault is not None
 
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            logger.warning("%s: not brought to the disk: %s", self._file.name, error.strerror)
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def read_records(path: Path) -> list[dict[str, float]]:
+    """The whole records of a file, in order; none where there is no file. A torn line is left out."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    records = [parse(line) for line in lines if line.endswith(b"\n")]
+    return [{key: float(v) if isinstance(v, str) else v for key, v in record.items()} for record in records if record]
 
 
 def cut_records(path: Path, last_step: int) -> None:
@@ -75,7 +89,7 @@ def cut_records(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and step_of(line, default=math.inf) <= last_step]
+    kept = [line for line in lines if line.endswith(b"\n") and (record := parse(line)) and record["step"] <= last_step]
     if kept == lines:
         return
     with replacing(path) as file:
@@ -88,13 +102,13 @@ def cut_records(path: Path, last_step: int) -> None:
     )
 
 
-def step_of(line: bytes, default: float) -> float:
-    """The step of a record; `default` for what is no record."""
+def parse(line: bytes) -> dict[str, int | float | str] | None:
+    """A record as its line has it; None for what is no record."""
     try:
-        step = json.loads(line)["step"]
+        record = json.loads(line)
+        return record if isinstance(record["step"], int) else None
     except (ValueError, KeyError, TypeError):
-        return default
-    return step if isinstance(step, int) else default
+        return None
 
 
 def json_number(value: float) -> int | float | str:

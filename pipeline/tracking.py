@@ -1,57 +1,24 @@
-"""What a run tells: `metrics.jsonl` always, Weights & Biases (W&B) beside it. The one door to wandb.
+"""What a run tells: `metrics.jsonl` always, Weights & Biases (W&B) beside it, one run over all attempts.
 
-W&B's page puts each key into a section named after what precedes the key's slash, and a run has no other way to name
-sections (docs.wandb.ai, "How can I organize my logged charts and media in the W&B UI?"). So every key is logged twice:
-as in `metrics.jsonl`, for programs, marked hidden from automatic panels; and under its section, for eyes. The page then
-opens with the sections Latent groups, Objective, Samples, Throughput and Validation, over the step.
-
-What W&B gets: the resolved settings, figures, pictures, and what it measures of the machine. Not the code, the state of
-git, the terminal's text or a key.
+`metrics.jsonl` is the truth: W&B is brought up to it at each start, and what it has already it is not told again.
 """
 
-import contextlib
 import logging
-import netrc
-import os
-import queue
-import re
-import signal
-import threading
-import uuid
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from pipeline.records import MetricsFile
+from pipeline.records import MetricsFile, read_records
 from pipeline.schema import Section
+from pipeline.wandb_run import WandbRun, start_wandb
 
 logger = logging.getLogger(__name__)
 
-PANELS = {
-    "train": "Objective/",
-    "kl": "Latent groups/kl ",
-    "active_units": "Latent groups/active units ",
-    "samples": "Samples/",
-    "reconstructions": "Samples/reconstructions",
-    "perf": "Throughput/",
-    "val": "Validation/",
-}
-"""What W&B's page shows in place of a key's beginning, up to its slash."""
-
-SUMMARIES = {
-    "val/elbo": "max,last",
-    "val/bpd": "min,last",
-    "val/nll": "min,last",
-    "val/bpd_nll": "min,last",
-    "perf/images_per_second": "mean,last",
-}
-"""What W&B's table of runs shows of a key, where it is more than the last value."""
-
-DEFAULT_SERVER = "https://api.wandb.ai"
+WALL_CLOCK = "perf/wall_clock_s"
 
 
 class TrackingConfig(Section):
@@ -77,8 +44,11 @@ class Tracker:
     """`log` figures and pictures, `alert` people, `finish`. Does nothing on processes other than the main one.
 
     `run_config` is what W&B shows as the run's configuration. Records after `start_step`, which the run is about to
-    repeat, are cut off `metrics.jsonl`. Raises ValueError where a fresh start (`start_step` 0) asked for W&B online and
-    is refused. A context manager: an exception that passes through marks the W&B run as failed.
+    repeat, are cut off `metrics.jsonl`; those up to it that W&B lacks (earlier attempts were killed before they had
+    sent them, or were offline) are sent first. `attempt` counts the starts of this run from 1.
+
+    Raises ValueError where a fresh start (`start_step` 0) asked for W&B online and is refused. A context manager: an
+    exception that passes through marks the W&B run as failed.
     """
 
     def __init__(
@@ -89,25 +59,50 @@ class Tracker:
         *,
         is_main: bool,
         start_step: int,
+        attempt: int = 1,
     ):
         self._metrics: MetricsFile | None = None
         self._wandb: WandbRun | None = None
         if not is_main:
             return
+        self._started = time.monotonic()
+        self._attempt = attempt
+        self._dated: int | None = None
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
+        path, last_step = run_dir / "metrics.jsonl", start_step or -1
         self._wandb = start_wandb(config, run_dir, run_config, fresh=start_step == 0)
-        self._metrics = MetricsFile(run_dir / "metrics.jsonl", last_step=start_step or -1)
+        earlier = read_records(path)
+        self._spent = max((record.get(WALL_CLOCK, 0.0) for record in earlier), default=0.0)
+        self._metrics = MetricsFile(path, last_step)
+        if self._wandb is not None:
+            self._wandb.catch_up([record for record in earlier if record["step"] <= last_step])
 
     def log(self, step: int, scalars: Mapping[str, float], images: Mapping[str, np.ndarray] | None = None) -> None:
         """Record figures, and pictures (uint8, height x width x 3) for W&B, of `step`, which never goes back.
 
         Several calls for one step make one record. Log a step before saving its checkpoint: a kill then leaves no gap.
+        Each record of figures also gets `attempt`, and `perf/wall_clock_s`: seconds of training over all attempts,
+        counting each from its start to its last record, with the steps that a kill lost and without the time between.
         """
-        if self._metrics is not None:
-            self._metrics.add(step, scalars)
+        if self._metrics is None:
+            return
+        scalars = self._with_cost(step, scalars)
+        self._metrics.add(step, scalars)
         if self._wandb is not None:
             self._wandb.log(step, scalars, images or {})
+
+    def _with_cost(self, step: int, scalars: Mapping[str, float]) -> Mapping[str, float]:
+        if not scalars or step == self._dated:
+            return scalars
+        self._dated = step
+        seconds = self._spent + time.monotonic() - self._started
+        return {**scalars, "attempt": self._attempt, WALL_CLOCK: round(seconds, 3)}
+
+    def sync(self) -> None:
+        """Bring `metrics.jsonl` to the disk: before a checkpoint, so that a power cut leaves no gap either."""
+        if self._metrics is not None:
+            self._metrics.sync()
 
     def alert(self, title: str, text: str) -> None:
         """Tell people of something to look at: in the log, and through W&B (by mail or Slack, as they chose)."""
@@ -129,217 +124,3 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.finish(exit_code=0 if kind is None else 1)
-
-
-# --- W&B --------------------------------------------------------------------------------------------------------------
-
-
-class WandbRun:
-    """A W&B run that can neither stop nor delay training.
-
-    Its calls are made one after the other on a thread of its own. After an error, or when a thousand calls wait because
-    the W&B service is stuck, W&B is off for the rest of the run, which is said once.
-    """
-
-    def __init__(self, run: Any, timeout: float):
-        self._run = run
-        self._timeout = timeout
-        self._defined: set[str] = set()
-        self._off = False
-        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=1000)
-        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-        self._thread.start()
-
-    def log(self, step: int, scalars: Mapping[str, float], images: Mapping[str, np.ndarray]) -> None:
-        """Figures and pictures of a step, each under its key and, for W&B's page, under its section."""
-        self._send(lambda: self._log(step, dict(scalars), dict(images)))
-
-    def alert(self, title: str, text: str) -> None:
-        """A message to the people who watch this run."""
-        self._send(lambda: self._run.alert(title=title[:63], text=text, level="WARN"))
-
-    def finish(self, exit_code: int) -> None:
-        """Ends the run; returns within twice the timeout, whatever the service does."""
-        self._send(lambda: self._run.finish(exit_code=exit_code))
-        self._send(None)
-        self._thread.join(2 * self._timeout if not self._off else 1.0)
-        if self._thread.is_alive():
-            logger.warning("W&B did not finish in time; what it has not sent lies in %s", self._run.dir)
-            end_service()  # otherwise wandb waits for it when Python exits
-
-    def _log(self, step: int, scalars: dict[str, float], images: dict[str, np.ndarray]) -> None:
-        import wandb
-
-        values = {**scalars, **images}
-        record: dict[str, Any] = {"step": step}
-        for key, value in values.items():
-            for name in dict.fromkeys((key, panel_name(key))):
-                record[name] = wandb.Image(value) if key in images else value
-            self._define(key)
-        self._run.log(record, step=step)
-
-    def _define(self, key: str) -> None:
-        if key in self._defined:
-            return
-        self._defined.add(key)
-        panel = panel_name(key)
-        has_panel = panel != key
-        self._run.define_metric(key, step_metric="step", summary=SUMMARIES.get(key), hidden=has_panel or "/" not in key)
-        if has_panel:
-            self._run.define_metric(panel, step_metric="step", summary="none")
-
-    def _send(self, call: Callable[[], None] | None) -> None:
-        if self._off:
-            return
-        try:
-            self._calls.put_nowait(call)
-        except queue.Full:
-            self._switch_off("its service does not answer")
-
-    def _work(self) -> None:
-        for call in iter(self._calls.get, None):
-            try:
-                call()
-            except Exception as error:  # nothing that W&B does may end training
-                self._switch_off(describe(error))
-                return
-
-    def _switch_off(self, why: str) -> None:
-        if self._off:
-            return
-        self._off = True
-        logger.warning("W&B is off from here on (%s); metrics.jsonl goes on", why)
-
-
-def panel_name(key: str) -> str:
-    """`kl/8x8_group03` -> `Latent groups/kl 8x8_group03`; a key of no section as it is."""
-    prefix, _, rest = key.partition("/")
-    return PANELS[prefix] + rest if prefix in PANELS else key
-
-
-def start_wandb(
-    config: TrackingConfig, run_dir: Path, run_config: Mapping[str, Any], *, fresh: bool
-) -> WandbRun | None:
-    """The W&B run of a run folder, the same one after a restart; None where W&B is disabled or cannot work at all."""
-    mode, reason = choose_mode(config.wandb)
-    run = None
-    if mode == "online":
-        run, reason = connect(config, run_dir, run_config)
-        if run is not None:
-            logger.info("W&B: %s", run.url)
-        elif fresh and config.wandb == "online":
-            raise ValueError(
-                f"tracking.wandb=online, but W&B cannot be used: {reason}. Check the key (wandb login --relogin) and "
-                "the network, or run with tracking.wandb=offline"
-            )
-    if run is None and mode != "disabled":
-        run = go_offline(config, run_dir, run_config, reason)
-    return None if run is None else WandbRun(run, config.wandb_timeout)
-
-
-def choose_mode(wanted: str) -> tuple[str, str]:
-    """(online, offline or disabled; why). `auto` follows WANDB_MODE where set, then asks whether there is a key."""
-    if wanted == "auto":
-        wanted = os.environ.get("WANDB_MODE", "auto")
-        if wanted in ("offline", "disabled"):
-            return wanted, f"WANDB_MODE={wanted}"
-        return ("online", "") if find_key() else ("offline", "no W&B key found: set WANDB_API_KEY or run `wandb login`")
-    return wanted, f"tracking.wandb={wanted}"
-
-
-def connect(config: TrackingConfig, run_dir: Path, run_config: Mapping[str, Any]) -> tuple[Any, str]:
-    """(online run, "") or (None, why not). Never asks for a key."""
-    if not find_key():
-        return None, "no key found: set WANDB_API_KEY or run `wandb login`"
-    try:
-        return init_run("online", config, run_dir, run_config), ""
-    except Exception as error:  # wandb raises many kinds
-        with contextlib.suppress(Exception):
-            import wandb
-
-            wandb.teardown()  # its service holds the run's id until then
-        return None, describe(error)
-
-
-def go_offline(config: TrackingConfig, run_dir: Path, run_config: Mapping[str, Any], reason: str) -> Any:
-    """An offline run, or None where even that fails."""
-    try:
-        run = init_run("offline", config, run_dir, run_config)
-    except Exception as error:  # wandb raises many kinds
-        logger.warning("W&B is off (%s); metrics.jsonl has everything", describe(error))
-        return None
-    logger.info("W&B: offline (%s). To upload this run later: wandb sync %s", reason, Path(run.dir).parent)
-    return run
-
-
-def init_run(mode: str, config: TrackingConfig, run_dir: Path, run_config: Mapping[str, Any]) -> Any:
-    """`wandb.init`, bounded in time, silent, and with nothing captured that is not told here."""
-    import wandb
-
-    settings = {
-        "init_timeout": config.wandb_timeout,
-        "login_timeout": config.wandb_timeout,
-        "finish_timeout": config.wandb_timeout,
-        "silent": True,
-        "console": "off",
-        "disable_git": True,
-        "disable_code": True,
-        "save_code": False,
-        "x_transaction_log_flush_interval": 1.0,  # seconds of records that a kill can take from the offline file
-    }
-    # Older releases of wandb lack the flush interval, and the timeout of finish, which is bounded here too.
-    known = {name: value for name, value in settings.items() if name in wandb.Settings.model_fields}
-    return wandb.init(
-        mode=mode,
-        dir=run_dir,
-        id=run_id(run_dir),
-        resume="allow",
-        project=config.project,
-        entity=config.entity,
-        name=config.name or run_dir.resolve().name,
-        tags=config.tags,
-        config=dict(run_config),
-        allow_val_change=True,
-        settings=wandb.Settings(**known),
-    )
-
-
-def run_id(run_dir: Path) -> str:
-    """The W&B id of a run folder, kept in its file `wandb_run_id`. A new folder takes a sweep's WANDB_RUN_ID."""
-    path = run_dir / "wandb_run_id"
-    found = path.read_text().strip() if path.is_file() else os.environ.get("WANDB_RUN_ID", "")
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", found):
-        found = uuid.uuid4().hex[:12]
-    path.write_text(found + "\n")
-    return found
-
-
-def find_key() -> str | None:
-    """The W&B key that wandb would find in the environment or in netrc; nobody is asked and it is told to nobody."""
-    for variable in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
-        if os.environ.get(variable):
-            return os.environ[variable]
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", DEFAULT_SERVER)).netloc
-    for path in [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]:
-        try:
-            entry = netrc.netrc(os.path.expanduser(path)).authenticators(host)
-        except (OSError, netrc.NetrcParseError):
-            continue
-        if entry:
-            return entry[2]
-    return None
-
-
-def describe(error: Exception) -> str:
-    """An error in one line, without the key."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    key = find_key()
-    return text.replace(key, "***") if key else text
-
-
-def end_service() -> None:
-    """Kill the wandb service that this process started, by its id."""
-    for listing in Path("/proc/self/task").glob("*/children"):
-        for pid in listing.read_text().split():
-            if Path(f"/proc/{pid}/comm").read_text().startswith("wandb-core"):
-                os.kill(int(pid), signal.SIGKILL)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.records import MetricsFile, cut_records
+from pipeline.records import MetricsFile, cut_records, read_records
 
 values = st.dictionaries(
     st.text(min_size=1, max_size=8), st.one_of(st.floats(), st.integers(-(2**60), 2**60)), max_size=4
@@ -65,6 +65,34 @@ def test_numbers_that_json_does_not_know(tmp_path):
     record = read(tmp_path / "m.jsonl")[0]
     assert (record["a"], record["b"], record["c"]) == ("NaN", "Infinity", "-Infinity")
     assert (float(record["b"]), float(record["c"])) == (math.inf, -math.inf)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(values, max_size=6), st.integers(0, 40))
+def test_records_read_back_as_they_were_told(tmp_path_factory, told, torn):
+    path = tmp_path_factory.mktemp("records") / "metrics.jsonl"
+    assert read_records(path) == []
+    file, sizes = MetricsFile(path, -1), [0]
+    for step, figures in enumerate(told):
+        file.add(step, {"loss": 1.0, **figures})
+        sizes.append(path.stat().st_size)
+    os.truncate(path, max(0, sizes[-1] - torn))
+    whole = sum(size <= path.stat().st_size for size in sizes[1:])
+    records = read_records(path)
+    assert [record["step"] for record in records] == list(range(whole))
+    for record, figures in zip(records, told, strict=False):
+        assert all(same(record[key], value) for key, value in figures.items() if key not in ("step", "time"))
+        assert all(isinstance(value, int | float) for value in record.values())
+
+
+def test_records_can_be_brought_to_the_disk(tmp_path, monkeypatch, caplog):
+    file, synced = MetricsFile(tmp_path / "m.jsonl", -1), []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    file.sync()
+    assert synced == [str(tmp_path / "m.jsonl")]
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+    file.sync()
+    assert "not brought to the disk: I/O error" in caplog.text
 
 
 def test_going_back_is_a_mistake(tmp_path):

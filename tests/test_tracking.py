@@ -13,15 +13,17 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import tracking
-from pipeline.tracking import Tracker, TrackingConfig, choose_mode, describe, find_key, panel_name
+from pipeline import tracking, wandb_run
+from pipeline.tracking import Tracker, TrackingConfig
+from pipeline.wandb_run import choose_mode, describe, find_key, panel_name
 
-ROOT = Path(tracking.__file__).parents[1]
+ROOT = Path(wandb_run.__file__).parents[1]
 KEY = "local-0123456789abcdef0123456789abcdef01234567"[-40:]
 CONFIG = {"optim": {"lr": 0.01}, "model": {"name": "nvae"}}
 SCALARS = [
@@ -35,6 +37,8 @@ SCALARS = [
     *(f"perf/{name}" for name in ["images_per_second", "data_wait", "step_ms", "gpu_memory_gib", "mfu"]),
     "samples_seen",
 ]
+COST = ["attempt", "perf/wall_clock_s"]
+"""What the tracker adds to each record of figures."""
 IMAGES = ["samples/temperature_0.7", "samples/temperature_1.0", "reconstructions"]
 
 
@@ -50,9 +54,9 @@ def no_key(monkeypatch, tmp_path):
         sys.modules["wandb"].teardown()
 
 
-def tracker(folder, wandb="auto", start_step=0, **settings):
+def tracker(folder, wandb="auto", start_step=0, attempt=1, **settings):
     config = TrackingConfig(wandb=wandb, wandb_timeout=settings.pop("wandb_timeout", 10.0), **settings)
-    return Tracker(config, folder, CONFIG, is_main=True, start_step=start_step)
+    return Tracker(config, folder, CONFIG, is_main=True, start_step=start_step, attempt=attempt)
 
 
 def picture(value):
@@ -127,13 +131,13 @@ def test_every_key_is_in_both_records(told):
     folder, records = told
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == [10, 20, 30]
-    assert all(line.keys() == {"step", "time", *SCALARS} for line in lines)
+    assert all(line.keys() == {"step", "time", *SCALARS, *COST} for line in lines)
     steps = history(records)
     assert sorted(steps) == [10, 20, 30]
     for line in lines:
         logged = steps[line["step"]]
-        assert {key: logged[key] for key in SCALARS} == {key: line[key] for key in SCALARS}
-        assert {key: logged[panel_name(key)] for key in SCALARS} == {key: line[key] for key in SCALARS}
+        assert {key: logged[key] for key in SCALARS + COST} == {key: line[key] for key in SCALARS + COST}
+        assert {key: logged[panel_name(key)] for key in SCALARS + COST} == {key: line[key] for key in SCALARS + COST}
         assert logged["_step"] == line["step"]
 
 
@@ -222,6 +226,22 @@ def test_one_run_over_restarts(tmp_path):
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
 
 
+def test_cost_is_summed_over_attempts_without_the_time_between(tmp_path, monkeypatch):
+    """Attempt 1 tells steps 1-3 and is killed; attempt 2 starts an hour later from step 2."""
+    seconds = iter([100.0, 110.0, 120.0, 135.5, 3700.0, 3701.0, 3702.0])
+    monkeypatch.setattr(tracking, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    run = tracker(tmp_path, "disabled")
+    for step in (1, 2, 3):
+        run.log(step, {}, {"reconstructions": picture(0)})
+        run.log(step, {"train/loss": 1.0})
+        run.log(step, {"val/bpd": 1.0})
+    with tracker(tmp_path, "disabled", start_step=2, attempt=2) as run:
+        for step in (3, 4):
+            run.log(step, {"train/loss": 1.0})
+    cost = [(line["step"], line["attempt"], line["perf/wall_clock_s"]) for line in read_metrics(tmp_path)]
+    assert cost == [(1, 1, 10.0), (2, 1, 20.0), (3, 2, 36.5), (4, 2, 37.5)]
+
+
 def test_a_fresh_start_repeats_nothing(tmp_path):
     """A run that died before its first checkpoint starts again at step 0."""
     for _ in range(2):
@@ -233,13 +253,13 @@ def test_a_fresh_start_repeats_nothing(tmp_path):
 
 def test_id_of_a_sweep_and_of_a_damaged_file(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "sweep-7")
-    assert tracking.run_id(tmp_path) == "sweep-7"
+    assert wandb_run.run_id(tmp_path) == "sweep-7"
     monkeypatch.delenv("WANDB_RUN_ID")
-    assert tracking.run_id(tmp_path) == "sweep-7"
+    assert wandb_run.run_id(tmp_path) == "sweep-7"
     (tmp_path / "wandb_run_id").write_text("../x\n")
-    fresh = tracking.run_id(tmp_path)
+    fresh = wandb_run.run_id(tmp_path)
     assert re.fullmatch("[0-9a-f]{12}", fresh)
-    assert tracking.run_id(tmp_path) == fresh
+    assert wandb_run.run_id(tmp_path) == fresh
 
 
 def test_a_failed_run_is_marked_so(tmp_path):
@@ -301,7 +321,7 @@ def test_offline_is_said_once_with_the_line_to_upload(tmp_path, caplog):
     said = [record.message for record in caplog.records if "W&B" in record.message]
     assert len(said) == 1
     folder = re.search(r"no W&B key found.*wandb sync (\S+)$", said[0])[1]
-    assert list(Path(folder).glob("*.wandb"))
+    assert list(Path(folder).glob("*/*.wandb"))
 
 
 @pytest.fixture
@@ -406,7 +426,7 @@ def test_records_reach_the_offline_file_long_before_the_end(tmp_path):
 
 
 def test_without_any_working_wandb_metrics_go_on(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(tracking, "init_run", lambda *args: (_ for _ in ()).throw(OSError("no room for wandb")))
+    monkeypatch.setattr(wandb_run, "init_run", lambda *args: (_ for _ in ()).throw(OSError("no room for wandb")))
     with tracker(tmp_path) as run:
         run.log(1, {"train/loss": 1.0})
     assert "W&B is off (no room for wandb)" in caplog.text
@@ -417,6 +437,7 @@ FAULTY_SERVICE = """
 import logging, os, signal, sys, threading
 from pathlib import Path
 from pipeline.tracking import Tracker, TrackingConfig
+from pipeline.wandb_run import choose_mode, describe, find_key, panel_name
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
 config = TrackingConfig(wandb="offline", wandb_timeout=1.0)
 with Tracker(config, sys.argv[1], {}, is_main=True, start_step=0) as run:
