@@ -1,8 +1,10 @@
 """Figures on held-out images: the evidence lower bound and the importance-weighted likelihood, exact on any number of
 processes."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import log
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -11,7 +13,7 @@ from torch import Tensor
 from pipeline.data.damage import LeftOut
 from pipeline.data.loader import Batch
 from pipeline.data.shards import DamagedShard
-from pipeline.metrics import Meter, bits_per_dimension
+from pipeline.metrics import ActiveUnits, Meter, bits_per_dimension
 from pipeline.models.base import VAE, VAEOutput, evaluating
 from pipeline.noise import draw_noise
 from pipeline.schema import Section
@@ -49,9 +51,10 @@ class Evaluator:
         autocast: Callable,
         sum_over_ranks: Callable[[Tensor], Tensor],
         settle_damage: Callable[[Sequence[LeftOut], DamagedShard | None], int],
+        by_group: bool = False,
     ):
         """`settle_damage` is told on every rank what could not be read; it gives the number of samples left out on all
-        ranks, or raises on all.
+        ranks, or raises on all. `by_group`: also KL and active units of each latent group.
         """
         self.config = config
         self.batches = batches
@@ -61,53 +64,61 @@ class Evaluator:
         self.autocast = autocast
         self.sum_over_ranks = sum_over_ranks
         self.settle_damage = settle_damage
+        self.by_group = by_group
 
     @torch.no_grad()
     def run(self, model: VAE) -> dict[str, float]:
-        """`val/elbo` and, with importance samples, `val/nll` in nats per image; each in bits per dimension too. Where
-        images could not be read, `val/skipped_samples` is their number, and the others' figures are given.
+        """`val/elbo` and, with importance samples, `val/nll` in nats per image; each in bits per dimension too. By
+        group, `val/kl/GROUP` in nats and `val/active_units/GROUP`. Where images could not be read,
+        `val/skipped_samples` is their number, and the others' figures are given.
 
         The model is left in its mode.
         """
-        meter = Meter(self.device, self._names())
+        meter = Meter(self.device, self._names(model))
+        active = ActiveUnits(group.name for group in model.groups)
+        active.add([torch.zeros(group.shape[0], device=self.device) for group in model.groups], count=0)
+        world_size = int(self.sum_over_ranks(torch.ones((), device=self.device)))
+        rows = max(1, self.config.batch_size // world_size)
         left_out, error = [], None
         try:
             with evaluating(model):
                 for batch in self.batches():
                     left_out += batch.left_out
                     if len(batch.images):
-                        self._add(meter, model, batch)
+                        self._add(meter, active, model, batch, rows)
         except DamagedShard as damaged:
             error = damaged
         skipped = self.settle_damage(left_out, error)
         figures = self._figures(meter.reduce(self.sum_over_ranks), model.num_dimensions)
+        if self.by_group:
+            figures |= {f"val/{name}": number for name, number in active.reduce(self.sum_over_ranks).items()}
         return figures | ({"val/skipped_samples": float(skipped)} if skipped else {})
 
-    def _add(self, meter: Meter, model: VAE, batch: Batch) -> None:
+    def _add(self, meter: Meter, active: ActiveUnits, model: VAE, batch: Batch, rows: int) -> None:
+        """`rows`: images times draws in one pass."""
         x, condition = self.inputs(batch)
         count = len(x)
-        with self.autocast():
-            features = model.features(x, condition)
+        positions = batch.positions.tolist()
 
-        def bound(draw: int) -> VAEOutput:
-            stream, positions = f"validate/{draw}", batch.positions.tolist()
-            noise = draw_noise(model.noise_groups, self.seed, stream, positions, x.device, x.dtype)
-            with self.autocast():
-                return model.bound(x, features, noise, condition)
+        def noise(draw: int) -> list[Tensor]:
+            return draw_noise(model.noise_groups, self.seed, f"validate/{draw}", positions, x.device, x.dtype)
 
-        first = bound(0)
+        draws = Draws(model, x, condition, noise, self.autocast)
+        first = draws.bound(range(1))
         meter.add("elbo", first.elbo.sum(), count)
         meter.add("log_px", first.log_px.sum(), count)
         meter.add("kl", first.kl.sum(), count)
+        if self.by_group:
+            meter.add_all(dict(zip(_kl_names(model), first.kl.double().sum(dim=0), strict=True)), count)
+            active.add(first.kl_units, count)
         if self.config.importance_samples:
-            weights = [_log_weight(first)]
-            weights += [_log_weight(bound(draw)) for draw in range(1, self.config.importance_samples)]
-            log_px = torch.stack(weights).logsumexp(dim=0) - log(self.config.importance_samples)  # (B,)
+            log_px = draws.log_likelihood(self.config.importance_samples, rows, first)  # (B,)
             meter.add("nll", -log_px.sum(), count)
 
-    def _names(self) -> list[str]:
+    def _names(self, model: VAE) -> list[str]:
         """Every rank brings these to the reduction, also one that had no image."""
-        return ["elbo", "log_px", "kl"] + (["nll"] if self.config.importance_samples else [])
+        by_group = _kl_names(model) if self.by_group else []
+        return ["elbo", "log_px", "kl", *by_group] + (["nll"] if self.config.importance_samples else [])
 
     @staticmethod
     def _figures(means: dict[str, float], num_dimensions: int) -> dict[str, float]:
@@ -118,6 +129,61 @@ class Evaluator:
         return figures
 
 
+class Draws:
+    """The bounds of one batch of images for any number of latent draws. What no draw changes is computed once."""
+
+    def __init__(
+        self,
+        model: VAE,
+        x: Tensor,
+        condition: Tensor | None,
+        noise: Callable[[int], Sequence[Tensor]],
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        """x (B, C, H, W); `noise(i)` is that of draw i, for `model.noise_groups`."""
+        self.model, self.x, self.condition, self.noise, self.autocast = model, x, condition, noise, autocast
+        with autocast():
+            self.features = model.features(x, condition)
+
+    def bound(self, draws: range) -> VAEOutput:
+        """Of n draws in one pass: n B rows, draw by draw."""
+        n = len(draws)
+        noise = [torch.cat(group) for group in zip(*map(self.noise, draws), strict=True)]  # (n B, *group.shape)
+        x, features, condition = (repeated(value, n) for value in (self.x, self.features, self.condition))
+        with self.autocast():
+            return self.model.bound(x, features, noise, condition)
+
+    def log_likelihood(self, draws: int, rows: int, first: VAEOutput | None = None) -> Tensor:
+        """(B,) float64 importance-weighted estimate of log p(x) from draws 0 .. draws - 1, nats.
+
+        Burda et al. 2016, eq. 8. A pass has about `rows` rows: small batches take several draws at once. `first` is
+        `bound(range(1))`, where it is at hand. The memory needed does not grow with the number of draws.
+        """
+        per_pass = max(1, rows // len(self.x))
+        total = _log_weight(self.bound(range(1)) if first is None else first)  # (B,) log of the sum of weights
+        for start in range(1, draws, per_pass):
+            weights = _log_weight(self.bound(range(start, min(start + per_pass, draws))))  # (n B,)
+            total = torch.logaddexp(total, weights.view(-1, len(self.x)).logsumexp(dim=0))
+        return total - log(draws)
+
+
+def _kl_names(model: VAE) -> list[str]:
+    return [f"kl/{group.name}" for group in model.groups]
+
+
+def repeated(value: Any, times: int) -> Any:
+    """Tensors (B, ...), alone or in lists, tuples and dicts, made (times B, ...): all rows, then all rows again."""
+    if times == 1 or value is None:
+        return value
+    if isinstance(value, Tensor):
+        return value.repeat(times, *[1] * (value.dim() - 1))
+    if isinstance(value, Mapping):
+        return {name: repeated(part, times) for name, part in value.items()}
+    assert isinstance(value, list | tuple), f"features of an unknown kind: {type(value)}"
+    parts = [repeated(part, times) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+
 def _log_weight(out: VAEOutput) -> Tensor:
-    """(B,) log p(x, z) - log q(z | x), nats."""
-    return out.log_px + out.log_pz - out.log_qz
+    """(B,) float64 log p(x, z) - log q(z | x), nats."""
+    return (out.log_px + out.log_pz - out.log_qz).double()

@@ -90,16 +90,18 @@ class ActiveUnits:
         self._sum: Tensor | None = None
         self._count = 0
 
-    def add(self, kl_units: Sequence[Tensor]) -> None:
-        """Batch means of the KL per channel, one tensor (channels,) per group, nats. Does not read the device."""
+    def add(self, kl_units: Sequence[Tensor], count: float = 1) -> None:
+        """Batch means of the KL per channel, one tensor (channels,) per group, nats, of batches whose sizes are as
+        `count`. Does not read the device.
+        """
         self._sizes = [len(units) for units in kl_units]
-        units = torch.cat(list(kl_units)).detach()
+        units = torch.cat(list(kl_units)).detach().double() * count
         self._sum = units if self._sum is None else self._sum + units
-        self._count += 1
+        self._count += count
 
     def reduce(self, across_ranks: Callable[[Tensor], Tensor] = sum_over_ranks) -> dict[str, float]:
-        """{"active_units/GROUP": number} since the last call, of equal batches on every process; empty where there
-        were none.
+        """{"active_units/GROUP": number} since the last call; empty where nothing was added. Every process comes with
+        something, be it zeros with a count of 0.
         """
         if self._sum is None:
             return {}

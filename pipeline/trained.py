@@ -1,0 +1,234 @@
+"""A trained model as people use it: images in, images and nats out; no recipe, padding or noise to think of.
+
+    model = pipeline.load("runs/nvae")
+    images = model.sample(16, temperature=0.7, seed=1)        # (16, C, H, W) in [0, 1]
+    latents = model.encode(images)                            # one tensor per latent group
+    again = model.decode(latents)
+    nats = model.log_likelihood(images, importance_samples=100)
+
+B images, C channels, H x W pixels of the data set, without the padding that a model may want.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.asking import Asked, to_condition
+from pipeline.checkpoint import Checkpoint, Checkpoints
+from pipeline.conditions import ClassCondition
+from pipeline.config import ConfigError, build
+from pipeline.data.preprocess import to_model_input
+from pipeline.evaluation import Draws
+from pipeline.images import to_uint8
+from pipeline.models.base import VAE
+from pipeline.noise import draw_noise
+from pipeline.recipe import Recipe, build_model
+from pipeline.session import use_channels_last
+from pipeline.state import load_model
+
+IMAGES_PER_PASS = 128
+"""More are done in turns. Does not change what comes out, except by rounding."""
+
+
+def load(
+    run: Path | str,
+    checkpoint: Path | str = "latest",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> "Trained":
+    """The trained model of a run folder, with the moving average of its weights where there is one.
+
+    `checkpoint`: "latest", "best" by validation, or a checkpoint's folder. `device`: a GPU by default, where there is
+    one. `dtype`: float32, or float64 for runs trained so, by default. Nothing in the folder can run code. Raises
+    ValueError where it holds no good checkpoint that this version understands.
+    """
+    found = find_checkpoint(Path(run), checkpoint)
+    recipe = read_recipe(found)
+    if dtype is None:
+        dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with torch.random.fork_rng():  # the first weights, which are replaced, cost the caller no random numbers
+        model = build_model(recipe).to(dtype)
+    if recipe.train.channels_last:
+        use_channels_last(model)
+    load_model(model, found.tensors.get("ema", found.tensors["model"]))
+    model.requires_grad_(False).eval().to(device)
+    return Trained(model, recipe, found.step, found.path, found.facts, class_names(recipe, found), device, dtype)
+
+
+def find_checkpoint(run: Path, checkpoint: Path | str) -> Checkpoint:
+    """Raises ValueError, saying what is there, where `run` holds no good checkpoint of that name."""
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        raise ValueError(f"{run}: no run with checkpoints there; give the folder that pipeline/train.py wrote to")
+    found = Checkpoints(folder).load(checkpoint)
+    if "model" not in found.tensors or "settings" not in found.facts:
+        raise ValueError(f"{found.path}: holds no model with its settings; give a checkpoint of pipeline/train.py")
+    return found
+
+
+def read_recipe(checkpoint: Checkpoint) -> Recipe:
+    """The recipe that a checkpoint was trained by. Raises ValueError for settings that this version does not know."""
+    try:
+        return build(Recipe, checkpoint.facts["settings"])
+    except ConfigError as error:
+        raise ValueError(
+            f"{checkpoint.path}: its settings are not those of this version of the pipeline:\n{error}"
+        ) from None
+
+
+def class_names(recipe: Recipe, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Names of the classes that the model is told; their numbers where the checkpoint does not know the names."""
+    if not isinstance(recipe.condition, ClassCondition):
+        return ()
+    names = checkpoint.facts.get("classes") or []
+    numbers = tuple(str(number) for number in range(recipe.condition.num_classes))
+    return tuple(names) if len(names) == len(numbers) else numbers
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model. Images go in as uint8 or as floats in [0, 1], and come out as floats in [0, 1], on `device`.
+
+    Where a model was trained with a condition, the methods want one: a class for all images or for each, by number or
+    name; {attribute: 1 or 0}, those not named being unknown; or a float tensor (B, K). Random numbers are a function of
+    (seed, position in the batch). Raises ValueError for images of another shape, and with the list of the known ones
+    for a class or attribute that is not known.
+    """
+
+    model: VAE
+    recipe: Recipe
+    step: int
+    """Optimizer step of the checkpoint."""
+    path: Path
+    """The checkpoint's folder."""
+    facts: dict
+    """What the checkpoint tells besides."""
+    classes: tuple[str, ...]
+    """Names of the classes that the model is told; empty where it is told none."""
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the data set's images, without padding."""
+        data = self.recipe.data
+        return data.channels, data.size, data.size
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, condition: Asked = None, seed: int | None = 0) -> list[Tensor]:
+        """Latents drawn from the posteriors, one (B, *group.shape) per group.
+
+        With `seed` None no noise is added: the posteriors' means, each given the means of the groups before it.
+        """
+        told = self.condition(condition, len(x))
+        parts = [
+            self.model.encode(self.input(x[here]), self._noise("encode", here, seed), at(told, here))
+            for here in turns(len(x))
+        ]
+        return [torch.cat(group) for group in zip(*parts, strict=True)]
+
+    @torch.no_grad()
+    def decode(self, latents: Sequence[Tensor], condition: Asked = None) -> Tensor:
+        """Images (B, C, H, W): the decoder's mean for these latents, one (B, *group.shape) per group."""
+        count = self._check_latents(latents)
+        told = self.condition(condition, count)
+        parts = [
+            self.model.decode([group[here].to(self.device, self.dtype) for group in latents], at(told, here))
+            for here in turns(count)
+        ]
+        return self._output(parts)
+
+    @torch.no_grad()
+    def sample(self, count: int, temperature: float = 1.0, seed: int = 0, condition: Asked = None) -> Tensor:
+        """Images (count, C, H, W) from the prior, whose sigmas are scaled by `temperature`: the decoder's mean."""
+        if count < 1:
+            raise ValueError(f"count {count}: ask for at least one sample")
+        told = self.condition(condition, count)
+        parts = [
+            self.model.sample(self._noise("sample", here, seed), temperature, at(told, here)) for here in turns(count)
+        ]
+        return self._output(parts)
+
+    def reconstruct(self, x: Tensor, condition: Asked = None, seed: int | None = 0) -> Tensor:
+        """Images (B, C, H, W): `decode` of `encode`."""
+        return self.decode(self.encode(x, condition, seed), condition)
+
+    @torch.no_grad()
+    def log_likelihood(self, x: Tensor, condition: Asked = None, importance_samples: int = 1, seed: int = 0) -> Tensor:
+        """(B,) float64 estimate of log p(x | condition), nats: a lower bound on average, tighter with more samples.
+
+        Burda et al. 2016, eq. 8; with one sample an estimate of the evidence lower bound. Discrete likelihoods expect
+        the values that the model was trained on (binary pixels for one of binarised images).
+        """
+        if importance_samples < 1:
+            raise ValueError(f"importance_samples {importance_samples}: take at least one")
+        told = self.condition(condition, len(x))
+        parts = []
+        for here in turns(len(x)):
+            draws = Draws(
+                self.model,
+                self.input(x[here]),
+                at(told, here),
+                lambda draw, here=here: self._noise(f"validate/{draw}", here, seed, self.model.noise_groups),
+            )
+            parts.append(draws.log_likelihood(importance_samples, rows=IMAGES_PER_PASS))
+        return torch.cat(parts)
+
+    def condition(self, asked: Asked, count: int) -> Tensor | None:
+        """What the model is told: (count, K) on the device, or None. Raises as the class says."""
+        told = to_condition(asked, self.recipe.condition, self.classes, count)
+        return None if told is None else told.to(self.device, self.dtype)
+
+    def input(self, x: Tensor) -> Tensor:
+        """Images as the model takes them: (B, C, H + 2 pad, W + 2 pad) in [0, 1] on the device."""
+        if x.ndim != 4 or tuple(x.shape[1:]) != self.image_shape:
+            raise ValueError(f"images are (B, {', '.join(map(str, self.image_shape))}), not {tuple(x.shape)}")
+        bits = self.recipe.data.bits
+        if x.is_floating_point() and bits == 8:
+            check_range(x)
+            x = x.to(self.device, self.dtype)
+        else:
+            x = to_model_input(to_uint8(x).to(self.device), bits, self.dtype)
+        x = F.pad(x, [self.recipe.data.pad] * 4)
+        return x.contiguous(memory_format=torch.channels_last) if self.recipe.train.channels_last else x
+
+    def _output(self, parts: Sequence[Tensor]) -> Tensor:
+        pad = self.recipe.data.pad
+        images = torch.cat(list(parts))
+        return images[:, :, pad : images.shape[2] - pad, pad : images.shape[3] - pad].contiguous()
+
+    def _noise(self, stream: str, here: slice, seed: int | None, groups: Sequence | None = None) -> list[Tensor]:
+        groups = self.model.groups if groups is None else groups
+        if seed is None:
+            count = here.stop - here.start
+            return [torch.zeros(count, *group.shape, device=self.device, dtype=self.dtype) for group in groups]
+        return draw_noise(groups, seed, stream, range(here.start, here.stop), self.device, self.dtype)
+
+    def _check_latents(self, latents: Sequence[Tensor]) -> int:
+        shapes, wanted = [tuple(group.shape) for group in latents], [group.shape for group in self.model.groups]
+        if [shape[1:] for shape in shapes] != wanted or len({shape[0] for shape in shapes}) != 1:
+            raise ValueError(f"latents are one tensor per group, (B, ...) each of {wanted}; these are {shapes}")
+        return shapes[0][0]
+
+
+def turns(count: int) -> list[slice]:
+    """Parts of a batch that one pass takes."""
+    if count < 1:
+        raise ValueError("no images were given")
+    return [slice(start, min(start + IMAGES_PER_PASS, count)) for start in range(0, count, IMAGES_PER_PASS)]
+
+
+def at(told: Tensor | None, here: slice) -> Tensor | None:
+    """The part of a condition, if there is one."""
+    return None if told is None else told[here]
+
+
+def check_range(x: Tensor) -> None:
+    """Raises ValueError for floats that are no image."""
+    if not bool(((x >= 0) & (x <= 1)).all()):  # NaN is not either
+        raise ValueError("images as floats are in [0, 1]; give uint8 for 0 to 255")
