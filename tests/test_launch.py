@@ -4,6 +4,7 @@ gets."""
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,25 @@ def test_two_processes_resume_bit_for_bit(recipe_file, tmp_path):
         file = f"checkpoints/step_00000006/{stem}.safetensors"
         assert (tmp_path / "straight" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), stem
     close(metrics(tmp_path / "straight"), metrics(tmp_path / "parts"), 0)
+
+
+def test_a_run_goes_on_with_any_number_of_processes(recipe_file, tmp_path):
+    """Stopped mid-epoch on 1 process, on 2 and on 3, and finished on 1: the trace and, in float64, the figures of a
+    straight run.
+    """
+    words = ["train.precision=fp64", "data.trace=true", "train.steps=8", "checkpoint.every=2", "checkpoint.keep=null"]
+    straight = launch(1, recipe_file, "--run-dir", str(tmp_path / "straight"), *words)
+    assert straight.returncode == 0, straight.stderr
+    folder = tmp_path / "parts"
+    for processes, stop in ((1, 2), (2, 4), (3, 6), (1, 8)):
+        result = launch(processes, recipe_file, "--run-dir", str(folder), *words)
+        assert result.returncode == 0, result.stderr
+        assert f"{processes} process" in result.stderr
+        assert ("resumed" in result.stderr) == (stop > 2)
+        for step in range(stop + 2, 10, 2):  # as if it had been killed after this checkpoint
+            shutil.rmtree(folder / f"checkpoints/step_{step:08d}")
+    close(metrics(tmp_path / "straight"), metrics(folder), 1e-10)
+    assert (tmp_path / "straight/data_trace.jsonl").read_text() == (folder / "data_trace.jsonl").read_text()
 
 
 def test_the_run_folder_holds_what_the_readme_says(single):
