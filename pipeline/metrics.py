@@ -41,6 +41,8 @@ class Meter:
 
     def add_all(self, value_sums: Mapping[str, Tensor | float], count: Tensor | float) -> None:
         """Add several sums of `count` values each, in one go on the device."""
+        if not value_sums:
+            return
         names = tuple(value_sums)
         sums = self._stack(value_sums.values())  # (names,)
         self._sums[names] = self._sums[names] + sums if names in self._sums else sums

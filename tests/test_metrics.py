@@ -176,3 +176,9 @@ def test_active_units_are_judged_by_the_mean():
     assert apart[0].reduce(lambda totals: totals + brought[0]) == expected
     assert together.reduce() == expected
     assert together.reduce() == {}
+
+
+def test_nothing_to_add_adds_nothing():
+    meter = Meter()
+    meter.add_all({}, 1)
+    assert meter.reduce() == {}
