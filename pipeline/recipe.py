@@ -15,8 +15,10 @@ from pipeline.config import ConfigError, build, document, load_yaml, overlay
 from pipeline.data.loader import DataConfig
 from pipeline.evaluation import ValidationConfig
 from pipeline.models.base import VAE
+from pipeline.models.conv_vae import ConvVAEConfig
 from pipeline.models.mlp_vae import MLPVAEConfig
 from pipeline.models.nvae import NVAEConfig
+from pipeline.models.resnet_vae import ResNetVAEConfig
 from pipeline.objective import ObjectiveConfig
 from pipeline.optim import OptimConfig
 from pipeline.regularizers import RegularizerConfig
@@ -28,7 +30,7 @@ from pipeline.trainer import TrainConfig
 RECIPES = Path(__file__).parent / "configs"
 
 
-Model = Annotated[NVAEConfig | MLPVAEConfig, Field(discriminator="name")]
+Model = Annotated[NVAEConfig | MLPVAEConfig | ConvVAEConfig | ResNetVAEConfig, Field(discriminator="name")]
 """Every model's section; `model.name` tells them apart."""
 
 

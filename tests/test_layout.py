@@ -18,7 +18,8 @@ FLOORS = [
     tracking wandb_run wandb_files records status metrics ema files images runtime torchvision_guard
     agreement launcher preemption roll watchdog""".split(),
     # 2
-    """models.nvae models.nvae_names models.flat models.mlp_vae models.conv_vae models.resnet_vae data.loader objective regularizers optim evaluation flops
+    """models.nvae models.nvae_names models.flat models.mlp_vae models.conv_vae models.resnet_vae
+    data.loader objective regularizers optim evaluation flops
     sampling state resume data_trace damage asking""".split(),
     # 3
     ["trainer", "recipe", "session", "trained"],

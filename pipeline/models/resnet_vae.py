@@ -1,0 +1,137 @@
+"""A VAE of residual blocks (He et al. 2016, arXiv:1512.03385) with spectral normalisation (Miyato et al. 2018,
+arXiv:1802.05957) of every convolution.
+
+    encoder   3x3 conv to 32, batch norm, ReLU; stages 64-128-256-512 of two blocks, the first at stride 2; flattened
+    decoder   linear to 512 at that size; the stages mirrored, the last block of each upsampling by nearest neighbours;
+              3x3 conv from 32
+
+Images go in as values in [-1, 1]. A condition joins the flattened features and the latent.
+
+Spectral normalisation here is hard: each convolution applies W / sigma(W) exactly, by torch's parametrization, where
+NVAE only penalises sigma. One power iteration per forward pass in training moves its vectors, which are buffers: a
+skipped step puts them back, a checkpoint holds them. The same weights give the same vectors on every process.
+"""
+
+from itertools import pairwise
+from math import prod
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from pipeline.conditions import Condition
+from pipeline.likelihoods import Likelihood, SquaredErrorLikelihood
+from pipeline.models.flat import Count, FlatConfig, FlatVAE, check_divisible, joined
+from pipeline.nn.batch_norm import BatchNorm2d
+from pipeline.nn.posterior import Posterior
+
+Resize = Literal["same", "down", "up"]
+
+
+class ResNetVAEConfig(FlatConfig):
+    """Architecture of a residual VAE."""
+
+    name: Literal["resnet_vae"] = "resnet_vae"
+    latent_size: Count = 256
+    """Units of the latent vector."""
+    likelihood: Likelihood = SquaredErrorLikelihood(output="tanh")
+    """p(x | z)."""
+    stem_width: Count = 32
+    """Channels at the image's resolution."""
+    stage_widths: Annotated[tuple[Count, ...], Field(min_length=1, strict=False)] = (64, 128, 256, 512)
+    """Channels of each stage; each halves the resolution."""
+    num_blocks: Count = 2
+    """Residual blocks per stage."""
+
+    def build(
+        self, image_shape: tuple[int, int, int], border: int, bits: int, condition: Condition | None = None
+    ) -> "ResNetVAE":
+        """The model for padded images of this shape. Raises ValueError for sizes that its stages cannot halve."""
+        return ResNetVAE(self, image_shape, border, bits, condition.size if condition else 0)
+
+
+class SpectralConv2d(nn.Conv2d):
+    """Convolution of a weight whose largest singular value, as a matrix (C_out, rest), is 1. Padded to keep the size."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = False):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias)
+        spectral_norm(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has too few digits for a power iteration
+            weight = self.weight
+        return self._conv_forward(x, weight, self.bias)
+
+
+class ResidualBlock(nn.Module):
+    """relu(skip(x) + two 3x3 convolutions of x), the first of which resizes; batch norm after every convolution."""
+
+    def __init__(self, channels: int, out_channels: int, resize: Resize):
+        super().__init__()
+        self.resize = resize
+        self.conv1 = SpectralConv2d(channels, out_channels, 3, stride=2 if resize == "down" else 1)
+        self.bn1 = BatchNorm2d(out_channels, activation=F.relu)
+        self.conv2 = SpectralConv2d(out_channels, out_channels, 3)
+        self.bn2 = BatchNorm2d(out_channels)
+        self.skip = None
+        if resize == "down" or channels != out_channels:
+            self.skip = nn.Sequential(SpectralConv2d(channels, out_channels, 1), BatchNorm2d(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.resize == "up":
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        branch = self.bn2(self.conv2(self.bn1(self.conv1(x))))
+        if self.resize == "down":
+            # A 1x1 convolution at stride 2, which oneDNN gets wrong for narrow channels_last inputs (its issue 6035).
+            x = x[:, :, ::2, ::2]
+        return F.relu(branch + (x if self.skip is None else self.skip(x)))
+
+
+class ResNetVAE(FlatVAE):
+    """See the module's docstring. Raises ValueError unless the stages can halve height and width."""
+
+    config: ResNetVAEConfig
+
+    def __init__(self, config: ResNetVAEConfig, image_shape: tuple[int, int, int], *context):
+        super().__init__(config, image_shape, *context)
+        halvings = len(config.stage_widths)
+        check_divisible(self.image_shape, 2**halvings, "resnet_vae")
+        channels, height, width = self.image_shape
+        stem_width, widths = config.stem_width, [config.stem_width, *config.stage_widths]
+        self.top = (widths[-1], height >> halvings, width >> halvings)
+        self.stem = SpectralConv2d(channels, stem_width, 3)
+        self.stem_bn = BatchNorm2d(stem_width, activation=F.relu)
+        self.encoder = encoder_blocks(widths, config.num_blocks)
+        self.posterior = Posterior(prod(self.top) + self.condition_size, config.latent_size, config.flows)
+        self.decoder_start = nn.Linear(config.latent_size + self.condition_size, prod(self.top))
+        self.decoder = decoder_blocks(widths[::-1], config.num_blocks)
+        self.output = SpectralConv2d(stem_width, self.num_outputs, 3, bias=True)
+
+    def _encode(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        features = self.encoder(self.stem_bn(self.stem(2 * x - 1)))
+        return joined(features.flatten(1), condition)
+
+    def _decode(self, z: Tensor, condition: Tensor | None) -> Tensor:
+        start = self.decoder_start(joined(z, condition)).unflatten(1, self.top)
+        return self.output(self.decoder(start))
+
+
+def encoder_blocks(widths: list[int], num_blocks: int) -> nn.Sequential:
+    """A stage from each width to the next: the first block halves the size and widens."""
+    blocks: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        blocks.append(ResidualBlock(before, after, "down"))
+        blocks += [ResidualBlock(after, after, "same") for _ in range(num_blocks - 1)]
+    return nn.Sequential(*blocks)
+
+
+def decoder_blocks(widths: list[int], num_blocks: int) -> nn.Sequential:
+    """A stage from each width to the next: the last block doubles the size and narrows."""
+    blocks: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        blocks += [ResidualBlock(before, before, "same") for _ in range(num_blocks - 1)]
+        blocks.append(ResidualBlock(before, after, "up"))
+    return nn.Sequential(*blocks)
