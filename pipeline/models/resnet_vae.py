@@ -54,7 +54,7 @@ class ResNetVAEConfig(FlatConfig):
 
 
 class SpectralConv2d(nn.Conv2d):
-    """Convolution of a weight whose largest singular value, as a matrix (C_out, rest), is 1. Padded to keep the size."""
+    """Convolution of a weight whose largest singular value, as a matrix (C_out, rest), is 1; padded to keep size."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = False):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias)
