@@ -53,13 +53,15 @@ class OptimConfig(Section):
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """The optimiser over all parameters, one group in registration order. The caller sets its `lr` each step."""
     classes = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+    # One pass over the state (fused; Adamax has none), or a few kernels for thousands of small tensors (foreach).
+    how = {"foreach": True} if config.name == "adamax" else {"fused": True}
     return classes[config.name](
         model.parameters(),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
-        foreach=True,  # a few kernels for thousands of small tensors
+        **how,
     )
 
 
