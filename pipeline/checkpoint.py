@@ -4,8 +4,8 @@
     checkpoints/step_00001000/meta.json               step, score, run facts, size and sha256 of each file and of itself
 
 A checkpoint is written into a hidden folder beside, synced to disk and renamed; only then do older ones go. One process
-writes to a folder of checkpoints: `RunLock` sees to that. `snapshot` (fast, on the training thread) is apart from
-`Checkpoints.write` (slow).
+writes to a folder of checkpoints: `RunLock` sees to that. `snapshot` (fast) is apart from `Checkpoints.write` (slow),
+which `CheckpointWriter` calls off the training thread.
 """
 
 import errno
@@ -19,7 +19,7 @@ import re
 import shutil
 import socket
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from pipeline.schema import Section
+from pipeline.tensor_file import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -109,14 +110,6 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def encode(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
-    """(file name, content) for each stem, one at a time. Equal tensors give equal bytes."""
-    for stem, group in snapshot.items():
-        assert _STEM.fullmatch(stem), f"not a file stem: {stem!r}"
-        # One metadata key at most: several come out in an order that differs from process to process.
-        yield f"{stem}.safetensors", safetensors.torch.save(dict(group), metadata={"format": "pt"})
-
-
 def size_of(snapshot: Snapshot) -> int:
     """Bytes that a checkpoint of these tensors needs on disk, with room for headers and `meta.json`."""
     tensors = [tensor for group in snapshot.values() for tensor in group.values()]
@@ -127,9 +120,10 @@ def write_folder(folder: Path, snapshot: Snapshot, step: int, facts: Mapping[str
     """Make `folder` and fill it, `meta.json` last; everything is on the disk when this returns."""
     folder.mkdir()
     files = {}
-    for name, content in encode(snapshot):
-        files[name] = FileFacts(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
-        _write_synced(folder / name, content)
+    for stem, group in snapshot.items():
+        assert _STEM.fullmatch(stem), f"not a file stem: {stem!r}"
+        digest, size = write_tensors(folder / f"{stem}.safetensors", group)
+        files[f"{stem}.safetensors"] = FileFacts(sha256=digest, bytes=size)
     meta = Meta(step=step, score=score, files=files, facts=dict(facts))
     _write_synced(folder / META, meta.render())
     sync_folder(folder)
@@ -244,12 +238,13 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
             if not self._is_good(target):
-                _check_space(self.folder, size_of(snapshot))
+                self._make_room(step, size_of(snapshot))
                 self._write_new(target, snapshot, step, facts, score)
+            sync_folder(self.folder)  # also where the name was there: whoever gave it may have died before this
+            self._delete_old(step)
         except OSError as error:
             message = f"the checkpoint of step {step} could not be written to {self.folder}: {error.strerror or error}"
             raise OSError(error.errno, f"{message}; check space, quota and permissions there") from error
-        self._delete_old(step)
         return target
 
     def latest(self) -> Checkpoint | None:
@@ -323,9 +318,21 @@ class Checkpoints:
         try:
             read_folder(target)
         except DamagedCheckpoint as damage:
-            logger.warning("damaged checkpoint is replaced: %s", damage)
+            logger.warning("damaged checkpoint: %s", damage)
             return False
         return True
+
+    def _make_room(self, step: int, needed: int) -> None:
+        """See that there are `needed` bytes. Raises OSError where there are not.
+
+        A process that died between writing a checkpoint and deleting an older one has left one too many, which would
+        fill a disk with room for `keep` and one more for good. It goes first, if what makes it superfluous is good.
+        """
+        if shutil.disk_usage(self.folder).free < needed:
+            older = [each for each in self.steps() if each < step]
+            if older and self._is_good(self.path(older[-1])):
+                self._delete_old(older[-1])
+        _check_space(self.folder, needed)
 
     def _write_new(
         self, target: Path, snapshot: Snapshot, step: int, facts: Mapping[str, Any], score: float | None
@@ -337,9 +344,8 @@ class Checkpoints:
                 self._delete(target)
             os.rename(hidden, target)
         except BaseException:
-            shutil.rmtree(hidden, ignore_errors=True)
+            shutil.rmtree(hidden, ignore_errors=True)  # at once: what is left of it would keep a full disk full
             raise
-        sync_folder(self.folder)
 
     def _delete_old(self, step: int) -> None:
         """Steps beyond `step` are left from before a return to an older checkpoint: they stay, and do not count."""

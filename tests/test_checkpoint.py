@@ -1,18 +1,13 @@
 """Checkpoints are whole or invisible, exact to the bit, and every damage is seen."""
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import pickle
-import resource
-import shutil
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -21,29 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import checkpoint
-from pipeline.checkpoint import Checkpoints, DamagedCheckpoint, RunLock, read_folder, snapshot
-
-FACTS = {"epoch": 3, "config": {"optim": {"lr": 0.01}, "name": "größe"}, "samples_seen": 123456789012}
-
-
-def small(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(4, 3, 2, 2, generator=generator)
-    return {"model": {"weight": weight, "steps": torch.tensor(7)}, "ema": {"weight": weight * 2}}
-
-
-def same_bits(a, b):
-    def as_bytes(tensor):
-        return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes()
-
-    return a.dtype == b.dtype and a.shape == b.shape and as_bytes(a) == as_bytes(b)
-
-
-def assert_same(saved, loaded):
-    assert saved.keys() == loaded.keys()
-    for stem in saved:
-        assert saved[stem].keys() == loaded[stem].keys()
-        assert all(same_bits(saved[stem][name], loaded[stem][name]) for name in saved[stem])
+from pipeline.checkpoint import Checkpoints, DamagedCheckpoint, read_folder, snapshot
+from tests.checkpoint_samples import FACTS, assert_same, damage, same_bits, small
 
 
 @pytest.fixture
@@ -281,12 +255,6 @@ def test_a_pickle_is_not_run_even_with_the_right_hash(saved, tmp_path, monkeypat
 # --- choosing ---------------------------------------------------------------------------------------------------------
 
 
-def damage(path):
-    content = bytearray((path / "model.safetensors").read_bytes())
-    content[-1] ^= 1
-    (path / "model.safetensors").write_bytes(content)
-
-
 def test_nothing_there_is_none(checkpoints):
     assert checkpoints.latest() is None
     assert checkpoints.best() is None
@@ -311,6 +279,23 @@ def test_the_last_good_one_is_taken_and_it_says_so(checkpoints, caplog):
     assert "step 4 passed over" in caplog.text
     assert "sha256 differs" in caplog.text
     assert checkpoints.load("best").step == 2
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "meta.json"])
+@pytest.mark.parametrize("harm", ["flipped bit", "truncated", "missing"])
+def test_harm_to_any_one_file_falls_back_to_the_checkpoint_before(checkpoints, caplog, name, harm):
+    checkpoints.save(1, small(1), {})
+    file = checkpoints.save(2, small(2), {}) / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    if harm == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content if harm == "flipped bit" else content[:-1])
+    found = checkpoints.latest()
+    assert found.step == 1
+    assert_same(small(1), found.tensors)
+    assert f"checkpoint of step 2 passed over: {file}" in caplog.text
 
 
 def test_all_damaged_is_an_error_not_a_fresh_start(checkpoints):
@@ -359,207 +344,3 @@ def test_saving_a_step_again_is_harmless(checkpoints):
     assert checkpoints.save(10, small(1), {"first": True}) == path
     assert (path / "meta.json").stat() == written
     assert os.listdir(checkpoints.folder) == [path.name]
-
-
-# --- kills, full disks ------------------------------------------------------------------------------------------------
-
-
-SYSTEM_CALLS = ["mkdir", "fsync", "rename", "rmdir", "unlink", "open"]
-
-
-def die_at(call_number):
-    """From here on, end this process at once at its n-th call that touches the file system, before the call is made."""
-    calls = 0
-
-    def deadly(original):
-        def call(*args, **kwargs):
-            nonlocal calls
-            if calls == call_number:
-                os._exit(9)
-            calls += 1
-            return original(*args, **kwargs)
-
-        return call
-
-    for name in SYSTEM_CALLS:
-        setattr(os, name, deadly(getattr(os, name)))
-
-
-def in_child(work):
-    """Exit status of a forked process that runs `work`."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-@pytest.mark.parametrize("damaged", [False, True], ids=["new step", "in place of a damaged one"])
-def test_death_at_any_point_leaves_a_good_checkpoint(tmp_path, damaged):
-    """With keep=1 the new checkpoint replaces the only other one: the most delicate case."""
-    deaths, seen = 0, set()
-    while True:
-        checkpoints = Checkpoints(tmp_path / str(deaths), keep=1)
-        checkpoints.save(1, small(1), {})
-        if damaged:
-            damage(checkpoints.save(2, small(7), {}))
-            Checkpoints(checkpoints.folder).save(1, small(1), {})
-
-        def save(checkpoints=checkpoints, at=deaths):
-            die_at(at)
-            checkpoints.save(2, small(2), {})
-
-        status = in_child(save)
-        found = checkpoints.latest()
-        assert_same(small(found.step), found.tensors)
-        seen.add(found.step)
-        checkpoints.save(3, small(3), {})  # clears up what the dead process left
-        assert os.listdir(checkpoints.folder) == ["step_00000003"]
-        if status == 0:
-            break
-        assert status == 9
-        deaths += 1
-    assert deaths > 15
-    assert seen == {1, 2}
-
-
-def test_leftovers_of_a_living_process_are_spared(checkpoints, tmp_path):
-    host = os.uname().nodename
-    checkpoints.save(1, small(), {})
-    alive = checkpoints.folder / f".step_00000007.{host}.{os.getppid()}.writing"
-    elsewhere = checkpoints.folder / ".step_00000007.another.host.1.writing"
-    alive.mkdir()
-    elsewhere.mkdir()
-    (checkpoints.folder / ".mine").mkdir()
-    checkpoints.save(2, small(), {})
-    assert (alive.exists(), elsewhere.exists(), (checkpoints.folder / ".mine").exists()) == (True, False, True)
-
-
-def test_everything_is_on_disk_before_the_name_and_the_old_goes_last(checkpoints, monkeypatch):
-    events = []
-
-    def recorded(name, label):
-        original = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, **kw: (events.append(label(*args)), original(*args, **kw))[1])
-
-    checkpoints.keep = 1
-    checkpoints.save(1, small(), {})
-    recorded("fsync", lambda descriptor: ("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.split(".")[-1]))
-    recorded("rename", lambda source, target: ("rename", Path(target).name.split(".")[-1]))
-    checkpoints.save(2, small(), {})
-    assert events == [
-        ("sync", "safetensors"),
-        ("sync", "safetensors"),
-        ("sync", "json"),
-        ("sync", "writing"),
-        ("rename", "step_00000002"),
-        ("sync", "checkpoints"),
-        ("rename", "deleting"),
-    ]
-
-
-def test_too_little_space_is_seen_before_writing(checkpoints, monkeypatch):
-    checkpoints.save(1, small(), {})
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 2**20))
-    with pytest.raises(
-        OSError, match=r"checkpoint of step 2 .*checkpoints: 1.0 MiB are needed and 1.0 MiB are free; check space"
-    ) as caught:
-        checkpoints.save(2, small(), {})
-    assert caught.value.errno == errno.ENOSPC
-    assert os.listdir(checkpoints.folder) == ["step_00000001"]
-
-
-def test_the_needed_space_is_not_underestimated(tmp_path):
-    tensors = {"model": {f"block.{i}.a_rather_long_name_of_a_weight": torch.randn(i) for i in range(300)}, "none": {}}
-    path = Checkpoints(tmp_path).save(1, tensors, FACTS)
-    on_disk = sum(file.stat().st_size for file in path.iterdir())
-    assert on_disk <= checkpoint.size_of(snapshot(tensors)) <= on_disk + 2**20 + 512 * 300
-
-
-def test_a_failed_write_leaves_nothing_and_the_next_one_works(checkpoints):
-    """The kernel refuses to write beyond a file size, as a full disk would."""
-    large = {"model": {"x": torch.zeros(100_000)}}
-    checkpoints.save(1, small(), {})
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
-    try:
-        with pytest.raises(OSError, match="step 2 could not be written to .*checkpoints: File too large"):
-            checkpoints.save(2, large, {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert os.listdir(checkpoints.folder) == ["step_00000001"]
-    checkpoints.save(2, large, {})
-    assert checkpoints.latest().step == 2
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="step 1 could not be written to .*file/checkpoints: Not a directory"):
-        Checkpoints(tmp_path / "file" / "checkpoints").save(1, small(), {})
-
-
-# --- the lock of a run folder -----------------------------------------------------------------------------------------
-
-
-def start_holder(folder, then):
-    """A process that takes the lock, says so through a pipe, and goes on with `then`."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        lock = RunLock(folder)
-        os.write(writer, b"held")
-        then(lock)
-        os._exit(0)
-    os.close(writer)
-    assert os.read(reader, 4) == b"held"
-    os.close(reader)
-    return child
-
-
-def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
-    child = start_holder(tmp_path / "run", lambda lock: time.sleep(60))
-    with pytest.raises(ValueError, match=rf"run is in use by process {child} on {os.uname().nodename}; .*--run-dir"):
-        RunLock(tmp_path / "run")
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    with RunLock(tmp_path / "run") as lock, pytest.raises(ValueError, match=f"in use by process {os.getpid()} "):
-        RunLock(lock.path.parent)
-    RunLock(tmp_path / "run").release()
-
-
-def test_a_worker_that_outlives_its_process_does_not_keep_the_lock(tmp_path):
-    reader, writer = os.pipe()
-
-    def fork_a_worker(lock):
-        if os.fork() == 0:
-            os.write(writer, str(os.getpid()).encode())  # once it runs: until then it has not let go
-            time.sleep(60)
-            os._exit(0)
-
-    child = start_holder(tmp_path, fork_a_worker)
-    os.waitpid(child, 0)
-    worker = int(os.read(reader, 16))
-    try:
-        os.kill(worker, 0)
-        RunLock(tmp_path).release()
-    finally:
-        os.kill(worker, signal.SIGKILL)
-
-
-def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="run folder .*file/run cannot be written: Not a directory; name another"):
-        RunLock(tmp_path / "file" / "run")
-
-
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
-    def refuse(file, how):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(checkpoint.fcntl, "flock", refuse)
-    with pytest.raises(ValueError, match="cannot be locked .*file system with flock"):
-        RunLock(tmp_path)

@@ -14,7 +14,8 @@ FLOORS = [
     # 1: stands on nothing but third parties and its own floor
     """schema config conditions distributions likelihoods models.base noise
     nn.layers nn.cells nn.batch_norm nn.depthwise nn.flows nn.posterior nn.posterior_flows
-    data.hashing data.recent data.manifest data.order data.shards data.preprocess data.remote data.damage checkpoint
+    data.hashing data.recent data.manifest data.order data.shards data.preprocess data.remote data.damage
+    checkpoint checkpoint_writer tensor_file
     tracking wandb_run wandb_files records status metrics ema files images runtime torchvision_guard
     agreement launcher preemption roll watchdog""".split(),
     # 2
