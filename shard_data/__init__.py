@@ -8,6 +8,7 @@ from shard_data.sources.celeba import CelebA
 from shard_data.sources.cifar import Cifar10, Cifar100
 from shard_data.sources.folder import Folder
 from shard_data.sources.mnist import FashionMnist, Kmnist, Mnist
+from shard_data.sources.npz import Npz
 from shard_data.sources.toy_faces import ToyFaces
 from shard_data.writer import convert
 
@@ -22,6 +23,7 @@ __all__ = [
     "Incomplete",
     "Kmnist",
     "Mnist",
+    "Npz",
     "ToyFaces",
     "convert",
 ]

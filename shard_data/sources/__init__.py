@@ -1,6 +1,6 @@
 """The data sets that can be converted: each module has one source class, `add_arguments` and `from_arguments`."""
 
-from shard_data.sources import celeba, cifar, folder, mnist, toy_faces
+from shard_data.sources import celeba, cifar, folder, mnist, npz, toy_faces
 
 SOURCES = {
     "toy_faces": toy_faces,
@@ -11,4 +11,5 @@ SOURCES = {
     "cifar100": cifar,
     "celeba": celeba,
     "folder": folder,
+    "npz": npz,
 }

@@ -1,0 +1,306 @@
+"""Arrays of your own in one .npz file, as numpy.savez writes it: images, and labels or attributes if there are any.
+
+    images           uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W)
+    labels           integers (N,): class numbers, -1 for none                              optional
+    classes          text (K,): names of the classes (default: their numbers)               optional
+    attributes       integers or truth values (N, A): 1 present, 0 absent, -1 unknown       optional
+    attribute_names  text (A,) (default: attribute_00, ...)                                 optional
+    settings         anything; not read                                                     optional
+
+Nothing is resized. Arrays that are not compressed are mapped into memory and may be larger than it."""
+
+import argparse
+import hashlib
+import io
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
+
+import numpy as np
+
+from shard_data.errors import DataError
+from shard_data.files import sha256
+from shard_data.source import Record, Sample
+
+ARRAYS = ("images", "labels", "classes", "attributes", "attribute_names")
+NOT_READ = ("settings",)
+SPLITS = ("train", "val", "test")
+MAX_UNPACKED = 1 << 28  # bytes of a compressed array, which every worker holds in memory
+MAX_SIDE = 1024
+MAX_NAMES = 10_000
+LOCAL_HEADER = 30  # bytes of a ZIP member's own header before its name
+CHUNK = 1 << 20
+
+
+class Arrays(NamedTuple):
+    """The arrays of one file, checked."""
+
+    images: np.ndarray
+    """uint8 (N, H, W, C)."""
+    labels: np.ndarray | None
+    """int64 (N,)."""
+    classes: tuple[str, ...] | None
+    attributes: np.ndarray | None
+    """int8 (N, A)."""
+    attribute_names: tuple[str, ...] | None
+
+
+class Npz:
+    """The images of a .npz file as they are. `val` and `test` are shares in [0, 1) of a split by hash."""
+
+    splits: ClassVar[tuple[str, ...]] = SPLITS
+
+    def __init__(
+        self, path: str | Path, *, val: float = 0.05, test: float = 0.05, split_seed: int = 0, name: str = "npz"
+    ):
+        self.path, self.shares, self.split_seed, self.name = Path(path), (val, test), split_seed, name
+        if not all(0 <= share < 1 for share in self.shares) or sum(self.shares) >= 1:
+            raise DataError(f"val and test {self.shares}: must be shares from 0 to 1 that leave something for train")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}  # a worker process opens the file itself
+
+    @cached_property
+    def arrays(self) -> Arrays:
+        return read_arrays(self.path)
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return self.arrays.classes
+
+    @property
+    def attributes(self) -> tuple[str, ...] | None:
+        return self.arrays.attribute_names
+
+    @property
+    def columns(self) -> frozenset[str]:
+        given = {"label": self.arrays.labels, "attributes": self.arrays.attributes}
+        return frozenset(name for name, array in given.items() if array is not None)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.arrays.images.shape[1:]
+
+    def transform(self) -> dict[str, Any]:
+        return {}
+
+    def description(self) -> dict[str, Any]:
+        check_sums(self.path)
+        splits = {"val": self.shares[0], "test": self.shares[1], "seed": self.split_seed}
+        return {"sha256": sha256(self.path), "images": len(self.arrays.images), "splits": splits}
+
+    def records(self, split: str) -> Sequence[Record]:
+        count = len(self.arrays.images)
+        return [Record(f"{split}-{i:07d}", i) for i in range(count) if self._split(i) == split]
+
+    def load(self, record: Record) -> Sample:
+        i, arrays = record.where, self.arrays
+        return Sample(
+            np.ascontiguousarray(arrays.images[i]),
+            label=-1 if arrays.labels is None else int(arrays.labels[i]),
+            attributes=() if arrays.attributes is None else arrays.attributes[i].tolist(),
+            facts={"index": i},
+        )
+
+    def _split(self, i: int) -> str:
+        number = int.from_bytes(hashlib.sha256(f"{self.split_seed}:{i}".encode()).digest()[:8], "big")
+        share, (val, test) = number / 2**64, self.shares
+        return "test" if share < test else "val" if share < test + val else "train"
+
+
+def read_arrays(path: Path) -> Arrays:
+    """Raises DataError, which names the file and the array, for anything but what the module's text promises."""
+    found = _open_arrays(path)
+    if "images" not in found:
+        raise DataError(f"{path}: holds no array 'images'; it has: {', '.join(sorted(found)) or 'nothing'}")
+    images = _check_images(path, found["images"])
+    labels = _check_labels(path, found.get("labels"), len(images))
+    classes = _check_names(path, "classes", found.get("classes"))
+    attributes = _check_attributes(path, found.get("attributes"), len(images))
+    names = _check_names(path, "attribute_names", found.get("attribute_names"))
+    return Arrays(images, labels, _fit_classes(path, labels, classes), attributes, _fit_names(path, attributes, names))
+
+
+def check_sums(path: Path) -> None:
+    """Reads the file once. Raises DataError where an array is not what its checksum says."""
+    try:
+        with ZipFile(path) as archive:
+            for name in ARRAYS:
+                if f"{name}.npy" in archive.namelist():
+                    with archive.open(f"{name}.npy") as member:
+                        while member.read(CHUNK):
+                            pass
+    except (BadZipFile, OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged ({error}); write it again with numpy.savez") from None
+
+
+def _open_arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with ZipFile(path) as archive:
+            members = archive.infolist()
+            _check_members(path, members)
+            return {
+                member.filename.removesuffix(".npy"): _open_array(path, archive, member)
+                for member in members
+                if member.filename.removesuffix(".npy") not in NOT_READ
+            }
+    except FileNotFoundError:
+        raise DataError(f"{path}: not found; --source must be the .npz file") from None
+    except (BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
+        raise DataError(f"{path}: not a .npz file, or damaged ({error}); write it with numpy.savez") from None
+
+
+def _check_members(path: Path, members: list[ZipInfo]) -> None:
+    names = [member.filename for member in members]
+    known = [f"{name}.npy" for name in (*ARRAYS, *NOT_READ)]
+    for name in names:
+        if name not in known:
+            what = f"array {name.removesuffix('.npy')!r}" if name.endswith(".npy") else f"member {name!r}"
+            raise DataError(f"{path}: the {what} is not known; known: {', '.join((*ARRAYS, *NOT_READ))}")
+        if names.count(name) > 1:
+            raise DataError(f"{path}: holds the array {name.removesuffix('.npy')!r} twice")
+
+
+def _open_array(path: Path, archive: ZipFile, member: ZipInfo) -> np.ndarray:
+    """Mapped where it is stored as it is, unpacked where it is compressed."""
+    name = member.filename.removesuffix(".npy")
+    try:
+        with archive.open(member) as file:
+            shape, fortran, dtype = _read_header(file)
+            start = file.tell()
+    except ValueError as error:
+        raise DataError(f"{path}: the array {name!r} is not a .npy that can be read ({error})") from None
+    if dtype.hasobject:
+        raise DataError(f"{path}: the array {name!r} holds Python objects, which are not read; give plain numbers")
+    if prod(shape) * dtype.itemsize != member.file_size - start or min(shape, default=0) < 1:
+        raise DataError(f"{path}: the array {name!r} has shape {shape}, and {member.file_size - start} bytes of data")
+    order = "F" if fortran else "C"
+    if member.compress_type == ZIP_STORED:
+        return np.memmap(path, dtype, "r", _data_offset(path, archive, member) + start, shape, order)
+    if member.compress_type != ZIP_DEFLATED or member.file_size > MAX_UNPACKED:
+        raise DataError(
+            f"{path}: the array {name!r} is compressed and {member.file_size >> 20} MiB large; "
+            "write it with numpy.savez, which does not compress"
+        )
+    with archive.open(member) as file:
+        return np.frombuffer(file.read()[start:], dtype).reshape(shape, order=order)
+
+
+def _read_header(file: io.BufferedIOBase) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"version {version} of the format")
+    return readers[version](file)
+
+
+def _data_offset(path: Path, archive: ZipFile, member: ZipInfo) -> int:
+    """Where a stored member's bytes begin in the file."""
+    with path.open("rb") as file:
+        file.seek(member.header_offset)
+        header = file.read(LOCAL_HEADER)
+    offset = member.header_offset + LOCAL_HEADER
+    offset += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    if offset + member.file_size > path.stat().st_size or member.compress_size != member.file_size:
+        raise BadZipFile(f"{member.filename} reaches beyond the end of the file")
+    return offset
+
+
+def _check_images(path: Path, images: np.ndarray) -> np.ndarray:
+    if images.dtype != np.uint8:
+        raise DataError(f"{path}: images are {images.dtype}; give uint8, 0 to 255")
+    images = images[..., None] if images.ndim == 3 else images
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or max(images.shape[1:3]) > MAX_SIDE:
+        raise DataError(
+            f"{path}: images have shape {images.shape}; give (N, H, W, C) with 1 or 3 channels C, last, "
+            f"and sides up to {MAX_SIDE}"
+        )
+    return images
+
+
+def _check_labels(path: Path, labels: np.ndarray | None, count: int) -> np.ndarray | None:
+    if labels is None:
+        return None
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
+        raise DataError(f"{path}: labels are {labels.dtype} {labels.shape}; give whole numbers ({count},)")
+    if int(labels.min()) < -1 or int(labels.max()) >= MAX_NAMES:
+        raise DataError(
+            f"{path}: labels run from {labels.min()} to {labels.max()}; give class numbers from 0 up to "
+            f"{MAX_NAMES - 1}, -1 for none"
+        )
+    return labels.astype(np.int64)
+
+
+def _check_attributes(path: Path, attributes: np.ndarray | None, count: int) -> np.ndarray | None:
+    if attributes is None:
+        return None
+    if attributes.ndim != 2 or len(attributes) != count or attributes.dtype.kind not in "iub":
+        raise DataError(
+            f"{path}: attributes are {attributes.dtype} {attributes.shape}; give whole numbers ({count}, A)"
+        )
+    if int(attributes.min()) < -1 or int(attributes.max()) > 1:
+        raise DataError(
+            f"{path}: attributes run from {attributes.min()} to {attributes.max()}; "
+            "give 1 for present, 0 for absent, -1 for unknown"
+        )
+    return attributes.astype(np.int8)
+
+
+def _check_names(path: Path, what: str, names: np.ndarray | None) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if names.ndim != 1 or names.dtype.kind != "U" or len(names) > MAX_NAMES:
+        raise DataError(f"{path}: {what} are {names.dtype} {names.shape}; give texts, one per name")
+    words = tuple(names.tolist())
+    counts = Counter(words)
+    for word in words:
+        if not word.strip() or not word.isprintable() or counts[word] > 1:
+            raise DataError(f"{path}: {what} hold {word!r}; give each name once, printable and not empty")
+    return words
+
+
+def _fit_classes(path: Path, labels: np.ndarray | None, classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if labels is None:
+        if classes is not None:
+            raise DataError(f"{path}: holds classes and no labels; add the labels, or leave the classes out")
+        return None
+    highest = int(labels.max())
+    if classes is None:
+        return tuple(map(str, range(highest + 1))) or None
+    if highest >= len(classes):
+        raise DataError(f"{path}: holds the label {highest} and only {len(classes)} classes; give a name for each")
+    return classes
+
+
+def _fit_names(path: Path, attributes: np.ndarray | None, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if attributes is None:
+        if names is not None:
+            raise DataError(f"{path}: holds attribute_names and no attributes; add them, or leave the names out")
+        return None
+    columns = attributes.shape[1]
+    if names is None:
+        return tuple(f"attribute_{i:02d}" for i in range(columns))
+    if len(names) != columns:
+        raise DataError(f"{path}: {len(names)} attribute_names for {columns} columns of attributes; give one for each")
+    return names
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--source", type=Path, required=True, metavar="FILE.npz", help="the arrays")
+    for split in ("val", "test"):
+        share = f"share of {split}, chosen by a hash of the image's number (default %(default)s)"
+        parser.add_argument(f"--{split}", type=float, default=0.05, metavar="SHARE", help=share)
+    parser.add_argument("--split-seed", type=int, default=0, help="another seed, another split (default %(default)s)")
+    parser.add_argument("--name", default="npz", help="name of the set in its manifest (default %(default)s)")
+    parser.set_defaults(shuffle=0)  # images often come sorted by class, and batches should not
+
+
+def from_arguments(arguments: argparse.Namespace) -> Npz:
+    return Npz(
+        arguments.source, val=arguments.val, test=arguments.test, split_seed=arguments.split_seed, name=arguments.name
+    )
