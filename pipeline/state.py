@@ -85,14 +85,20 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`. Raises ValueError for a name that the model does not have."""
-    numbers = {name: index for index, (name, _) in enumerate(model.named_parameters())}
+    parameters = dict(model.named_parameters())
+    numbers = {name: index for index, name in enumerate(parameters)}
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parameter, _, slot = name.rpartition("/")
         if parameter not in numbers:
             raise ValueError(f"the optimizer's state names {parameter!r}, which this model does not have")
-        state.setdefault(numbers[parameter], {})[slot] = tensor
+        state.setdefault(numbers[parameter], {})[slot] = _laid_out_like(parameters[parameter], tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _laid_out_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """Fused updates walk a weight and its moments in memory order, so these must lie in memory as the weight does."""
+    return torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor
 
 
 def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:

@@ -19,11 +19,25 @@ BASELINE = ("objective.schedule=constant", "objective.kl_balancing=none", "regul
 
 FAST = ("optim.lr=3e-2",)
 NVAE = tiny_settings(Path())["model"]
+MLP = {"name": "mlp_vae", "hidden": 64, "latent_size": 8, "likelihood": {"name": "bernoulli"}}
+CONV = {"name": "conv_vae", "width": 8, "latent_size": 8, "likelihood": {"name": "normal", "sigma": 0.2}}
+RESNET = {"name": "resnet_vae", "stem_width": 8, "stage_widths": [8, 16], "num_blocks": 1, "latent_size": 8}
 CASES = {
     "nvae": (NVAE, None, FAST),
     "nvae by class": (NVAE, BY_CLASS, FAST),
     "nvae by attributes": (NVAE | {"num_flows": 0}, BY_ATTRIBUTES, FAST),
     "nvae of one group by class": (NVAE | {"groups_per_scale": [1], "num_flows": 0}, BY_CLASS, FAST),
+    "mlp_vae": (MLP, None, BASELINE),
+    "mlp_vae by class": (MLP, BY_CLASS, BASELINE),
+    "mlp_vae with planar flows": (MLP | {"flows": {"name": "planar", "length": 3}}, None, BASELINE),
+    "mlp_vae with autoregressive flows": (MLP | {"flows": {"name": "iaf", "length": 2, "hidden": 16}}, None, BASELINE),
+    "mlp_vae of discretized logistics": (MLP | {"likelihood": {"name": "discretized_logistic"}}, None, BASELINE),
+    "mlp_vae of mixtures": (MLP | {"likelihood": {"name": "logistic_mixture", "num_components": 2}}, None, BASELINE),
+    "conv_vae": (CONV, None, BASELINE),
+    "conv_vae by attributes": (CONV | {"batch_norm": True, "activation": "leaky_relu"}, BY_ATTRIBUTES, BASELINE),
+    "conv_vae of learned variance": (CONV | {"likelihood": {"name": "normal"}}, BY_CLASS, BASELINE),
+    "resnet_vae": (RESNET, None, BASELINE),
+    "resnet_vae by class": (RESNET, BY_CLASS, BASELINE),
 }
 """name: (model section, condition section, words)."""
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from pipeline.optim import LearningRate, OptimConfig, build_optimizer
+from pipeline.session import use_channels_last
 from tests.nvae_restatement import adamax_step
 
 
@@ -64,6 +65,29 @@ def test_batched_update_equals_one_by_one(name):
     tolerance = 0 if name == "adamax" else 1e-6
     for ours, plain in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["adamax", "adam", "adamw"])
+def test_weights_in_channels_last_order_are_updated_alike(name):
+    """A fused update walks memory: weight, gradient and moments must lie alike, whatever the kernel's shape."""
+    networks = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        networks.append(nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU()))
+    use_channels_last(networks[0])
+    ours = build_optimizer(networks[0], OptimConfig(name=name))
+    plain = type(ours)(networks[1].parameters(), lr=1e-2, betas=(0.9, 0.999), eps=1e-3, weight_decay=3e-4)
+    for step in range(4):
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+        for network, optimizer, layout in (
+            (networks[0], ours, torch.channels_last),
+            (networks[1], plain, torch.contiguous_format),
+        ):
+            optimizer.zero_grad()
+            network(x.contiguous(memory_format=layout)).square().sum().backward()
+            optimizer.step()
+    for one, other in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_weight_decay_of_adamw_is_decoupled():
