@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format bench clean help
+.PHONY: demo test test-slurm lint format bench clean help
 
 help:            ## List the targets
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -24,9 +24,14 @@ demo: $(STAMP)   ## Train a small NVAE on drawn faces: shards, checkpoint, metri
 test: $(STAMP)   ## Run the tests
 	$(BIN)/python -m pytest -q
 
+test-slurm: $(STAMP) ## Run all SLURM tests, long ones too, on the cluster that the script SLURM_LAB=FILE brings up here
+	@test -f "$(SLURM_LAB)" || { echo "error: name the script that brings up a SLURM on this machine: make test-slurm SLURM_LAB=FILE (docs/slurm.md)" >&2; exit 2; }
+	SLURM_LAB="$(SLURM_LAB)" SLURM_LONG=1 $(BIN)/python -m pytest -q tests/test_slurm.py
+
 lint: $(STAMP)   ## Check style and common faults
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck -x slurm/*.sh .ci/run
 
 format: $(STAMP) ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
