@@ -81,7 +81,7 @@ def _one_hot(asked: Asked, condition: ClassCondition, classes: Sequence[str], co
     if asked is None or isinstance(asked, Mapping):
         known = ", ".join(classes)
         raise ValueError(f"the model is told a class, and none was given; known: {known}")
-    words = asked.tolist() if isinstance(asked, Tensor) else asked
+    words = asked.tolist() if hasattr(asked, "tolist") else asked  # a tensor, or a number of NumPy's
     words = [words] if isinstance(words, int | str) else list(words)
     numbers = [class_number(word, classes) for word in words]
     if len(numbers) not in (1, count):

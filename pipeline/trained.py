@@ -55,9 +55,12 @@ def load(
         model = build_model(recipe).to(dtype)
     if recipe.train.channels_last:
         use_channels_last(model)
-    load_model(model, found.tensors.get("ema", found.tensors["model"]))
+    averaged = "ema" in found.tensors
+    load_model(model, found.tensors["ema" if averaged else "model"])
     model.requires_grad_(False).eval().to(device)
-    return Trained(model, recipe, found.step, found.path, found.facts, class_names(recipe, found), device, dtype)
+    return Trained(
+        model, recipe, found.step, found.path, found.facts, averaged, class_names(recipe, found), device, dtype
+    )
 
 
 def find_checkpoint(run: Path, checkpoint: Path | str) -> Checkpoint:
@@ -108,6 +111,8 @@ class Trained:
     """The checkpoint's folder."""
     facts: dict
     """What the checkpoint tells besides."""
+    averaged: bool
+    """Whether the weights are their moving average."""
     classes: tuple[str, ...]
     """Names of the classes that the model is told; empty where it is told none."""
     device: torch.device

@@ -23,9 +23,9 @@ FLOORS = [
     data.loader objective regularizers optim evaluation flops
     sampling state resume data_trace damage asking""".split(),
     # 3
-    ["trainer", "recipe", "session", "trained"],
+    ["trainer", "recipe", "session", "trained", "report"],
     # 4: scripts
-    ["train"],
+    ["train", "evaluate"],
 ]
 
 DOORS = {

@@ -1,0 +1,101 @@
+"""Measures a trained model on a split of a shard set.
+
+    python pipeline/evaluate.py runs/nvae --split test --importance-samples 100
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml pipeline/evaluate.py runs/nvae --data data/mine
+
+Prints the evidence lower bound, the KL and the active units of each latent group, and with importance samples the
+importance-weighted likelihood, and writes them with all that they depend on to RUN/evaluation_SPLIT_step_N.json.
+The figures do not depend on the number of processes or the batch size, but for rounding.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+# A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pipeline.report import (  # noqa: E402
+    bound_figures,
+    describe_measurement,
+    evaluation_recipe,
+    report_path,
+    save_report,
+    table,
+)
+from pipeline.runtime import Runtime, is_alike, launched_rank, start_logging  # noqa: E402
+from pipeline.session import Data  # noqa: E402
+from pipeline.trained import load  # noqa: E402
+
+log = logging.getLogger("pipeline")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", type=Path, help="the folder of a training run")
+    add("--data", metavar="DIR", help="shard set, a folder or an address (default: the one that it was trained on)")
+    add("--split", default="test", help="split of the set (default: test)")
+    add("--importance-samples", metavar="N", type=int, default=0, help="draws per image for the likelihood (default 0)")
+    add("--images", metavar="N", type=int, help="only the first N images of the split")
+    add("--batch-size", metavar="N", type=int, default=100, help="images in a pass over all processes (default 100)")
+    add("--checkpoint", default="latest", help="latest (default), best by validation, or a checkpoint's folder")
+    add("--precision", choices=("fp32", "bf16", "fp64"), default="fp32", help="of the computation (default fp32)")
+    add("--seed", type=int, help="of the latent draws (default: the run's, as in its validation)")
+    add("--threads", metavar="N", type=int, help="CPU threads of each process (default: the cores, shared)")
+    add("--out", metavar="FILE.json", type=Path, help="where the figures go (default: in RUN)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0 measured, 2 something the user can mend, 130 interrupted by Ctrl-C."""
+    parsed = build_parser().parse_args(arguments)
+    start_logging(None, launched_rank() == 0)
+    try:
+        runtime = Runtime(parsed.precision, parsed.threads)
+        try:
+            evaluate(parsed, runtime)
+        except Exception as error:
+            if is_alike(
+                error
+            ):  # a launcher ends all processes when the first leaves: wait until the main one is ready to
+                runtime.barrier()
+            raise
+        finally:
+            runtime.close()
+    except (ValueError, OSError) as error:
+        if launched_rank() == 0:
+            log.error("error: %s", error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def evaluate(parsed: argparse.Namespace, runtime: Runtime) -> None:
+    """From the command line to the report."""
+    trained = runtime.together(lambda: load(parsed.run, parsed.checkpoint, runtime.device, runtime.dtype))
+    recipe = evaluation_recipe(
+        trained.recipe, parsed.data, parsed.split, parsed.images, parsed.batch_size, parsed.importance_samples
+    )
+    seed = recipe.train.seed if parsed.seed is None else parsed.seed
+    log.info("%s at step %d on %s, split %s", recipe.model.name, trained.step, recipe.data.root, parsed.split)
+    data = Data(recipe, runtime)
+    figures = bound_figures(trained, data, runtime, seed)
+    report = describe_measurement(trained, data, runtime, seed, figures)
+    path = parsed.out or report_path(parsed.run, parsed.split, trained.step)
+    runtime.on_main(lambda: save_report(path, report))
+    if runtime.is_main:
+        print(table(figures))
+        log.info("written to %s", path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""What evaluate.py measures of a trained model on a split of a shard set, and the JSON that tells it."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pipeline.agreement import code_version
+from pipeline.config import build
+from pipeline.data.loader import Batch
+from pipeline.evaluation import Evaluator
+from pipeline.files import replacing
+from pipeline.recipe import Recipe
+from pipeline.runtime import Runtime
+from pipeline.session import Data
+from pipeline.trained import Trained
+
+HEADLINES = ("elbo", "bpd", "nll", "bpd_nll", "log_px", "kl")
+
+
+def evaluation_recipe(
+    recipe: Recipe,
+    root: str | None,
+    split: str,
+    images: int | None = None,
+    batch_size: int = 100,
+    importance_samples: int = 0,
+) -> Recipe:
+    """The recipe of a run whose data are this split alone, of its own shard set where `root` is None.
+
+    Raises ConfigError for numbers that make no sense.
+    """
+    settings = recipe.model_dump(mode="json")
+    settings["data"] |= {"root": recipe.data.root if root is None else root, "train_split": split}
+    settings["validation"] |= {
+        "split": split,
+        "images": images,
+        "batch_size": batch_size,
+        "importance_samples": importance_samples,
+    }
+    return build(Recipe, settings)
+
+
+def bound_figures(trained: Trained, data: Data, runtime: Runtime, seed: int) -> dict[str, float]:
+    """`elbo`, `log_px`, `kl`, `nll` in nats per image, `bpd` and `bpd_nll` in bits per dimension, and for each group
+    `kl/GROUP` in nats and `active_units/GROUP`: means over the split, the same for any number of processes.
+
+    With the seed that the model was trained with, `elbo` is `val/elbo` of the training's validation.
+    """
+
+    def settle(left_out: Sequence, error: Exception | None) -> int:
+        runtime.barrier()  # ranks may end minutes apart, for which collectives have no patience
+        return data.damage.settle(trained.step, data.held_out.split, left_out, error)
+
+    evaluator = Evaluator(
+        data.recipe.validation,
+        batches=lambda: with_progress(data.held_out_batches(), shown=runtime.is_main),
+        inputs=data.inputs,
+        seed=seed,
+        device=runtime.device,
+        autocast=runtime.autocast,
+        sum_over_ranks=runtime.sum,
+        settle_damage=settle,
+        by_group=True,
+    )
+    figures = {name.removeprefix("val/"): value for name, value in evaluator.run(trained.model).items()}
+    groups = [group.name for group in trained.model.groups]
+    order = [f"{kind}/{group}" for kind in ("kl", "active_units") for group in groups]
+    return {name: figures[name] for name in (*HEADLINES, *order, "skipped_samples") if name in figures}
+
+
+def with_progress(batches: Iterable[Batch], shown: bool) -> Iterator[Batch]:
+    """The batches, with a bar on the main process where it has a terminal."""
+    return iter(tqdm(batches, desc="evaluating", unit="batch", disable=None if shown else True))
+
+
+def describe_measurement(
+    trained: Trained, data: Data, runtime: Runtime, seed: int, figures: dict[str, Any]
+) -> dict[str, Any]:
+    """The figures with everything that they depend on."""
+    recipe, shards = data.recipe, data.held_out
+    likelihood = getattr(recipe.model, "likelihood", None)
+    skipped = int(figures.get("skipped_samples", 0))
+    return {
+        "model": recipe.model.name,
+        "checkpoint": str(trained.path),
+        "step": trained.step,
+        "averaged_weights": trained.averaged,
+        "data": {
+            "root": recipe.data.root,
+            "split": shards.split,
+            "fingerprint": shards.fingerprint,
+            "trained_on_fingerprint": trained.facts.get("data_fingerprint"),
+            "binarise": recipe.data.binarise,
+            "bits": recipe.data.bits,
+        },
+        "images": min(recipe.validation.images or len(shards), len(shards)) - skipped,
+        "num_dimensions": trained.model.num_dimensions,
+        "groups": {group.name: group.shape for group in trained.model.groups},
+        "likelihood": None if likelihood is None else likelihood.name,
+        "bin_rule": getattr(likelihood, "bin_rule", None),
+        "condition": recipe.condition and recipe.condition.model_dump(mode="json"),
+        "importance_samples": recipe.validation.importance_samples,
+        "seed": seed,
+        "precision": runtime.precision,
+        "code": {"version": code_version(), "torch": torch.__version__},
+        "figures": figures,
+    }
+
+
+def report_path(run: Path, split: str, step: int) -> Path:
+    """Where the report of a run's checkpoint lies unless the user says otherwise."""
+    return run / f"evaluation_{split}_step_{step:08d}.json"
+
+
+def save_report(path: Path, report: dict[str, Any]) -> None:
+    """Writes JSON, whole or not at all. Figures that are no finite number become null."""
+    finite = json.loads(json.dumps(report), parse_constant=lambda _: None)
+    with replacing(path) as file:
+        file.write((json.dumps(finite, indent=1, allow_nan=False) + "\n").encode())
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures as lines for people."""
+    width = max(map(len, figures))
+    return "\n".join(f"{name:<{width}}  {value:12.4f}" for name, value in figures.items())

@@ -1,0 +1,32 @@
+"""Run folders of models that were never trained, for the tests of the tools: fast to make, and like any other."""
+
+from pathlib import Path
+
+import torch
+
+from pipeline.checkpoint import Checkpoints
+from pipeline.config import build
+from pipeline.recipe import Recipe, build_model
+
+STEP = 7
+
+
+def make_run(
+    folder: Path, settings: dict, classes: list[str] | None = None, seed: int = 5, fingerprint: str = ""
+) -> Path:
+    """A run with one checkpoint, of step 7, whose moving average differs from its weights."""
+    recipe = build(Recipe, settings)
+    torch.manual_seed(seed)
+    average, weights = build_model(recipe).state_dict(), build_model(recipe).state_dict()
+    facts = {"settings": recipe.model_dump(mode="json"), "data_fingerprint": fingerprint, "classes": classes}
+    tensors = {"model": weights} | ({"ema": spread(average)} if recipe.train.ema_decay else {})
+    Checkpoints(folder / "checkpoints").save(STEP, tensors, facts, score=1.0)
+    return folder
+
+
+def spread(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights pushed about, so that nothing that starts at zero hides what depends on it."""
+    noisy = {
+        name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in state.items() if tensor.is_floating_point()
+    }
+    return state | {name: tensor.abs() if "running_var" in name else tensor for name, tensor in noisy.items()}
