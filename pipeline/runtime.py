@@ -1,42 +1,57 @@
 """Processes and devices: the one door to Accelerate, and every collective of the trainer.
 
-Nothing here knows models or data. With one process each collective is the identity.
+Nothing here knows models or data. With one process each collective is the identity. A collective that a process does
+not join in time ends all of them (see `watchdog`); where one process works while others wait, they wait in patience.
 """
 
 import logging
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
+
+from pipeline.agreement import disagreement
+from pipeline.watchdog import Crew, Watchdog, wait_until
 
 Precision = Literal["fp32", "bf16", "fp64"]
 Result = TypeVar("Result")
 log = logging.getLogger("pipeline")
+
+BACKEND_MARGIN = 30.0
+"""Seconds by which gloo and NCCL give up later than the watchdog, which can say who is missing."""
 
 
 class Runtime:
     """Where this process stands among the others, and how they talk."""
 
     def __init__(
-        self, precision: Precision = "fp32", cpu_threads: int | None = None, expect_processes: int | None = None
+        self,
+        precision: Precision = "fp32",
+        cpu_threads: int | None = None,
+        expect_processes: int | None = None,
+        collective_timeout: float = 120.0,
     ):
         """Joins the process group that the launcher set up.
 
+        `collective_timeout`: seconds that processes wait in a collective for one that does not come; then all end.
         Raises ValueError where the launcher made fewer processes than it announced or than `expect_processes` asks for.
         """
+        self.watchdog = Watchdog()
+        timeout = timedelta(seconds=collective_timeout + BACKEND_MARGIN)
         # Static shapes and synchronised batch norm leave DDP nothing to broadcast.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         self.accelerator = Accelerator(
             mixed_precision="bf16" if precision == "bf16" else "no",
             cpu=not torch.cuda.is_available(),
-            kwargs_handlers=[ddp],
+            kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timeout)],
         )
         self.precision = precision
         self.dtype = torch.float64 if precision == "fp64" else torch.float32
@@ -49,7 +64,20 @@ class Runtime:
             torch.set_num_threads(cpu_threads or cores_per_process())
         # What the host knows is agreed among hosts: the devices go on working meanwhile. None is the default group.
         on_gpus = self.device.type == "cuda" and self.world_size > 1
-        self._hosts = dist.new_group(backend="gloo") if on_gpus else None
+        self._hosts = dist.new_group(backend="gloo", timeout=timeout) if on_gpus else None
+        self._meetings = 0
+        if self.world_size > 1:
+            self._watch_others(collective_timeout)
+
+    def _watch_others(self, timeout: float) -> None:
+        groups = [dist.group.WORLD] + ([self._hosts] if self._hosts is not None else [])
+
+        def joined() -> int:
+            return sum(group._get_sequence_number_for_group() for group in groups)
+
+        # A connection of our own: whoever waits in the process group's would hold us up.
+        self._store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store().clone())
+        self.watchdog.join(Crew(self.rank, self.world_size, self._store, timeout, joined))
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The model behind DDP (with more than one process) and autocast, and the optimizer, both on the device."""
@@ -86,66 +114,106 @@ class Runtime:
         votes = self.sum(flag.to(torch.float32))
         return votes.item() == self.world_size
 
+    def any_of(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether it is true on any rank: one collective, without waiting for a device."""
+        if self.world_size == 1:
+            return flags
+        votes = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._hosts)
+        return tuple(map(bool, votes.tolist()))
+
     def all_agree(self, flag: bool) -> bool:
         """Whether a flag that no device holds is true on every rank, without waiting for a device."""
-        if self.world_size == 1:
-            return flag
-        votes = torch.tensor(int(flag))
-        dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self._hosts)
-        return bool(votes)
+        return not self.any_of(not flag)[0]
 
     def gather(self, value: Tensor) -> Tensor:
         """Equal-sized tensors of all ranks, joined along dimension 0 in rank order, on every rank."""
         return self.accelerator.gather(value)
 
     def on_main(self, work: Callable[[], Result]) -> Result | None:
-        """Runs `work` on the main process while the others wait.
+        """Runs `work` on the main process while the others wait, for as long as that takes.
 
         Its result stays there; its ValueError or OSError reaches every rank.
         """
-        result, failure = None, None
-        if self.is_main:
-            try:
-                result = work()
-            except (ValueError, OSError) as error:
-                failure = error
-        failure = self.from_main(failure)
-        if failure is not None:
-            raise alike(failure)
-        return result
+        return self._settled(work if self.is_main else lambda: None, workers=1)
 
     def together(self, work: Callable[[], Result]) -> Result:
-        """Runs `work` on every rank. A ValueError or OSError of any rank reaches every rank, the first rank's first."""
+        """Runs `work` on every rank; the quick wait for the slow, for as long as that takes. A ValueError or OSError of
+        any rank reaches every rank, the first rank's first.
+        """
+        return self._settled(work, workers=self.world_size)
+
+    def _settled(self, work: Callable[[], Result], workers: int) -> Result:
         result, failure = None, None
         try:
             result = work()
         except (ValueError, OSError) as error:
             failure = error
+        self._meet(workers)
         failures = [failure for failure in self.gather_objects(failure) if failure is not None]
         if failures:
             raise alike(failures[0])
         return result
+
+    def _meet(self, workers: int) -> None:
+        """Until the first `workers` ranks have come here. No collective, which would time out: whether those who are
+        awaited live is the watchdog's matter.
+        """
+        if self.world_size == 1:
+            return
+        self._meetings += 1
+        count, opened = f"meeting/{self._meetings}/count", f"meeting/{self._meetings}/open"
+        if self.rank < workers and self._store.add(count, 1) == workers:
+            self._store.set(opened, "")
+        wait_until(lambda: self._store.check([opened]))
+        dist.barrier(self._hosts)
+        if self.is_main:
+            self._store.delete_key(count)
+            self._store.delete_key(opened)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._hosts)
         return values
 
     def from_main(self, value: Any) -> Any:
         """The main process's value, on every rank."""
         values = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(values, src=0)
+            dist.broadcast_object_list(values, src=0, group=self._hosts)
         return values[0]
 
+    def check_agreement(self, facts: Mapping[str, str]) -> None:
+        """Raises ValueError on every rank where any fact differs between ranks; it says who has what."""
+        problem = disagreement(self.gather_objects(dict(facts)))
+        if problem is not None:
+            raise alike(ValueError(problem))
+
     def barrier(self) -> None:
-        self.accelerator.wait_for_everyone()
+        """Every rank has come here; the quick wait for the slow, for as long as that takes."""
+        self._meet(self.world_size)
+
+    @contextmanager
+    def shared_fate(self) -> Iterator[None]:
+        """An error inside, unless every rank raises it alike, ends the other processes too, with its message."""
+        try:
+            yield
+        except Exception as error:
+            if not is_alike(error):
+                self.watchdog.report_failure(error)
+            raise
 
     def close(self) -> None:
-        """Leaves the process group, so that the interpreter ends without a warning."""
+        """Leaves the process group, so that the interpreter ends without a warning.
+
+        After a failure it stays as it is: to take it apart could mean to wait for processes that are gone.
+        """
+        self.watchdog.close()
+        if self.watchdog.failed:
+            return
         self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()

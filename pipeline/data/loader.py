@@ -4,7 +4,10 @@ A micro-batch is read, preprocessed and handed over as one item, and which sampl
 alone. So the number of workers cannot change what the model sees, and starting at any micro-batch costs nothing.
 """
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -260,6 +263,24 @@ def _as_it_is(item):
 
 
 def _start_worker(_worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the training process decides what it means and stops its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C reaches the whole process group, and SLURM's signals every process of a job: the training process decides
+    what they mean. Its workers end when it tells them to, or when it has died.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigtimedwait"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_follow, args=[multiprocessing.parent_process().pid], daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _follow(parent: int) -> None:
+    """SIGTERM counts only from a worker's own process, which at its exit sends it and waits, as long as that takes.
+
+    PyTorch too looks whether that process lives, but not whether it died while its worker was starting.
+    """
+    while os.getppid() == parent:
+        sent = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+        if sent is not None and sent.si_pid == parent:
+            break
+    os._exit(0)
