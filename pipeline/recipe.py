@@ -14,6 +14,7 @@ from pipeline.conditions import Condition
 from pipeline.config import ConfigError, build, document, load_yaml, overlay
 from pipeline.data.loader import DataConfig
 from pipeline.evaluation import ValidationConfig
+from pipeline.models.attribute_vae import AttributeVAEConfig
 from pipeline.models.base import VAE
 from pipeline.models.conv_vae import ConvVAEConfig
 from pipeline.models.mlp_vae import MLPVAEConfig
@@ -30,7 +31,9 @@ from pipeline.trainer import TrainConfig
 RECIPES = Path(__file__).parent / "configs"
 
 
-Model = Annotated[NVAEConfig | MLPVAEConfig | ConvVAEConfig | ResNetVAEConfig, Field(discriminator="name")]
+Model = Annotated[
+    NVAEConfig | MLPVAEConfig | ConvVAEConfig | ResNetVAEConfig | AttributeVAEConfig, Field(discriminator="name")
+]
 """Every model's section; `model.name` tells them apart."""
 
 

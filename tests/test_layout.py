@@ -14,18 +14,20 @@ FLOORS = [
     # 1: stands on nothing but third parties and its own floor
     """schema config conditions distributions likelihoods models.base noise
     nn.layers nn.cells nn.batch_norm nn.depthwise nn.flows nn.posterior nn.posterior_flows
+    nn.conditional_norm nn.gradient_reversal nn.independence classifier
     data.hashing data.recent data.manifest data.order data.shards data.preprocess data.remote data.damage
     checkpoint checkpoint_writer tensor_file
     tracking wandb_run wandb_files records status metrics ema files images runtime torchvision_guard
     agreement launcher preemption roll watchdog""".split(),
     # 2
-    """models.nvae models.nvae_names models.flat models.mlp_vae models.conv_vae models.resnet_vae
+    """models.nvae models.nvae_names models.flat models.mlp_vae models.conv_vae models.resnet_vae models.attribute_vae
+    edit_metric recognition
     data.loader objective regularizers optim evaluation flops
     sampling state resume data_trace damage asking""".split(),
     # 3
     ["trainer", "recipe", "session", "trained", "report"],
     # 4: scripts
-    ["train", "evaluate"],
+    ["train", "evaluate", "train_classifier"],
 ]
 
 DOORS = {

@@ -1,0 +1,183 @@
+"""A small convolutional classifier of classes or attributes: the judge of what models draw.
+
+Made by `pipeline/train_classifier.py`. It lies in a folder of the checkpoint format (safetensors and a hashed
+meta.json), comes back frozen, and has two uses that want two classifiers: one helps to train `attribute_vae`, another,
+trained from another seed, judges the result.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, ValidationError
+from torch import Tensor, nn
+
+from pipeline.checkpoint import META, read_folder, snapshot, sync_folder, write_folder
+from pipeline.schema import Section
+
+SMALLEST_MAP = 4  # side in pixels of the feature map that the hidden layer sees
+HIDDEN = 128
+REMEDY = "make one with: python pipeline/train_classifier.py --data DIR --out"
+
+Kind = Literal["classes", "attributes"]
+
+
+class ClassifierConfig(Section):
+    """What a classifier tells, of which images; with its weights, all that its folder holds of it."""
+
+    kind: Kind
+    """`classes`: one of `names`; `attributes`: each of `names` on its own."""
+    names: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
+    image_shape: Annotated[tuple[int, int, int], Field(strict=False)]
+    """(C, H, W)."""
+    width: Annotated[int, Field(ge=1)] = 32
+    """Channels of the first stage; later ones have twice and four times as many."""
+
+
+class Classifier(nn.Module):
+    """Stages of a 3x3 convolution, batch norm, ReLU and max pooling that halves; then a hidden and an output layer.
+
+    Stages end where the map would become smaller than 4x4. The hidden layer sees the map, pooled to 4x4 and not to one
+    pixel: where an attribute shows matters.
+    """
+
+    def __init__(self, config: ClassifierConfig):
+        super().__init__()
+        self.config = config
+        channels, height, width = config.image_shape
+        side, stages = min(height, width), []
+        while side >= 2 * SMALLEST_MAP:
+            out_channels = config.width * min(2 ** len(stages), 4)
+            stages.append(_stage(channels, out_channels))
+            channels, side = out_channels, side // 2
+        self.stages = nn.Sequential(*stages, nn.AdaptiveAvgPool2d(SMALLEST_MAP), nn.Flatten())
+        self.hidden = nn.Sequential(nn.Linear(channels * SMALLEST_MAP**2, HIDDEN), nn.ReLU(), nn.Dropout(0.25))
+        self.output = nn.Linear(HIDDEN, len(config.names))
+
+    @property
+    def kind(self) -> Kind:
+        return self.config.kind
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the columns of `forward`'s result."""
+        return self.config.names
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.config.image_shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, len(names)) for images (B, C, H, W) in [0, 1]."""
+        return self.output(self.hidden(self.stages(2 * x - 1)))
+
+    def loss(self, x: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy (), nats per image; of attributes summed over those that are known. See `correct`."""
+        logits = self(x)
+        if self.kind == "classes":
+            return F.cross_entropy(logits, target)
+        return attribute_cross_entropy(logits, target).sum(1).mean()
+
+    def correct(self, x: Tensor, target: Tensor) -> Tensor:
+        """1 where right, 0 where wrong, NaN where the truth is not known: (B, 1) for classes, (B, A) for attributes.
+
+        `target`: labels (B,) int64, or attributes (B, A): 1 present, 0 absent, anything else unknown.
+        """
+        logits = self(x)
+        if self.kind == "classes":
+            return (logits.argmax(1) == target).double()[:, None]
+        right = ((logits > 0) == (target == 1)).double()
+        return right.masked_fill(~is_known(target), torch.nan)
+
+    @torch.no_grad()
+    def present(self, x: Tensor) -> Tensor:
+        """(B, A) bool: which attributes the images show."""
+        if self.kind != "attributes":
+            raise ValueError("a classifier of attributes is needed; this one tells classes")
+        return self(x) > 0
+
+
+def _stage(in_channels: int, out_channels: int) -> nn.Module:
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU(), nn.MaxPool2d(2))
+
+
+def is_known(attributes: Tensor) -> Tensor:
+    """Where attributes are 1 or 0, rather than unknown (-1 in the data, 1/2 in a condition)."""
+    return (attributes == 0) | (attributes == 1)
+
+
+def attribute_cross_entropy(logits: Tensor, attributes: Tensor) -> Tensor:
+    """Cross-entropy of each attribute (B, A), nats; 0 where it is not known."""
+    known = is_known(attributes).to(logits.dtype)
+    return known * F.binary_cross_entropy_with_logits(logits, known * attributes, reduction="none")
+
+
+# ---- its folder ------------------------------------------------------------------------------------------------------
+
+
+def check_new(folder: Path) -> None:
+    """Raises ValueError where something lies at `folder` already."""
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; name another folder with --out, or remove it")
+
+
+def save_classifier(classifier: Classifier, folder: Path, step: int, facts: Mapping[str, Any]) -> None:
+    """A new folder, whole or not there. `facts`: JSON values to keep beside. Raises ValueError where it is there."""
+    check_new(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    hidden = folder.with_name(f".{folder.name}.{os.getpid()}.writing")
+    contents = {**facts, "classifier": classifier.config.model_dump(mode="json")}
+    try:
+        write_folder(hidden, snapshot({"model": classifier.state_dict()}), step, contents, None)
+        os.rename(hidden, folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def load_classifier(folder: Path | str) -> Classifier:
+    """A classifier in eval mode, on the CPU, whose parameters take no gradient.
+
+    Raises ValueError where the folder is missing, damaged, or not a classifier's.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no classifier; {REMEDY} {folder}")
+    found = read_folder(folder)
+    try:
+        config = ClassifierConfig.model_validate(found.facts.get("classifier"))
+    except ValidationError as error:
+        raise ValueError(f"{folder}: not the folder of a classifier; {REMEDY} FOLDER") from error
+    with torch.device("meta"):
+        classifier = Classifier(config)
+    try:
+        classifier.load_state_dict(found.tensors.get("model", {}), assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: the weights do not fit the classifier: {error}") from None
+    return classifier.requires_grad_(False).eval()
+
+
+def classifier_digest(folder: Path | str) -> int:
+    """63 bits that stand for the folder's content, wherever it lies."""
+    return int.from_bytes(hashlib.sha256((Path(folder) / META).read_bytes()).digest()[:8], "little") >> 1
+
+
+def columns_of(classifier: Classifier, chosen: Sequence[str], image_shape: tuple[int, int, int]) -> list[int]:
+    """The classifier's columns of chosen attributes. Raises ValueError where it cannot judge them, or such images."""
+    if classifier.kind != "attributes":
+        raise ValueError("the classifier tells classes; train one on a set with attributes")
+    missing = [name for name in chosen if name not in classifier.names]
+    if missing:
+        known = ", ".join(classifier.names)
+        raise ValueError(f"the classifier does not know {', '.join(missing)}; it knows: {known}")
+    if tuple(image_shape) != tuple(classifier.image_shape):
+        shapes = " and ".join("x".join(map(str, shape)) for shape in (classifier.image_shape, image_shape))
+        raise ValueError(f"the classifier and the model take different images: {shapes} (channels, height, width)")
+    return [classifier.names.index(name) for name in chosen]

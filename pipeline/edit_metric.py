@@ -1,0 +1,185 @@
+"""How well faces are edited by attribute, judged by a classifier that took no part in training the model.
+
+Each held-out face is encoded with its own attributes; then one attribute is set on all faces that lack it, or cleared
+on all that have it, its rivals with it, and the face is decoded. What the judge says of the result is compared with
+what was asked, and the other attributes with those of the original.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.classifier import Classifier, columns_of, is_known
+from pipeline.conditions import AttributeCondition, find_name
+from pipeline.data.loader import Batch
+from pipeline.data.shards import TarShards
+from pipeline.metrics import Meter
+from pipeline.models.base import VAE, evaluating
+from pipeline.noise import draw_noise
+
+EDITS = {"set": 1.0, "clear": 0.0}
+
+
+class Faces(NamedTuple):
+    """b held-out images of one rank, on the model's device."""
+
+    x: Tensor
+    """(b, C, H, W) in [0, 1]: the model's input, border included."""
+    condition: Tensor
+    """(b, K) as the model takes it."""
+    truth: Tensor
+    """(b, A) in the order of the judge's names: 1 present, 0 absent, -1 unknown or not to be seen in the image."""
+    positions: list[int]
+    """Of the latent noise: the numbers of the images in their split."""
+
+
+def held_out_faces(
+    batches: Iterable[Batch],
+    shards: TarShards,
+    inputs: Callable[[Batch], tuple[Tensor, Tensor | None]],
+    judge: Classifier,
+) -> Iterator[Faces]:
+    """What `edit_figures` takes, from a loader's batches of `shards`; `inputs` gives the model's input and condition.
+
+    Raises ValueError where the judge tells attributes that the set does not have.
+    """
+    columns = judged_columns(shards, judge)
+    for batch in batches:
+        if len(batch.images):
+            x, condition = inputs(batch)
+            hidden = torch.from_numpy(shards.hidden(batch.indices.numpy()))
+            truth = batch.attributes.masked_fill(hidden, -1)[:, columns]
+            yield Faces(x, condition, truth.to(x.device), batch.positions.tolist())
+
+
+def judged_columns(shards: TarShards, judge: Classifier) -> list[int]:
+    """The set's columns of the attributes that the judge tells. Raises ValueError where it does not have them."""
+    known = shards.attribute_names
+    return [known.index(find_name(name, known, "the classifier's attribute")) for name in judge.names]
+
+
+def hidden_by(shards: TarShards, judge: Classifier) -> Tensor:
+    """(2, A, A) bool, in the order of the judge's names: [v, a, b] says that no image whose attribute a is v shows b.
+
+    Read off the split: with a hat, bangs are hidden in every picture.
+    """
+    indices, columns = np.arange(len(shards)), judged_columns(shards, judge)
+    attributes = shards.attributes(indices)[:, columns]  # (N, A)
+    hidden = shards.hidden(indices)[:, columns].astype(np.int64)
+    tables = []
+    for value in (0, 1):
+        having = (attributes == value).astype(np.int64)
+        count = having.sum(0)[:, None]
+        tables.append((having.T @ hidden == count) & (count > 0))
+    return torch.from_numpy(np.stack(tables))
+
+
+@torch.no_grad()
+def edit_figures(
+    model: VAE,
+    condition: AttributeCondition,
+    batches: Iterable[Faces],
+    judge: Classifier,
+    seed: int,
+    hides: Tensor,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> dict[str, float]:
+    """Shares in [0, 1], exact on any number of processes; NaN where nothing could be judged.
+
+    For EDIT `set` (on faces that lack the attribute) and `clear` (on those that have it):
+    `edit/EDIT/NAME` edits that show what was asked, `edit/EDIT` their mean over the attributes, `edit/EDIT_minimum` the
+    least of them; `edit/EDIT_others` other attributes that are as in the original, over all such edits.
+    For reference: `edit/judge_accuracy` of the judge on the real images, and `edit/reconstruction_accuracy` of the
+    judge on their reconstructions.
+
+    Left out are attributes that are unknown or hidden in the original or, as `hides` (see `hidden_by`) has it, in the
+    edit; and, among the others, the rivals of the attribute edited.
+
+    `batches`: this rank's share (see `held_out_faces`). Latents are drawn from the posterior, by (seed, image). The
+    model is left in its mode. Raises ValueError where the judge cannot judge the model's images or attributes.
+    """
+    figures = Edits(model, condition, judge, seed, hides)
+    with evaluating(model):
+        for faces in batches:
+            figures.add(faces)
+    return figures.reduce(sum_over_ranks)
+
+
+class Edits:
+    """Sums and counts of what the judge says, batch by batch."""
+
+    def __init__(self, model: VAE, condition: AttributeCondition, judge: Classifier, seed: int, hides: Tensor):
+        self.model = model
+        self.condition = condition
+        self.seed = seed
+        reference = next(model.parameters())
+        self.judge = judge.to(reference.device, reference.dtype)
+        self.border = border_around(model.image_shape, judge.image_shape)
+        self.columns = columns_of(judge, condition.chosen, judge.image_shape)  # of the chosen, among the judge's
+        self.hides = hides.to(reference.device)
+        self.meter = Meter(reference.device, self._names())
+
+    def _names(self) -> list[str]:
+        """Every rank brings these to the reduction, also one that had no face."""
+        names = [f"{edit}/{name}" for edit in EDITS for name in self.condition.chosen]
+        return [*names, *(f"{edit}_others" for edit in EDITS), "judge_accuracy", "reconstruction_accuracy"]
+
+    def add(self, faces: Faces) -> None:
+        noise = draw_noise(self.model.groups, self.seed, "edit", faces.positions, faces.x.device, faces.x.dtype)
+        latents = self.model.encode(faces.x, noise, faces.condition)
+        known = is_known(faces.truth)
+        self._compare("judge_accuracy", self._seen(faces.x), faces.truth, known)
+        reconstruction = self.model.decode(latents, faces.condition)
+        self._compare("reconstruction_accuracy", self._seen(reconstruction), faces.truth, known)
+        for edit, value in EDITS.items():
+            for name, column in zip(self.condition.chosen, self.columns, strict=True):
+                rows = (faces.truth[:, column] == 1 - value).nonzero()[:, 0]
+                if len(rows):
+                    changed = self.condition.changed(faces.condition[rows], {name: value})
+                    seen = self._seen(self.model.decode([latent[rows] for latent in latents], changed))
+                    self._add_edit(edit, name, column, seen, faces.truth[rows])
+
+    def _add_edit(self, edit: str, name: str, column: int, seen: Tensor, truth: Tensor) -> None:
+        """`seen`, `truth` (b, A): the judge's word on edits, and the originals' attributes."""
+        self.meter.add(f"{edit}/{name}", (seen[:, column] == EDITS[edit]).sum(), len(seen))
+        others = is_known(truth) & ~self.hides[int(EDITS[edit]), column]
+        others[:, [column, *(self.columns[rival] for rival in self.condition.rivals(name))]] = False
+        self._compare(f"{edit}_others", seen, truth, others)
+
+    def _compare(self, name: str, seen: Tensor, truth: Tensor, counted: Tensor) -> None:
+        self.meter.add(name, ((seen == truth) & counted).sum(), counted.sum())
+
+    def _seen(self, images: Tensor) -> Tensor:
+        """(b, A) bool: what the judge sees in images with the model's border."""
+        return self.judge.present(without_border(images, self.border))
+
+    def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The figures over all ranks."""
+        shares = self.meter.reduce(sum_over_ranks)
+        for edit in EDITS:
+            by_attribute = torch.tensor([shares[f"{edit}/{name}"] for name in self.condition.chosen])
+            judged = by_attribute[~by_attribute.isnan()]
+            shares[edit] = judged.mean().item()
+            shares[f"{edit}_minimum"] = judged.min().item() if len(judged) else torch.nan
+        return {f"edit/{name}": share for name, share in sorted(shares.items())}
+
+
+def border_around(model_shape: tuple[int, int, int], judge_shape: tuple[int, int, int]) -> int:
+    """Pixels on each side that the model's images (C, H, W) have beyond the judge's. Raises ValueError if they differ
+    otherwise.
+    """
+    border = (model_shape[1] - judge_shape[1]) // 2
+    channels, height, width = judge_shape
+    if border < 0 or tuple(model_shape) != (channels, height + 2 * border, width + 2 * border):
+        shapes = " and ".join("x".join(map(str, shape)) for shape in (judge_shape, model_shape))
+        raise ValueError(f"the classifier and the model take different images: {shapes} (channels, height, width)")
+    return border
+
+
+def without_border(images: Tensor, border: int) -> Tensor:
+    """Images (b, C, H, W) less `border` pixels on each side."""
+    height, width = images.shape[2:]
+    return images[:, :, border : height - border, border : width - border]

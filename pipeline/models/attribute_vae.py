@@ -1,0 +1,282 @@
+"""A convolutional VAE that is told attributes, so that faces can be edited by changing what it is told.
+
+A conditional VAE (Sohn et al. 2015, "Learning Structured Output Representation using Deep Conditional Generative
+Models"): an embedding of the attributes joins the encoder's features before mu and sigma, and reaches the decoder
+either joined to the latent or through conditional batch norm in every block. An edit is decode(encode(x, a), a').
+
+Four terms may join the loss, each with its weight and off by default:
+
+    classification  -log p(a' | image), by a frozen classifier, of the image decoded with one attribute changed
+                    (AttGAN, He et al. 2019, arXiv:1711.10678, eq. 2)
+    adversary       -log p(a | z), by a predictor that learns what the encoder, behind a gradient reversal, unlearns
+                    (Ganin & Lempitsky 2015; of attributes: Fader Networks, Lample et al. 2017, arXiv:1706.00409)
+    independence    half the squared cross-covariance of the latent's global and local part (Cheung et al. 2014)
+    pull            |z|^2 / 2: draws towards the prior's mean
+
+They are computed in training mode only, and so cost nothing in evaluation, which does not need the classifier either.
+Shape legend as in flat.py, and A attributes.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Annotated, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from pipeline.classifier import (
+    Classifier,
+    attribute_cross_entropy,
+    classifier_digest,
+    columns_of,
+    is_known,
+    load_classifier,
+)
+from pipeline.conditions import AttributeCondition, Condition
+from pipeline.likelihoods import DiscretizedLogisticLikelihood, Likelihood
+from pipeline.models.base import LatentGroup
+from pipeline.models.flat import Count, FlatConfig, FlatVAE, check_divisible, joined
+from pipeline.nn.batch_norm import BatchNorm2d
+from pipeline.nn.conditional_norm import ConditionalBatchNorm2d
+from pipeline.nn.gradient_reversal import reversed_gradient
+from pipeline.nn.independence import cross_covariance
+from pipeline.nn.posterior import Posterior, PosteriorDraw
+
+SMALLEST_MAP = 4
+WIDEST = 8
+Weight = Annotated[float, Field(ge=0)]
+
+
+class AttributeVAEConfig(FlatConfig):
+    """Architecture of an attribute VAE, and the terms of its loss."""
+
+    name: Literal["attribute_vae"] = "attribute_vae"
+    latent_size: Count = 64
+    """Units of the latent vector."""
+    likelihood: Likelihood = DiscretizedLogisticLikelihood()
+    """p(x | z)."""
+    width: Count = 16
+    """Channels at the image's resolution; doubled with every halving, up to eight times as many."""
+    features: Count = 256
+    """What the encoder knows of an image before the attributes join it."""
+    embedding: Count = 64
+    """Size of the attributes' embedding."""
+    conditioning: Literal["join", "batch_norm"] = "batch_norm"
+    """How the decoder is told: `join` puts the embedding beside the latent; `batch_norm` lets it set scale and shift
+    of every batch norm."""
+    local_channels: Annotated[int, Field(ge=0)] = 0
+    """Split of the latent: the last local_channels x (map of the lowest resolution) units are local, each acting on
+    its own place of that map; the others are global. 0: all are global."""
+    classification_weight: Weight = 0.0
+    """Of the classification of edited images, summed over the attributes."""
+    classifier: str | None = None
+    """Folder of the frozen classifier, made by pipeline/train_classifier.py. Needed in training only."""
+    adversary_weight: Weight = 0.0
+    """Of the removal of the attributes from the latent."""
+    independence_weight: Weight = 0.0
+    """Of the independence of the latent's global and local part."""
+    pull_weight: Weight = 0.0
+    """Of the pull of the latents to the prior."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.classification_weight and self.classifier is None:
+            raise ValueError(
+                "classification_weight needs model.classifier, a folder made with: "
+                "python pipeline/train_classifier.py --data DIR --out FOLDER"
+            )
+        if self.independence_weight and not self.local_channels:
+            raise ValueError("independence_weight needs local_channels above 0: without a split there are no two parts")
+        return self
+
+    def build(
+        self, image_shape: tuple[int, int, int], border: int, bits: int, condition: Condition | None = None
+    ) -> "AttributeVAE":
+        """The model for padded images of this shape. Raises ValueError for sizes that it cannot halve, and unless it is
+        told attributes.
+        """
+        if not isinstance(condition, AttributeCondition):
+            raise ValueError("attribute_vae: give condition.name=attributes and the names in condition.chosen")
+        return AttributeVAE(self, image_shape, border, bits, condition)
+
+
+class AttributeVAE(FlatVAE):
+    """See the module's docstring. Raises ValueError for sizes that the halvings down to a map of 4 to 7 pixels do not
+    divide.
+    """
+
+    config: AttributeVAEConfig
+
+    def __init__(
+        self,
+        config: AttributeVAEConfig,
+        image_shape: tuple[int, int, int],
+        border: int,
+        bits: int,
+        condition: AttributeCondition,
+    ):
+        super().__init__(config, image_shape, border, bits, condition.size)
+        self.condition = condition
+        halvings = max(1, (min(self.image_shape[1:]) // SMALLEST_MAP).bit_length() - 1)
+        check_divisible(self.image_shape, 2**halvings, config.name)
+        height, width = (side >> halvings for side in self.image_shape[1:])
+        self.local_shape = (config.local_channels, height, width)
+        self.local_size = config.local_channels * height * width
+        if self.local_size >= config.latent_size:
+            raise ValueError(
+                f"model.local_channels={config.local_channels}: {self.local_size} local units leave none of "
+                f"model.latent_size={config.latent_size} to the global part"
+            )
+        self._build(config, [config.width * min(2**level, WIDEST) for level in range(halvings + 1)], height * width)
+
+    def _build(self, config: AttributeVAEConfig, widths: list[int], places: int) -> None:
+        """`widths` of each level, the image's first; `places` on the map of the last."""
+        top = widths[-1]
+        told_by_norm = config.embedding if config.conditioning == "batch_norm" else 0
+        joins_latent = config.embedding - told_by_norm
+        self.embedding = nn.Sequential(nn.Linear(self.condition_size, config.embedding), nn.ReLU())
+        self.encoder = nn.Sequential(*(_down(*pair) for pair in pairwise([self.image_shape[0], *widths[1:]])))
+        self.summary = nn.Sequential(nn.Linear(top * places, config.features), nn.ReLU())
+        self.posterior = Posterior(config.features + config.embedding, config.latent_size, config.flows)
+        self.start = nn.Linear(config.latent_size - self.local_size + joins_latent, top * places)
+        if config.local_channels:
+            self.local_start = nn.Conv2d(config.local_channels, top, 1, bias=False)
+        self.start_norm = ConditionalBatchNorm2d(top, told_by_norm)
+        self.decoder = nn.ModuleList(UpBlock(*pair, told_by_norm) for pair in pairwise(widths[::-1]))
+        self.output = nn.Conv2d(widths[0], self.num_outputs, 3, padding=1)
+        if config.adversary_weight:
+            hidden, size = config.features, self.condition_size
+            self.adversary = nn.Sequential(nn.Linear(config.latent_size, hidden), nn.ReLU(), nn.Linear(hidden, size))
+        if config.classification_weight:
+            self.edit_judge = EditJudge(config.classifier, self.condition.chosen, self._shape_without_border())
+            self.register_buffer("classifier_seen", torch.zeros((), dtype=torch.int64))  # by its digest; 0: none yet
+
+    def _shape_without_border(self) -> tuple[int, int, int]:
+        channels, height, width = self.image_shape
+        return channels, height - 2 * self.border, width - 2 * self.border
+
+    # ---- what FlatVAE asks for --------------------------------------------------------------------------------------
+
+    def _encode(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        summary = self.summary(self.encoder(2 * x - 1).flatten(1))  # (B, features)
+        return joined(summary, self.embedding(condition))
+
+    def _decode(self, z: Tensor, condition: Tensor | None) -> Tensor:
+        told = self.embedding(condition)  # (B, embedding)
+        whole, local = self._parts(z)
+        start = self.start(joined(whole, told if self.config.conditioning == "join" else None))
+        h = start.unflatten(1, (-1, *self.local_shape[1:]))  # (B, top, H_top, W_top)
+        if self.config.local_channels:
+            h = h + self.local_start(local.unflatten(1, self.local_shape))
+        h = F.relu(self.start_norm(h, told))
+        for block in self.decoder:
+            h = block(h, told)
+        return self.output(h)
+
+    def _parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The global and the local part of latents (B, L)."""
+        return z.split([z.shape[1] - self.local_size, self.local_size], dim=1)
+
+    # ---- the terms --------------------------------------------------------------------------------------------------
+
+    @property
+    def noise_groups(self) -> tuple[LatentGroup, ...]:
+        """With classification, one draw more: which attribute is changed."""
+        return self.groups + ((LatentGroup("edit", (1, 1, 1)),) if self.config.classification_weight else ())
+
+    def penalties(
+        self, draw: PosteriorDraw, outputs: Tensor, noise: Sequence[Tensor], condition: Tensor | None
+    ) -> Mapping[str, Tensor]:
+        if not self.training:
+            return {}
+        config = self.config
+        terms = {
+            "classification": (config.classification_weight, lambda: self._classification(draw.z, noise[1], condition)),
+            "adversary": (config.adversary_weight, lambda: self._adversary(draw.z, condition)),
+            "independence": (config.independence_weight, lambda: self._independence(draw.z)),
+            "pull": (config.pull_weight, lambda: draw.z.square().sum(1) / 2),
+        }
+        return {name: weight * term() for name, (weight, term) in terms.items() if weight}
+
+    def _classification(self, z: Tensor, noise: Tensor, condition: Tensor) -> Tensor:
+        """(B,) nats: how little the classifier sees in the edited image what the decoder was told."""
+        changed = self.with_one_changed(condition, noise.flatten())
+        edited = self._without_border(self.likelihood(self._decode(z, changed)).mean)
+        return attribute_cross_entropy(self.edit_judge.logits(edited, self.classifier_seen), changed).sum(1)
+
+    def with_one_changed(self, condition: Tensor, noise: Tensor) -> Tensor:
+        """Conditions (B, A) with one attribute each turned from 0 to 1 or back, its rivals with it. Standard normal
+        noise (B,) decides which: its quantile, in steps of 1 / A. An attribute that is not known stays so.
+        """
+        columns = (torch.special.ndtr(noise) * self.condition_size).long().clamp(max=self.condition_size - 1)
+        rows = torch.arange(len(condition), device=condition.device)
+        on, off = (
+            torch.stack([self.condition.changed(condition, {name: value}) for name in self.condition.chosen])
+            for value in (1.0, 0.0)
+        )  # (A, B, A) each: attribute that is set or cleared, image, attribute
+        before = condition[rows, columns]  # (B,)
+        turned = torch.where((before == 0)[:, None], on[columns, rows], off[columns, rows])
+        return torch.where(is_known(before)[:, None], turned, condition)
+
+    def _adversary(self, z: Tensor, condition: Tensor) -> Tensor:
+        return attribute_cross_entropy(self.adversary(reversed_gradient(z)), condition).sum(1)
+
+    def _independence(self, z: Tensor) -> Tensor:
+        return cross_covariance(*self._parts(z)).expand(len(z))
+
+
+class EditJudge:
+    """The frozen classifier. No nn.Module: it is no part of the model's parameters, checkpoints or averages. It is read
+    when it is first asked, since only training asks it.
+    """
+
+    def __init__(self, folder: str, chosen: Sequence[str], image_shape: tuple[int, int, int]):
+        self.folder = folder
+        self.chosen = chosen
+        self.image_shape = image_shape
+        self.classifier: Classifier | None = None
+
+    def logits(self, x: Tensor, seen: Tensor) -> Tensor:
+        """(B, A) for images (B, C, H, W) in [0, 1], in the order of `chosen`. `seen` (), int64, is the digest of the
+        classifier that the run began with, or 0 before that, and becomes this one's.
+
+        Raises ValueError where the folder is missing, damaged, not the one that the run began with, or of a classifier
+        that cannot judge these images and attributes.
+        """
+        if self.classifier is None:
+            self._load(int(seen))
+        seen.fill_(self.digest)
+        return self.classifier.to(x.device, x.dtype)(x)[:, self.columns]
+
+    def _load(self, seen: int) -> None:
+        classifier = load_classifier(self.folder)
+        self.columns = columns_of(classifier, self.chosen, self.image_shape)
+        self.digest = classifier_digest(self.folder)
+        if seen not in (0, self.digest):
+            raise ValueError(
+                f"model.classifier: {self.folder} holds another classifier than the one that the run began with; "
+                "name that one, or start another run with --run-dir"
+            )
+        self.classifier = classifier
+
+
+class UpBlock(nn.Module):
+    """Doubles the resolution by a transposed convolution, then adds what one more convolution finds."""
+
+    def __init__(self, in_channels: int, out_channels: int, told: int):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1, bias=False)
+        self.up_norm = ConditionalBatchNorm2d(out_channels, told)
+        self.conv = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.conv_norm = ConditionalBatchNorm2d(out_channels, told)
+
+    def forward(self, h: Tensor, told: Tensor) -> Tensor:
+        h = F.relu(self.up_norm(self.up(h), told))
+        return F.relu(h + self.conv_norm(self.conv(h), told))
+
+
+def _down(in_channels: int, out_channels: int) -> nn.Module:
+    conv = nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1, bias=False)
+    return nn.Sequential(conv, BatchNorm2d(out_channels), nn.ReLU())

@@ -1,0 +1,43 @@
+"""How far two parts of a latent vector vary together, over the batch of all processes."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+def cross_covariance(a: Tensor, b: Tensor) -> Tensor:
+    """(): half the sum of squares of the covariances of a (B, n) with b (B, m); 0 where they are uncorrelated.
+
+    The XCov penalty of Cheung et al. 2014 (arXiv:1412.6583, eq. 4). A covariance belongs to the whole batch, so the
+    rows of all processes are gathered: each process then holds the number, and their averaged gradients are the
+    gradient, that one process would find for the whole batch.
+    """
+    a, b = gathered_rows(torch.cat([a, b], dim=1)).split([a.shape[1], b.shape[1]], dim=1)
+    covariance = (a - a.mean(0)).T @ (b - b.mean(0)) / len(a)  # (n, m)
+    return covariance.square().sum() / 2
+
+
+def gathered_rows(x: Tensor) -> Tensor:
+    """(world_size * B, n) in rank order, from x (B, n) of equal B on every process. Differentiable once."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return GatherRows.apply(x)
+    return x
+
+
+class GatherRows(Function):
+    """Each process's loss depends on the rows of all: a row's gradient is the sum of what all of them ask of it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
