@@ -82,8 +82,8 @@ class Tracker:
         """Record figures, and pictures (uint8, height x width x 3) for W&B, of `step`, which never goes back.
 
         Several calls for one step make one record. Log a step before saving its checkpoint: a kill then leaves no gap.
-        Each record of figures also gets `attempt`, and `perf/wall_clock_s`: seconds of training over all attempts,
-        counting each from its start to its last record, with the steps that a kill lost and without the time between.
+        Each record of figures also gets `attempt`, and `perf/wall_clock_s`: seconds of training over all attempts, each
+        counted from its start to the last record that the next one finds, without the time between.
         """
         if self._metrics is None:
             return

@@ -216,16 +216,29 @@ def connect(config: "TrackingConfig", run_dir: Path, run_config: Mapping[str, An
 
 
 def close_files(run_dir: Path) -> dict[Path, int]:
-    """The earlier attempts' files, torn ends cut off, and the last step that each holds (-1: none)."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    """The earlier attempts' files, made fit for `wandb sync`, and the last step that each holds (-1: none)."""
     last_steps = {}
     for path in record_files(run_dir, run_id(run_dir)):
         cut_torn_end(path)
-        records = (Record.FromString(data) for data, _ in whole_records(path.read_bytes()))
-        steps = (record.history.step.num for record in records if record.HasField("history"))
-        last_steps[path] = max(steps, default=-1)
+        last_step = read_last_step(path)
+        if last_step is None:
+            mark_synced(path)  # otherwise `wandb sync` stops there and leaves the others, too
+        last_steps[path] = -1 if last_step is None else last_step
     return last_steps
+
+
+def read_last_step(path: Path) -> int | None:
+    """The last step of an attempt's file; -1 where it holds none, None where it does not even name its run."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    last_step = None
+    for data, _ in whole_records(path.read_bytes()):
+        record = Record.FromString(data)
+        if record.HasField("history"):
+            last_step = record.history.step.num
+        elif record.HasField("run") and last_step is None:
+            last_step = -1
+    return last_step
 
 
 def say_offline(reason: str, run_dir: Path, last_steps: Mapping[Path, int]) -> None:

@@ -39,6 +39,11 @@ class StoredRun:
         assert sorted(self.lines) == list(range(len(self.lines))), "lines are missing between two offsets"
         return [json.loads(self.lines[index]) for index in range(len(self.lines))]
 
+    @property
+    def last_step(self) -> int:
+        """-1 where there is no history yet."""
+        return json.loads(self.lines[len(self.lines) - 1])["_step"] if self.lines else -1
+
     def bucket(self) -> dict[str, Any]:
         """As GraphQL tells it, for a run that begins, resumes or syncs."""
         last = [self.lines[len(self.lines) - 1]] if self.lines else []
