@@ -112,6 +112,10 @@ class TarShards:
         """Attributes (n, A) int8: 1 present, 0 absent, -1 unknown. A is 0 for a set without attributes."""
         return self._column("attributes", indices, np.full((len(indices), len(self.attribute_names)), -1, np.int8))
 
+    def hidden(self, indices: Indices) -> np.ndarray:
+        """Which attributes the images cannot show, present or not (n, A) bool; none in a set that does not say."""
+        return self._column("hidden", indices, np.zeros((len(indices), len(self.attribute_names)), bool))
+
     def _column(self, name: str, indices: Indices, out: np.ndarray) -> np.ndarray:
         for number, here, rows in self._by_shard(indices):
             index = self._index(number)
