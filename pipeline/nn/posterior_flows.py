@@ -63,19 +63,21 @@ class PlanarFlow(nn.Module):
 
     def forward(self, z: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         u, w, b = at_least_float32(self.to_parameters(features)).split(self.sizes, dim=1)  # (B, L), (B, L), (B, 1)
-        u, uw = invertible(u, w)
+        u, room = invertible(u, w)
         hidden = torch.tanh((w * z).sum(1, keepdim=True) + b)  # (B, 1)
-        log_det = torch.log1p((1 - hidden.square()) * uw)  # (B, 1)
+        determinant = hidden.square() + (1 - hidden.square()) * room  # 1 + (1 - hidden^2) u w: a sum of positive terms
+        log_det = torch.log(determinant.clamp(min=torch.finfo(z.dtype).tiny))
         return z + u * hidden, (log_det / z.shape[1]).expand_as(z)
 
 
 def invertible(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """u (B, L) moved along w so that their product is above -1, and that product (B, 1)."""
+    """u (B, L) moved along w so that their product is above -1, and by how much it is (B, 1)."""
     product = (w * u).sum(1, keepdim=True)
-    allowed = F.softplus(product) - 1
-    square = w.square().sum(1, keepdim=True).clamp(min=SMALLEST_SQUARE)
-    moved = u + (allowed - product) * w / square
-    return moved, (w * moved).sum(1, keepdim=True)
+    room = F.softplus(product)
+    square = w.square().sum(1, keepdim=True)
+    bounded = square.clamp(min=SMALLEST_SQUARE)
+    moved = u + (room - 1 - product) * w / bounded
+    return moved, torch.lerp(product + 1, room, square / bounded)
 
 
 class MaskedLinear(nn.Linear):
