@@ -34,6 +34,7 @@ from pipeline.roll import SILENT, Beat, Roll
 
 PERIOD = 0.5  # seconds between heartbeats
 LAST_WORDS = 5.0  # seconds that processes wait for each other's messages before they end
+PARTING = 20.0  # seconds that the main process waits at the end for the others to leave
 HEAD_START = 2.0  # seconds by which the process that failed leaves earlier, so that the launcher names it as the cause
 
 HUNG, PEER_FAILED, ORPHANED = 80, 81, 82
@@ -117,14 +118,14 @@ class Watchdog:
         self._stop()
 
     def close(self) -> None:
-        """Leaves in good order. The main process leaves last, since the store may go with it; it waits seconds only."""
+        """Leaves in good order. The main process leaves last, since the store may go with it, but waits seconds only."""
         self._stop()
         if self._crew is None or self.failed:
             return
         with suppress(RuntimeError):
             self._beat(here=False)
             if self._crew.rank == 0:
-                wait_until(lambda: not any(beat.here for beat in self._beats()), LAST_WORDS)
+                wait_until(lambda: not any(beat.here for beat in self._beats()), PARTING)
 
     # ------------------------------------------------------------------------------------------------ the thread
 
