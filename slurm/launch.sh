@@ -17,7 +17,7 @@ fi
 
 # The time limit is near (--signal in the scripts' headers). Noted at once: a step may not run yet.
 stopping=
-trap 'stopping=1' USR1
+trap 'stopping=1; echo "$(date "+%F %T") asked to stop" >&2' USR1
 
 # shellcheck source=slurm/site.sh
 source "$FROZEN_CODE/slurm/site.sh"
@@ -59,7 +59,7 @@ evaluate() {
     [ -z "${SUBMITTING:-}" ] || exit 0
     begin_attempt "$1"
     count_processes
-    launch evaluate.py "$@"
+    launch evaluate.py --threads "$OMP_NUM_THREADS" "$@"
 }
 
 # Makes a shard set; all words go to `python -m shard_data`. It goes on where an attempt before it stopped.
@@ -70,7 +70,7 @@ make_shards() {
     local rc=0
     run_step srun --ntasks=1 --nodes=1 --kill-on-bad-exit=1 \
         "$PYTHON" -m shard_data "$1" --workers "${SLURM_CPUS_PER_TASK:-1}" "${@:2}" || rc=$?
-    [ "$rc" -ge 128 ] || exit "$rc"
+    [ "$rc" -ge 124 ] || exit "$rc" # it ended by itself; above: not in time, or by a signal
     settle "$rc" "$([ -n "$stopping" ] && echo preempted || echo killed)" 0
 }
 
@@ -151,23 +151,32 @@ launch() { # SCRIPT WORD...
     run_step srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash "$FROZEN_CODE/slurm/node.sh" "$script" "${@:2}"
 }
 
-# Runs a command in the background, for bash hears signals only between commands; gives the command's exit code.
-# USR1 goes to the processes of the step, again and again, as one that comes before they listen is lost.
+# Runs a command in the background, for bash hears signals only between commands; gives the command's exit code, or 124
+# where it did not stop in time. USR1 goes to the processes of the step again and again, as one that comes before they
+# listen is lost.
 run_step() {
-    local step rc=0
+    local step deadline rc=0
     "$@" &
     step=$!
+    until [ -n "$stopping" ] || ! kill -0 "$step" 2> /dev/null; do
+        wait "$step" || true
+    done
+    [ -z "$stopping" ] || deadline=$(nine_tenths_of_the_time_left)
     while kill -0 "$step" 2> /dev/null; do
-        if [ -z "$stopping" ]; then
-            wait "$step" || true
-        else
-            say "stopping: telling the job's steps"
-            scancel --signal=USR1 "$job" || true
-            for _ in {1..20}; do kill -0 "$step" 2> /dev/null && sleep 1; done
-        fi
+        scancel --signal=USR1 "$job" || true
+        sleep 3
+        [ "$(date +%s)" -lt "$deadline" ] || { say "the step goes on; not waiting any longer"; return 124; }
     done
     wait "$step" || rc=$?
     return "$rc"
+}
+
+# -> seconds since 1970. At the time limit itself SLURM would end the job for good.
+nine_tenths_of_the_time_left() {
+    local now ends
+    now=$(date +%s)
+    ends=$(date -d "$(squeue --noheader --format=%e --jobs="$job")" +%s 2> /dev/null) || ends=$((now + 3600)) # no limit
+    echo $((now + (ends - now) * 9 / 10))
 }
 
 # --- afterwards: done, requeue or give up

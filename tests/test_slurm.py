@@ -185,9 +185,11 @@ print("program: attempt", attempt, flush=True)
 """
 
 
-def submit_that(checkout: Checkout, then: str, step: str = "0", **env: str) -> tuple[Job, Path]:
+def submit_that(
+    checkout: Checkout, then: str, step: str = "0", options: tuple[str, ...] = (), **env: str
+) -> tuple[Job, Path]:
     checkout.replace_training(ENDS.format(step=step, then=then))
-    job = checkout.submit(*ON_CPUS, "slurm/nvae_celeba.sh", **env)
+    job = checkout.submit(*ON_CPUS, *options, "slurm/nvae_celeba.sh", **env)
     return job, checkout.folder / "runs" / "nvae_celeba64"
 
 
@@ -256,7 +258,7 @@ def test_an_array_trains_one_seed_per_task(with_faces):
         assert job.wait() == "COMPLETED", [path.read_text() for path in with_faces.folder.glob("*.log")]
         run = with_faces.folder / "runs" / f"nvae_celeba64-seed{seed}"
         assert steps(run) == [1, 2, 3, 4]
-        assert f"seed: {seed}\n" in (run / "config.yaml").read_text()
+        assert f"seed: {seed}," in (run / "config.yaml").read_text()
     losses = {(with_faces.folder / f"runs/nvae_celeba64-seed{seed}/metrics.jsonl").read_text() for seed in (1, 2)}
     assert len(losses) == 2
 
@@ -272,6 +274,32 @@ def test_at_the_time_limit_it_saves_and_goes_on(with_faces):
     assert job.wait(600) == "COMPLETED", job.log()
     check_finished(job, run, 300)
     assert "attempt 0 stopped: preempted" in job.log()
+
+
+@long
+def test_shards_go_on_where_the_signal_stopped_them(checkout):
+    words = "toy_faces --size 64 --train 8000 --val 1 --test 1 --shard-size 250 --workers 1 --out data/faces"
+    job = checkout.submit("slurm/shard_data.sh", *words.split())
+    journal = checkout.folder / "data" / "faces" / "unfinished.jsonl"
+    job.wait_for(lambda: journal.exists() and len(journal.read_text().splitlines()) > 3)
+    first = journal.with_name("train-000000.tar")
+    made = first.stat().st_ino
+    checkout.run("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_for(lambda: job.state() == "PENDING")
+    assert not (checkout.folder / "data" / "faces" / "manifest.json").exists()
+    assert job.wait() == "COMPLETED", job.log()
+    assert "attempt 0 stopped: preempted" in job.log()
+    assert first.stat().st_ino == made, "a finished shard was made again"
+
+
+@long
+def test_a_program_that_does_not_stop_is_requeued_before_the_time_limit(with_faces):
+    """Else SLURM would end the job for good."""
+    then = "import signal, time; signal.signal(signal.SIGUSR1, signal.SIG_IGN); time.sleep(999 if attempt == 1 else 0)"
+    job, _ = submit_that(with_faces, f"{then}; file.end('finished')", options=("--time=1", "--signal=B:USR1@30"))
+    assert job.wait() == "COMPLETED", job.log()
+    assert "the step goes on; not waiting any longer" in job.log()
+    assert "attempt 0 stopped: running" in job.log()
 
 
 @long
