@@ -13,11 +13,12 @@ from PIL import Image
 
 @dataclass
 class Samples:
-    """The samples of one split: images (n, H, W, C) uint8, labels (n,) or None, attributes (n, A) or None."""
+    """The samples of one split: images (n, H, W, C) uint8, labels (n,), attributes and hidden (n, A), or None."""
 
     images: np.ndarray
     labels: np.ndarray | None = None
     attributes: np.ndarray | None = None
+    hidden: np.ndarray | None = None
 
 
 def random_samples(
@@ -128,6 +129,8 @@ def _index(tar_path: Path, samples: Samples, rows: range, encoding: str) -> np.n
         fields.append(("label", "<i4"))
     if samples.attributes is not None:
         fields.append(("attributes", "<i1", (samples.attributes.shape[1],)))
+    if samples.hidden is not None:
+        fields.append(("hidden", "?", (samples.hidden.shape[1],)))
     with tarfile.open(tar_path) as tar:
         images = [member for member in tar if member.name.endswith(f".{encoding}")]
     index = np.zeros(len(images), fields)
@@ -138,4 +141,6 @@ def _index(tar_path: Path, samples: Samples, rows: range, encoding: str) -> np.n
         index["label"] = samples.labels[rows.start : rows.stop]
     if samples.attributes is not None:
         index["attributes"] = samples.attributes[rows.start : rows.stop]
+    if samples.hidden is not None:
+        index["hidden"] = samples.hidden[rows.start : rows.stop]
     return index
