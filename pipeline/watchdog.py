@@ -118,7 +118,7 @@ class Watchdog:
         self._stop()
 
     def close(self) -> None:
-        """Leaves in good order. The main process leaves last, since the store may go with it, but waits for seconds only."""
+        """Leaves in good order. The main process leaves last, since the store may go with it, for seconds only."""
         self._stop()
         if self._crew is None or self.failed:
             return
