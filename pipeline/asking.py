@@ -97,16 +97,16 @@ def _attributes(asked: Asked, condition: AttributeCondition) -> Tensor:
             f"the model is told attributes: give {{name: 1 or 0}}, or a float tensor with columns "
             f"{', '.join(condition.chosen)}"
         )
-    for name, value in (asked or {}).items():
-        find_name(name, condition.chosen, "attribute")
-        if not 0 <= float(value) <= 1:
-            raise ValueError(f"attribute {name}={value}: a strength is from 0 (absent) to 1 (present)")
-    check_exclusive(asked or {}, condition)
+    check_attributes(asked or {}, condition)
     return condition.changed(torch.full((1, condition.size), UNKNOWN), asked or {})
 
 
-def check_exclusive(asked: Mapping[str, float], condition: AttributeCondition) -> None:
-    """Raises ValueError where two attributes are asked for that exclude each other."""
+def check_attributes(asked: Mapping[str, float], condition: AttributeCondition) -> None:
+    """Raises ValueError for attributes that are not known or exclude each other, and for strengths outside [0, 1]."""
+    for name, value in asked.items():
+        find_name(name, condition.chosen, "attribute")
+        if not 0 <= float(value) <= 1:
+            raise ValueError(f"attribute {name}={value:g}: a strength is from 0 (absent) to 1 (present)")
     for group in condition.exclusive:
         present = [name for name in group if asked.get(name, 0) > UNKNOWN]
         if len(present) > 1:

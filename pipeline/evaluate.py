@@ -5,6 +5,8 @@
 
 Prints the evidence lower bound, the KL and the active units of each latent group, and with importance samples the
 importance-weighted likelihood, and writes them with all that they depend on to RUN/evaluation_SPLIT_step_N.json.
+With a judge (train_classifier.py), `--metrics edit` tells how often an edit shows what was asked and leaves the rest as
+it was, and `--metrics recognition` how many samples of a class are recognised as such.
 The figures do not depend on the number of processes or the batch size, but for rounding.
 """
 
@@ -19,16 +21,19 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from pipeline.report import (  # noqa: E402
     bound_figures,
     describe_measurement,
+    edit_measurement,
     evaluation_recipe,
+    recognition_measurement,
     report_path,
     save_report,
     table,
 )
 from pipeline.runtime import Runtime, is_alike, launched_rank, start_logging  # noqa: E402
 from pipeline.session import Data  # noqa: E402
-from pipeline.trained import load  # noqa: E402
+from pipeline.trained import Trained, load  # noqa: E402
 
 log = logging.getLogger("pipeline")
+METRICS = ("elbo", "edit", "recognition")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,9 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("run", metavar="RUN", type=Path, help="the folder of a training run")
     add("--data", metavar="DIR", help="shard set, a folder or an address (default: the one that it was trained on)")
     add("--split", default="test", help="split of the set (default: test)")
+    add("--metrics", nargs="+", choices=METRICS, default=["elbo"], help="what to measure (default elbo)")
     add("--importance-samples", metavar="N", type=int, default=0, help="draws per image for the likelihood (default 0)")
     add("--images", metavar="N", type=int, help="only the first N images of the split")
     add("--batch-size", metavar="N", type=int, default=100, help="images in a pass over all processes (default 100)")
+    add("--classifier", metavar="FOLDER", type=Path, help="judge of edit and recognition, of train_classifier.py")
+    add("--per-class", metavar="N", type=int, default=1000, help="samples of each class to recognise (default 1000)")
+    add("--temperature", metavar="T", type=float, default=1.0, help="of the samples to recognise (default 1)")
     add("--checkpoint", default="latest", help="latest (default), best by validation, or a checkpoint's folder")
     add("--precision", choices=("fp32", "bf16", "fp64"), default="fp32", help="of the computation (default fp32)")
     add("--seed", type=int, help="of the latent draws (default: the run's, as in its validation)")
@@ -81,6 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def evaluate(parsed: argparse.Namespace, runtime: Runtime) -> None:
     """From the command line to the report."""
+    if parsed.classifier is None and set(parsed.metrics) - {"elbo"}:
+        raise ValueError("--metrics edit and recognition need a judge: --classifier FOLDER, of train_classifier.py")
     trained = runtime.together(lambda: load(parsed.run, parsed.checkpoint, runtime.device, runtime.dtype))
     recipe = evaluation_recipe(
         trained.recipe, parsed.data, parsed.split, parsed.images, parsed.batch_size, parsed.importance_samples
@@ -88,13 +99,32 @@ def evaluate(parsed: argparse.Namespace, runtime: Runtime) -> None:
     seed = recipe.train.seed if parsed.seed is None else parsed.seed
     log.info("%s at step %d on %s, split %s", recipe.model.name, trained.step, recipe.data.root, parsed.split)
     data = Data(recipe, runtime)
-    figures = bound_figures(trained, data, runtime, seed)
+    figures = measure(parsed, trained, data, runtime, seed)
     report = describe_measurement(trained, data, runtime, seed, figures)
+    if parsed.classifier is not None:
+        report |= {
+            "classifier": str(parsed.classifier),
+            "per_class": parsed.per_class,
+            "temperature": parsed.temperature,
+        }
     path = parsed.out or report_path(parsed.run, parsed.split, trained.step)
     runtime.on_main(lambda: save_report(path, report))
     if runtime.is_main:
         print(table(figures))
         log.info("written to %s", path)
+
+
+def measure(parsed: argparse.Namespace, trained: Trained, data: Data, runtime: Runtime, seed: int) -> dict[str, float]:
+    """The figures asked for with --metrics."""
+    figures = {}
+    if "elbo" in parsed.metrics:
+        figures |= bound_figures(trained, data, runtime, seed)
+    if "edit" in parsed.metrics:
+        figures |= edit_measurement(trained, data, runtime, parsed.classifier, seed)
+    if "recognition" in parsed.metrics:
+        asked = parsed.per_class, parsed.temperature, seed
+        figures |= recognition_measurement(trained, runtime, parsed.classifier, *asked)
+    return figures
 
 
 if __name__ == "__main__":

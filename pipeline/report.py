@@ -1,19 +1,24 @@
 """What evaluate.py measures of a trained model on a split of a shard set, and the JSON that tells it."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.agreement import code_version
+from pipeline.classifier import load_classifier
+from pipeline.conditions import AttributeCondition, ClassCondition
 from pipeline.config import build
 from pipeline.data.loader import Batch
+from pipeline.edit_metric import edit_figures, held_out_faces, hidden_by
 from pipeline.evaluation import Evaluator
 from pipeline.files import replacing
 from pipeline.recipe import Recipe
+from pipeline.recognition import recognition
 from pipeline.runtime import Runtime
 from pipeline.session import Data
 from pipeline.trained import Trained
@@ -52,7 +57,7 @@ def bound_figures(trained: Trained, data: Data, runtime: Runtime, seed: int) -> 
     """
 
     def settle(left_out: Sequence, error: Exception | None) -> int:
-        runtime.barrier()  # ranks may end minutes apart, for which collectives have no patience
+        runtime.barrier()  # as in patient_sum
         return data.damage.settle(trained.step, data.held_out.split, left_out, error)
 
     evaluator = Evaluator(
@@ -70,6 +75,44 @@ def bound_figures(trained: Trained, data: Data, runtime: Runtime, seed: int) -> 
     groups = [group.name for group in trained.model.groups]
     order = [f"{kind}/{group}" for kind in ("kl", "active_units") for group in groups]
     return {name: figures[name] for name in (*HEADLINES, *order, "skipped_samples") if name in figures}
+
+
+def edit_measurement(trained: Trained, data: Data, runtime: Runtime, classifier: Path, seed: int) -> dict[str, float]:
+    """See pipeline.edit_metric.edit_figures. Raises ValueError for models that are not told attributes."""
+    if not isinstance(trained.recipe.condition, AttributeCondition):
+        raise ValueError("--metrics edit: the model was not trained with attributes, so there is nothing to edit by")
+    judge = runtime.together(lambda: load_classifier(classifier))
+    batches = with_progress(data.held_out_batches(), shown=runtime.is_main)
+    return edit_figures(
+        trained.model,
+        trained.recipe.condition,
+        held_out_faces(batches, data.held_out, data.inputs, judge),
+        judge,
+        seed,
+        hidden_by(data.held_out, judge),
+        patient_sum(runtime),
+    )
+
+
+def recognition_measurement(
+    trained: Trained, runtime: Runtime, classifier: Path, per_class: int, temperature: float, seed: int
+) -> dict[str, float]:
+    """See pipeline.recognition. Raises ValueError for models that are not told classes."""
+    if not isinstance(trained.recipe.condition, ClassCondition):
+        raise ValueError("--metrics recognition: the model was not trained with classes, so it can be asked for none")
+    judge = runtime.together(lambda: load_classifier(classifier))
+    place = runtime.rank, runtime.world_size, patient_sum(runtime)
+    return recognition(trained.model, judge, per_class, temperature, seed, *place)
+
+
+def patient_sum(runtime: Runtime) -> Callable[[Tensor], Tensor]:
+    """The sum over ranks that may end minutes apart, for which collectives alone have no patience."""
+
+    def total(values: Tensor) -> Tensor:
+        runtime.barrier()
+        return runtime.sum(values)
+
+    return total
 
 
 def with_progress(batches: Iterable[Batch], shown: bool) -> Iterator[Batch]:

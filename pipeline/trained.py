@@ -149,13 +149,21 @@ class Trained:
         return self._output(parts)
 
     @torch.no_grad()
-    def sample(self, count: int, temperature: float = 1.0, seed: int = 0, condition: Asked = None) -> Tensor:
-        """Images (count, C, H, W) from the prior, whose sigmas are scaled by `temperature`: the decoder's mean."""
+    def sample(
+        self, count: int, temperature: float = 1.0, seed: int = 0, condition: Asked = None, first: int = 0
+    ) -> Tensor:
+        """Images (count, C, H, W) from the prior, whose sigmas are scaled by `temperature`: the decoder's mean.
+
+        They are the samples `first`, `first` + 1 ... of the endless series that a seed has.
+        """
         if count < 1:
             raise ValueError(f"count {count}: ask for at least one sample")
         told = self.condition(condition, count)
         parts = [
-            self.model.sample(self._noise("sample", here, seed), temperature, at(told, here)) for here in turns(count)
+            self.model.sample(
+                self._noise("sample", slice(first + here.start, first + here.stop), seed), temperature, at(told, here)
+            )
+            for here in turns(count)
         ]
         return self._output(parts)
 

@@ -23,9 +23,9 @@ FLOORS = [
     """models.nvae models.nvae_names models.flat models.mlp_vae models.conv_vae models.resnet_vae models.attribute_vae
     edit_metric recognition
     data.loader objective regularizers optim evaluation flops
-    sampling state resume data_trace damage asking""".split(),
+    sampling state resume data_trace damage asking tool""".split(),
     # 3
-    ["trainer", "recipe", "session", "trained", "report"],
+    ["trainer", "recipe", "session", "trained", "report", "drawing"],
     # 4: scripts
     ["train", "evaluate", "train_classifier"],
 ]

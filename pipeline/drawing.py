@@ -1,0 +1,140 @@
+"""What sample.py draws: which conditions, the pictures of them, and the .npz that holds both.
+
+n samples, K columns of the condition.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.asking import check_attributes
+from pipeline.conditions import UNKNOWN, AttributeCondition, ClassCondition
+from pipeline.data.shards import TarShards
+from pipeline.files import replacing
+from pipeline.images import image_grid, to_uint8
+from pipeline.noise import draw_noise
+from pipeline.sampling import readjust_batch_norm
+from pipeline.trained import IMAGES_PER_PASS, Trained
+
+MOST_SHOWN = 400
+"""Samples in a picture; a .npz has them all."""
+
+
+class Plan(NamedTuple):
+    """The samples to draw, in their order."""
+
+    count: int
+    condition: Tensor | None
+    """(n, K)."""
+    columns: int
+    """Of the picture."""
+    labels: np.ndarray | None = None
+    """(n,) class numbers, where the model is told classes."""
+    attributes: np.ndarray | None = None
+    """(n, K) 1, 0, or -1 for unknown, where the model is told attributes."""
+
+
+def plan_count(trained: Trained, count: int) -> Plan:
+    """`count` samples of a model that is told nothing. Raises ValueError for one that is told something."""
+    return Plan(count, trained.condition(None, count), picture_columns(count))
+
+
+def plan_classes(trained: Trained, classes: Sequence[int] | None, per_class: int) -> Plan:
+    """`per_class` samples of each class (default: all), class by class, so that each is a row of the picture."""
+    if not isinstance(trained.recipe.condition, ClassCondition):
+        raise ValueError("the model was not trained with classes; leave --classes and --per-class out")
+    if per_class < 1:
+        raise ValueError(f"--per-class {per_class}: ask for at least one sample of each class")
+    numbers = range(trained.recipe.condition.num_classes) if classes is None else classes
+    labels = np.repeat(np.asarray(numbers, np.int64), per_class)
+    return Plan(len(labels), trained.condition(torch.from_numpy(labels), len(labels)), per_class, labels=labels)
+
+
+def plan_attributes(trained: Trained, asked: Mapping[str, float], count: int, given: Tensor | None = None) -> Plan:
+    """`count` samples with the attributes asked for; the others as in `given` (m, K), in turns, or unknown."""
+    condition = trained.recipe.condition
+    if not isinstance(condition, AttributeCondition):
+        raise ValueError("the model was not trained with attributes; leave --attributes and --data out")
+    check_attributes(asked, condition)
+    if given is None:
+        given = torch.full((1, condition.size), UNKNOWN)
+    rows = given.repeat(-(-count // len(given)), 1)[:count]
+    rows = condition.changed(rows, asked)
+    known = torch.where(rows == UNKNOWN, -1, (rows > UNKNOWN).to(torch.int8))  # (n, K)
+    told = trained.condition(rows, count)
+    return Plan(count, told, picture_columns(count), attributes=known.to(torch.int8).numpy())
+
+
+def conditions_of(trained: Trained, root: str, split: str, count: int) -> Tensor:
+    """(m, K): what a model is told of the first images of a shard set, at most `count` of them."""
+    condition, shards = trained.recipe.condition, TarShards(root, split)
+    if condition is None:
+        raise ValueError("the model was trained without a condition; leave --data out")
+    condition.check(shards.classes or None, shards.attribute_names or None)
+    first = range(min(count, len(shards)))
+    labels, attributes = torch.from_numpy(shards.labels(first)), torch.from_numpy(shards.attributes(first))
+    return condition.encode(labels, attributes, shards.attribute_names)
+
+
+def picture_columns(count: int) -> int:
+    """8, or as many as make a large picture square."""
+    return max(8, math.isqrt(min(count, MOST_SHOWN)))
+
+
+def draw(trained: Trained, plan: Plan, temperature: float, seed: int) -> np.ndarray:
+    """uint8 (n, H, W, C)."""
+    if not temperature >= 0:
+        raise ValueError(f"--temperature {temperature}: must not be negative")
+    channels, height, width = trained.image_shape
+    images = np.empty((plan.count, height, width, channels), np.uint8)
+    for start in range(0, plan.count, IMAGES_PER_PASS):
+        stop = min(start + IMAGES_PER_PASS, plan.count)
+        told = None if plan.condition is None else plan.condition[start:stop]
+        drawn = trained.sample(stop - start, temperature, seed, told, first=start)
+        images[start:stop] = to_uint8(drawn).permute(0, 2, 3, 1).numpy()
+    return images
+
+
+def readjusted(trained: Trained, plan: Plan, temperature: float, seed: int, iterations: int) -> Trained:
+    """The model with batch norm's running statistics moved to those of samples at this temperature; a copy."""
+    model = copy.deepcopy(trained.model)
+    count = min(plan.count, IMAGES_PER_PASS)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(plan.count, generator=generator)[:count]
+    told = None if plan.condition is None else plan.condition[rows.to(plan.condition.device)]
+
+    def noise(iteration: int) -> list[Tensor]:
+        positions = range(iteration * count, (iteration + 1) * count)
+        return draw_noise(model.groups, seed, "readjust", positions, trained.device, trained.dtype)
+
+    readjust_batch_norm(model, noise, iterations, temperature, told)
+    return replace(trained, model=model)
+
+
+def picture(plan: Plan, images: np.ndarray) -> np.ndarray:
+    """The grid of the samples, uint8 (height, width, 3): a row for each class, of at most 20."""
+    columns = plan.columns
+    if plan.labels is not None:
+        images = images.reshape(-1, columns, *images.shape[1:])[:, :20]
+        columns = images.shape[1]
+        images = images.reshape(-1, *images.shape[2:])
+    return image_grid(torch.from_numpy(images[:MOST_SHOWN]).permute(0, 3, 1, 2), columns)
+
+
+def save_npz(path: Path, trained: Trained, plan: Plan, images: np.ndarray, settings: Mapping[str, Any]) -> None:
+    """What `python -m shard_data npz` reads: images, and labels or attributes with their names. Whole or not at all."""
+    arrays = {"images": images, "settings": np.array(json.dumps(settings))}
+    if plan.labels is not None:
+        arrays |= {"labels": plan.labels, "classes": np.array(trained.classes)}
+    if plan.attributes is not None:
+        arrays |= {"attributes": plan.attributes, "attribute_names": np.array(trained.recipe.condition.chosen)}
+    with replacing(path) as file:
+        np.savez(file, **arrays)

@@ -1,0 +1,34 @@
+"""What the command-line tools have in common: how they end, and how they start shard_data."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.runtime import start_logging
+
+log = logging.getLogger("pipeline")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_tool(work: Callable[[], None]) -> int:
+    """Exit codes: 0 done, 2 something the user can mend, told in one message, 130 interrupted by Ctrl-C."""
+    start_logging(None, is_main=True)
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        log.error("error: %s", error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run_shard_data(*words: str) -> None:
+    """`python -m shard_data WORDS` in a process of its own. Raises ValueError where it fails, which says why itself."""
+    command = [sys.executable, "-m", "shard_data", *words]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
+    if ended.returncode != 0:
+        raise ValueError(f"`python -m shard_data {words[0]}` ended with exit code {ended.returncode}; see above")
