@@ -27,7 +27,7 @@ FLOORS = [
     # 3
     ["trainer", "recipe", "session", "trained", "report", "drawing"],
     # 4: scripts
-    ["train", "evaluate", "train_classifier"],
+    ["train", "evaluate", "train_classifier", "sample"],
 ]
 
 DOORS = {
