@@ -84,6 +84,8 @@ class WandbRun:
 
     def catch_up(self, records: Sequence[Mapping[str, float]]) -> None:
         """Tell what W&B lacks of the records of `metrics.jsonl` from earlier attempts. Their pictures are not told."""
+        if self._last_step > max((record["step"] for record in records), default=-1):
+            logger.info("W&B has steps up to %d already; they are not told again", self._last_step)
         missing = [record for record in records if record["step"] > self._last_step]
         if missing:
             steps = missing[0]["step"], missing[-1]["step"]

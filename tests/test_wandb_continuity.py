@@ -188,6 +188,7 @@ def test_online_over_ten_kills(tmp_path, server):
     history = assert_one_run(server, attempts)
     pairs = zip(history, attempts.metrics(), strict=True)
     assert any(row["attempt"] < record["attempt"] for row, record in pairs)  # steps were replayed and not told again
+    assert "already; they are not told again" in attempts.said
     assert "records of earlier attempts are sent now" in attempts.said
     assert next(iter(server.runs.values())).exit_codes == [0]
 
