@@ -19,5 +19,5 @@
 recipe=${1:?name a recipe: slurm/baselines.sh mlp_vae}
 shift
 # shellcheck source=slurm/launch.sh
-source "${FROZEN_CODE:-.}/slurm/launch.sh" || { echo "error: submit from the repository's root" >&2; exit 2; }
+source "${FROZEN_CODE:-.}/slurm/launch.sh" || { echo "error: submit from the repository's root, and keep .slurm" >&2; exit 2; }
 train "$@"

@@ -15,5 +15,5 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 # shellcheck source=slurm/launch.sh
-source "${FROZEN_CODE:-.}/slurm/launch.sh" || { echo "error: submit from the repository's root" >&2; exit 2; }
+source "${FROZEN_CODE:-.}/slurm/launch.sh" || { echo "error: submit from the repository's root, and keep .slurm" >&2; exit 2; }
 evaluate "$@"

@@ -6,6 +6,7 @@
 # Within a job, the first start copies and every later one finds the same folder again. What was changed between
 # submission and the first start is not known any more, so it ends the job: exit code 2, with the list.
 set -euo pipefail
+shopt -s inherit_errexit
 
 sources=(pipeline shard_data accelerate_configs slurm)
 recipes=()

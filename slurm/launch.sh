@@ -5,6 +5,11 @@
 # slurm/submit.sh calls a script first on the host that submits (SUBMITTING=1: check and stop), then SLURM does on the
 # job's first node. Exit codes: 0 done, or requeued; 2 something to mend; 75 unfinished and not requeued; others: the program's.
 set -euo pipefail
+shopt -s inherit_errexit
+
+# The time limit is near (--signal in the scripts' headers), or the job is preempted. Noted from the first line on.
+stopping=${stopping:-}
+trap 'stopping=1; echo "$(date "+%F %T") asked to stop" >&2' USR1
 
 # In a job that plain sbatch submitted, go on with the copy of the code that the job's first start has made.
 if [ -z "${FROZEN_CODE:-}" ]; then
@@ -14,10 +19,6 @@ if [ -z "${FROZEN_CODE:-}" ]; then
     source "$FROZEN_CODE/slurm/launch.sh"
     return
 fi
-
-# The time limit is near (--signal in the scripts' headers). Noted at once: a step may not run yet.
-stopping=
-trap 'stopping=1; echo "$(date "+%F %T") asked to stop" >&2' USR1
 
 # shellcheck source=slurm/site.sh
 source "$FROZEN_CODE/slurm/site.sh"
@@ -59,7 +60,9 @@ evaluate() {
     [ -z "${SUBMITTING:-}" ] || exit 0
     begin_attempt "$1"
     count_processes
-    launch evaluate.py --threads "$OMP_NUM_THREADS" "$@"
+    local rc=0
+    launch evaluate.py --threads "$OMP_NUM_THREADS" "$@" || rc=$?
+    settle_by_code "$rc"
 }
 
 # Makes a shard set; all words go to `python -m shard_data`. It goes on where an attempt before it stopped.
@@ -70,8 +73,7 @@ make_shards() {
     local rc=0
     run_step srun --ntasks=1 --nodes=1 --kill-on-bad-exit=1 \
         "$PYTHON" -m shard_data "$1" --workers "${SLURM_CPUS_PER_TASK:-1}" "${@:2}" || rc=$?
-    [ "$rc" -ge 124 ] || exit "$rc" # it ended by itself; above: not in time, or by a signal
-    settle "$rc" "$([ -n "$stopping" ] && echo preempted || echo killed)" 0
+    settle_by_code "$rc"
 }
 
 # --- before anything is launched
@@ -126,8 +128,8 @@ stage_shards() {
     run_step srun --ntasks-per-node=1 --kill-on-bad-exit=1 "$PYTHON" "$FROZEN_CODE/slurm/stage.py" "$data" "$STAGE" || rc=$?
     case $rc in
         0) data=$("$PYTHON" "$FROZEN_CODE/slurm/stage.py" --where "$data" "$STAGE") ;;
-        2) exit 2 ;; # says itself what to mend
-        *) settle "$rc" "$([ -n "$stopping" ] && echo preempted || echo killed)" 0 ;;
+        1) settle "$rc" killed 0 ;; # another node may have room
+        *) settle_by_code "$rc" ;;
     esac
 }
 
@@ -200,6 +202,12 @@ print(status.state, status.step)' "$run_dir")
         failed) say "failed: $run_dir/status.json says why; not requeued"; exit $(($1 > 0 ? $1 : 1)) ;;
         *) settle "$1" "$state" "$step" ;;
     esac
+}
+
+# Other programs have their exit code alone: below 124 they ended by themselves.
+settle_by_code() { # RC
+    [ "$1" -ge 124 ] || exit "$1"
+    settle "$1" "$([ -n "$stopping" ] && echo preempted || echo killed)" 0
 }
 
 settle() { # RC STATE STEP: unfinished

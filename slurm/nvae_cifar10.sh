@@ -18,5 +18,5 @@
 
 recipe=nvae_cifar10
 # shellcheck source=slurm/launch.sh
-source "${FROZEN_CODE:-.}/slurm/launch.sh" || { echo "error: submit from the repository's root" >&2; exit 2; }
+source "${FROZEN_CODE:-.}/slurm/launch.sh" || { echo "error: submit from the repository's root, and keep .slurm" >&2; exit 2; }
 train "$@"

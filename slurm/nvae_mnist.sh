@@ -18,5 +18,5 @@
 
 recipe=nvae_mnist
 # shellcheck source=slurm/launch.sh
-source "${FROZEN_CODE:-.}/slurm/launch.sh" || { echo "error: submit from the repository's root" >&2; exit 2; }
+source "${FROZEN_CODE:-.}/slurm/launch.sh" || { echo "error: submit from the repository's root, and keep .slurm" >&2; exit 2; }
 train "$@"

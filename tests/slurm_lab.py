@@ -1,7 +1,8 @@
 """A real SLURM of two emulated nodes on this machine, and a checkout to submit jobs from.
 
-SLURM_LAB names the script that brings the cluster up (`up`, `down`, `env`, `wait JOB SECONDS`, `node-fail NODE`,
-`node-start NODE`; settings by SLAB_* variables).
+SLURM_LAB names the script that brings the cluster up. It knows `up`, `down`, `wait JOB SECONDS` (prints the job's final
+state), `node-fail NODE` and `node-start NODE`, obeys the SLAB_* variables below, and puts sbatch, squeue, ... into
+SLAB_DIR/bin.
 """
 
 import os

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from shard_data import ToyFaces, convert
+from shard_data.verify import verify
 from tests.slurm_lab import ON_CPUS, ROOT, Checkout, Job, Lab
 
 SCRIPTS = ("nvae_celeba", "nvae_cifar10", "nvae_mnist", "baselines", "shard_data", "evaluate")
@@ -94,6 +96,57 @@ def test_shellcheck():
     scripts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "slurm").glob("*.sh"))
     found = subprocess.run([SHELLCHECK, "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
+
+
+@pytest.fixture
+def drawn(tmp_path) -> Path:
+    """A small set of six shards."""
+    convert(ToyFaces(16, train=17, val=1, test=1), tmp_path / "drawn", shard_size=5)
+    return tmp_path / "drawn"
+
+
+def stage(root: Path, scratch: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "slurm/stage.py", str(root), str(scratch)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True)
+
+
+def staged(root: Path, scratch: Path, copied: int) -> Path:
+    """Copies the set, which must have taken so many files; the copy is what `shard_data verify` calls in order."""
+    done = stage(root, scratch)
+    assert done.returncode == 0, done.stderr
+    assert f"is whole: 12 files, {copied} of them copied now" in done.stderr
+    (copy,) = (path.parent for path in scratch.glob("*/manifest.json"))
+    assert verify(copy, decode=True) == []
+    return copy
+
+
+def test_staged_shards_are_whole_and_only_what_is_not_is_copied_again(drawn, tmp_path):
+    scratch = tmp_path / "scratch"
+    copy = staged(drawn, scratch, copied=12)
+    staged(drawn, scratch, copied=0)
+    for damage in (lambda data: data[:-1], lambda data: data[:700] + b"x" + data[701:], lambda data: b""):
+        tar = copy / "train-000001.tar"
+        tar.write_bytes(damage(tar.read_bytes()))
+        staged(drawn, scratch, copied=1)
+    (copy / "test-000000.index.npy").unlink()
+    staged(drawn, scratch, copied=1)
+
+
+def test_a_damaged_set_is_not_staged(drawn, tmp_path):
+    tar = drawn / "train-000002.tar"
+    tar.write_bytes(tar.read_bytes()[:-512])
+    done = stage(drawn, tmp_path / "scratch")
+    assert done.returncode == 2
+    assert f"{tar} is damaged" in done.stderr
+    assert list((tmp_path / "scratch").rglob("manifest.json")) == []
+    assert list((tmp_path / "scratch").rglob(tar.name)) == []
+
+
+def test_a_node_that_cannot_take_the_shards_says_so(drawn, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = stage(drawn, tmp_path / "file" / "scratch")
+    assert done.returncode == 1
+    assert f"could not be copied to {tmp_path}/file/scratch" in done.stderr
 
 
 # --- submission
@@ -264,6 +317,19 @@ def test_an_array_trains_one_seed_per_task(with_faces):
 
 
 # --- the long ones
+
+
+@long
+def test_evaluation_of_a_baseline_on_two_nodes(with_faces):
+    """A model by its name, trained from DATA, and the figures of its test split."""
+    words = "conv_vae train.epochs=null train.steps=2 train.batch_size=4 tracking.wandb=disabled data.workers=0".split()
+    trained = with_faces.submit(*ON_CPUS, "slurm/baselines.sh", *words, by="slurm/submit.sh")
+    assert trained.wait() == "COMPLETED", trained.log()
+    words = "runs/conv_vae --data data/celeba64 --split test --importance-samples 2".split()
+    job = with_faces.submit("--nodes=2", *ON_CPUS, "slurm/evaluate.sh", *words, by="slurm/submit.sh")
+    assert job.wait() == "COMPLETED", job.log()
+    (report,) = (with_faces.folder / "runs" / "conv_vae").glob("evaluation_test_step_2.json")
+    assert "elbo" in report.read_text()
 
 
 @long
