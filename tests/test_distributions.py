@@ -14,13 +14,16 @@ from pipeline.distributions import (
     ClampedNormal,
     DiscretizedLogistic,
     DiscretizedLogisticMixture,
+    Normal,
     PixelNormal,
+    SquaredError,
 )
 from pipeline.likelihoods import (
     BernoulliLikelihood,
     DiscretizedLogisticLikelihood,
     LogisticMixtureLikelihood,
     NormalLikelihood,
+    SquaredErrorLikelihood,
 )
 
 raw = st.floats(-30, 30)
@@ -46,6 +49,27 @@ def test_normal_agrees_with_torch_distributions(mean, log_sigma, other_mean, oth
     torch.testing.assert_close(ours.log_prob(double(z)), theirs.log_prob(double(z)), rtol=1e-12, atol=1e-12)
     kl = torch.distributions.kl_divergence(theirs, torch.distributions.Normal(other.mean, other.sigma))
     torch.testing.assert_close(ours.kl(other), kl, rtol=1e-12, atol=1e-12)
+
+
+@given(raw, raw, raw, raw, st.floats(-10, 10))
+def test_a_plain_normal_has_no_bounds(mean, log_sigma, other_mean, other_log_sigma, z):
+    ours, other = Normal(double(mean), double(log_sigma)), Normal(double(other_mean), double(other_log_sigma))
+    theirs, others = (
+        torch.distributions.Normal(double(m), double(s).exp())
+        for m, s in ((mean, log_sigma), (other_mean, other_log_sigma))
+    )
+    torch.testing.assert_close(ours.log_prob(double(z)), theirs.log_prob(double(z)), rtol=1e-12, atol=1e-12)
+    kl = torch.distributions.kl_divergence(theirs, others)
+    torch.testing.assert_close(ours.kl(other), kl, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.sample(double(z)), double(mean) + double(log_sigma).exp() * double(z))
+
+
+def test_the_standard_normal_is_like_its_model():
+    like = random(2, 3)
+    standard = Normal.standard(like)
+    assert standard.mean.dtype == torch.float64
+    assert torch.equal(standard.sample(like), like)
+    torch.testing.assert_close(standard.log_prob(like), torch.distributions.Normal(0.0, 1.0).log_prob(like))
 
 
 def test_normal_clamps_softly_and_scales_by_temperature_last():
@@ -253,6 +277,31 @@ def test_mixture_refuses_channels_that_are_no_mixture():
         DiscretizedLogisticMixture(torch.zeros(1, 12, 2, 2))
 
 
+# ---- squared error and fixed variance --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("output", "low"), [("sigmoid", 0), ("tanh", -1)])
+def test_squared_error_is_a_normal_of_variance_one_half_without_its_normaliser(output, low):
+    raw_outputs, x = random(2, 3, 4, 4), torch.rand(2, 3, 4, 4, dtype=torch.float64)
+    ours = SquaredErrorLikelihood(output=output).build(raw_outputs, 8)
+    target, centre = (x, torch.sigmoid(raw_outputs)) if output == "sigmoid" else (2 * x - 1, torch.tanh(raw_outputs))
+    normal = torch.distributions.Normal(centre, math.sqrt(0.5))
+    torch.testing.assert_close(ours.log_prob(x), normal.log_prob(target) + 0.5 * math.log(math.pi))
+    torch.testing.assert_close(-ours.log_prob(x).sum(), torch.nn.functional.mse_loss(centre, target, reduction="sum"))
+    torch.testing.assert_close(ours.mean, (centre - low) / (1 - low))
+    assert not ours.log_prob(ours.mean).abs().max() > 1e-20
+
+
+def test_a_normal_of_fixed_sigma_takes_one_output_per_channel():
+    section = NormalLikelihood(sigma=0.3)
+    outputs, x = random(2, 3, 4, 4), torch.rand(2, 3, 4, 4, dtype=torch.float64)
+    ours = section.build(outputs, 8)
+    assert section.num_outputs(3) == 3
+    theirs = torch.distributions.Normal(outputs, 0.3)
+    torch.testing.assert_close(ours.log_prob(x), theirs.log_prob(2 * x - 1))
+    torch.testing.assert_close(ours.mean, (outputs.clamp(-1, 1) + 1) / 2)
+
+
 # ---- sections --------------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +311,8 @@ def test_mixture_refuses_channels_that_are_no_mixture():
         (BernoulliLikelihood(), 1, 1, Bernoulli),
         (LogisticMixtureLikelihood(num_components=4), 3, 40, DiscretizedLogisticMixture),
         (NormalLikelihood(), 3, 6, PixelNormal),
+        (NormalLikelihood(sigma=0.1), 3, 3, PixelNormal),
+        (SquaredErrorLikelihood(), 3, 3, SquaredError),
         (DiscretizedLogisticLikelihood(), 1, 2, DiscretizedLogistic),
     ],
 )
