@@ -35,7 +35,7 @@ from pipeline.roll import SILENT, Beat, Roll
 PERIOD = 0.5  # seconds between heartbeats
 LAST_WORDS = 5.0  # seconds that processes wait for each other's messages before they end
 PARTING = 20.0  # seconds that the main process waits at the end for the others to leave
-HEAD_START = 2.0  # seconds by which the process that failed leaves earlier, so that the launcher names it as the cause
+HEAD_START = 5.0  # seconds by which the process that failed leaves earlier, so that the launcher names it as the cause
 
 HUNG, PEER_FAILED, ORPHANED = 80, 81, 82
 """Exit codes: a collective timed out; another process failed; the launcher died."""
