@@ -63,6 +63,11 @@ class Recipe(Section):
                 f"train.micro_batch: {train.micro_batch} does not divide train.batch_size={train.batch_size}; "
                 f"{sizes} do"
             )
+        if self.regularizers.strength and not isinstance(self.model, NVAEConfig):
+            raise ValueError(
+                f"regularizers.strength={self.regularizers.strength:g}: the penalties are made for NVAE's layers; "
+                f"model.name={self.model.name} needs regularizers.strength=0"
+            )
         with torch.device("meta"):
             build_model(self)  # the model's own checks: sizes that the scales divide, channels, likelihood
         return self

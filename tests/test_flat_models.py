@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.conditions import ClassCondition
+from pipeline.config import ConfigError
 from pipeline.models.base import evaluating
 from pipeline.models.conv_vae import ConvVAEConfig
 from pipeline.models.flat import FlatConfig, FlatVAE
@@ -393,6 +394,13 @@ def test_the_convolutional_recipes_have_the_tables_widths():
     assert (resnet.stem.out_channels, stages) == (32, [64, 64, 128, 128, 256, 256, 512, 512])
     assert [block.conv1.in_channels for block in resnet.decoder] == stages[::-1]
     assert resnet.posterior.mean.out_features == 256
+
+
+@pytest.mark.parametrize("name", ["mlp_vae", "conv_vae", "resnet_vae"])
+def test_penalties_that_would_not_reach_these_models_are_refused(name):
+    """They know plain convolutions only, and of a spectrally normalised one would penalise the constant 1."""
+    with pytest.raises(ConfigError, match=f"regularizers.strength=0.01: .* model.name={name} needs regularizers"):
+        load_recipe(recipe_path(name), ["regularizers.strength=0.01"])
 
 
 def test_flows_are_chosen_in_words():
