@@ -4,12 +4,11 @@
     checkpoints/step_00001000/meta.json               step, score, run facts, size and sha256 of each file and of itself
 
 A checkpoint is written into a hidden folder beside, synced to disk and renamed; only then do older ones go. One process
-writes to a folder of checkpoints: `RunLock` sees to that. `snapshot` (fast) is apart from `Checkpoints.write` (slow),
+writes to a folder of checkpoints: `run_lock` sees to that. `snapshot` (fast) is apart from `Checkpoints.write` (slow),
 which `CheckpointWriter` calls off the training thread.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -383,55 +382,3 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"{needed / 2**20:.1f} MiB are needed and {free / 2**20:.1f} MiB are free")
-
-
-class RunLock:
-    """Holds a run folder for one process; the kernel lets go when the process ends, however it ends.
-
-    A context manager. Raises ValueError where another process holds the folder, or where it cannot be made or written.
-    """
-
-    def __init__(self, folder: Path | str):
-        self.path = Path(folder) / "run.lock"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+")  # noqa: SIM115 - stays open as long as the lock is held
-        except OSError as error:
-            raise ValueError(
-                f"run folder {folder} cannot be written: {error.strerror}; name another with --run-dir"
-            ) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._refuse(error)
-        self._sign()
-        # A forked loader worker would share the lock and keep it after this process died.
-        os.register_at_fork(after_in_child=self._file.close)
-
-    def _refuse(self, error: OSError) -> None:
-        self._file.seek(0)
-        holder = self._file.read().strip() or "another process"
-        self._file.close()
-        folder = self.path.parent
-        if error.errno == errno.EWOULDBLOCK:
-            raise ValueError(
-                f"{folder} is in use by {holder}; wait for it, stop it, or name another with --run-dir"
-            ) from None
-        raise ValueError(
-            f"{folder} cannot be locked ({error.strerror}); choose a --run-dir on a file system with flock"
-        ) from error
-
-    def _sign(self) -> None:
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
-
-    def release(self) -> None:
-        """Let go. The file stays: deleting it would let two processes lock two files of one name."""
-        self._file.close()
-
-    def __enter__(self) -> "RunLock":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()

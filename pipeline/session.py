@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint import Checkpoint, Checkpoints
+from pipeline.checkpoint_writer import CheckpointWriter
 from pipeline.config import dump
 from pipeline.damage import DamageLog
 from pipeline.data.damage import LeftOut
@@ -34,6 +35,7 @@ from pipeline.resume import changed_settings, check_fingerprint
 from pipeline.runtime import Runtime
 from pipeline.sampling import Pictures, plan_grid
 from pipeline.state import TrainingState
+from pipeline.status import StatusFile
 from pipeline.tracking import Tracker
 from pipeline.trainer import Cadence, Trainer
 
@@ -214,6 +216,12 @@ class Session:
         self.validated: tuple[int, float] | None = None  # step and its negative ELBO, nats
         self.peak_flops = peak_flops(runtime.device_name, recipe.train.precision)
         self.tracker: Tracker | None = None
+        self.status = StatusFile(folder)
+        self.writer: CheckpointWriter | None = (
+            None  # on the main process, while training: every rank has the same state
+        )
+        self.saved_step: int | None = None
+        self.stall_ms = 0.0
 
     # ------------------------------------------------------------------------------------------------- beginning
 
@@ -223,6 +231,7 @@ class Session:
         for change in changed_settings(checkpoint.facts["settings"], self.settings):
             log.info("changed since the checkpoint: %s", change)
         self.trainer.resume(checkpoint.facts["progress"], checkpoint.tensors)
+        self.saved_step = self.trainer.step
         log.info("resumed from %s at step %d", checkpoint.path, self.trainer.step)
 
     @property
@@ -230,7 +239,10 @@ class Session:
         return self.trainer.step >= self.trainer.total_steps
 
     def run(self, tracker: Tracker) -> None:
-        """Trains to the last step."""
+        """Trains to the last step, or until `trainer.stop_asked` on some rank. Then the state is in a checkpoint.
+
+        Raises OSError on every rank where that last checkpoint cannot be written; earlier ones may fail.
+        """
         self.tracker = tracker
         if self.runtime.is_main:
             with replacing(self.folder / "config.yaml") as file:
@@ -245,7 +257,20 @@ class Session:
         ]
         if recipe.data.trace:
             trainer.on_batches = Trace(self.folder, trainer.step, self.data.train, self.runtime).add
-        trainer.fit()
+        if not self.runtime.is_main:
+            self._train()
+            return
+        with CheckpointWriter(self.checkpoints, self._report_unsaved) as self.writer:
+            self._train()
+
+    def _train(self) -> None:
+        self.trainer.fit()
+        if self.trainer.stopped:
+            self.save(self.trainer.step)
+        self.runtime.on_main(lambda: self.writer.finish())  # the other ranks wait for the disk in patience
+
+    def _report_unsaved(self, step: int, message: str) -> None:
+        self.tracker.alert(f"checkpoint of step {step} not written", f"{message}. Training goes on.")
 
     @cached_property
     def flops_per_image(self) -> int:
@@ -261,6 +286,8 @@ class Session:
         if self.peak_flops and "perf/images_per_second" in scalars:
             speed = scalars["perf/images_per_second"] * self.flops_per_image  # FLOP/s of all devices
             scalars["perf/mfu"] = speed / (self.peak_flops * self.runtime.world_size)
+        if self.stall_ms:
+            scalars["perf/checkpoint_stall_ms"], self.stall_ms = self.stall_ms, 0.0
         self.tracker.log(step, scalars)
         shown = [f"{name.split('/')[-1]} {scalars[name]:.4g}" for name in SHOWN if name in scalars]
         log.info("step %d/%d  %s", step, self.trainer.total_steps, "  ".join(shown))
@@ -301,9 +328,15 @@ class Session:
         self.tracker.log(step, {}, grids)
 
     def save(self, step: int) -> None:
-        """A checkpoint, written by the main process: every rank holds the same state."""
+        """A checkpoint, written by the main process while training goes on."""
+        if self.writer is None or step == self.saved_step:
+            return
         score = self.validated[1] if self.validated and self.validated[0] == step else None
-        self.runtime.on_main(lambda: self.checkpoints.save(step, self.trainer.state.tensors(), self._facts(), score))
+        self.tracker.sync()
+        stall = self.writer.save(step, self.trainer.state.tensors(), self._facts(), score)
+        self.stall_ms = max(self.stall_ms, stall)
+        self.saved_step = step
+        self.status.saved(step)
 
     def _facts(self) -> dict[str, Any]:
         return {

@@ -7,6 +7,8 @@ Run the same command again to continue an interrupted run.
 """
 
 import argparse
+import hashlib
+import json
 import logging
 import os
 import re
@@ -14,20 +16,30 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 # A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.checkpoint import Checkpoint, Checkpoints, RunLock  # noqa: E402
+import torch  # noqa: E402
+
+from pipeline.agreement import code_version  # noqa: E402
+from pipeline.checkpoint import Checkpoint, Checkpoints  # noqa: E402
 from pipeline.config import dump  # noqa: E402
 from pipeline.data.remote import is_address  # noqa: E402
+from pipeline.preemption import StopRequest  # noqa: E402
 from pipeline.recipe import RECIPES, Recipe, load_recipe, recipe_path  # noqa: E402
+from pipeline.run_lock import RunLock  # noqa: E402
 from pipeline.runtime import Runtime, is_alike, launched_rank, start_logging  # noqa: E402
 from pipeline.session import Session, choose_checkpoint, describe  # noqa: E402
+from pipeline.status import StatusFile  # noqa: E402
 from pipeline.tracking import Tracker  # noqa: E402
 from pipeline.trainer import TrainingDiverged  # noqa: E402
 
 log = logging.getLogger("pipeline")
+
+LOCK_PATIENCE = 60.0
+"""Seconds that a restart waits for the processes of the last attempt to end."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,8 +98,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 trained or already finished, 1 diverged, 2 something the user can mend, 130 interrupted by
-    Ctrl-C.
+    """Exit codes: 0 finished, or stopped by SIGTERM or SIGUSR1 with a checkpoint (status.json tells which); 1 diverged;
+    2 something the user can mend; 130 interrupted by Ctrl-C; 80, 81, 82: see watchdog.
     """
     parsed = parse(arguments)
     start_logging(None, launched_rank() == 0)
@@ -116,45 +128,63 @@ def run(parsed: argparse.Namespace) -> int:
         if launched_rank() == 0:
             print(f"{dump(recipe)}\n{describe(recipe)}")
         return 0
-    train = recipe.train
-    runtime = Runtime(train.precision, train.cpu_threads, train.expect_processes)
-    try:
-        return train_in(
-            parsed.run_dir or Path("runs") / path.stem, recipe, runtime, parsed.resume, may_make=parsed.data is None
-        )
-    except Exception as error:
-        if is_alike(error):  # a launcher ends all processes when the first leaves: wait until the main one is ready to
-            runtime.barrier()
-        raise
-    finally:
-        runtime.close()
+    train, folder = recipe.train, parsed.run_dir or Path("runs") / path.stem
+    with StopRequest() as stop:
+        runtime = Runtime(train.precision, train.cpu_threads, train.expect_processes, train.collective_timeout)
+        runtime.watchdog.stacks = folder / "stacks"
+        try:
+            with runtime.shared_fate():
+                check_batch(recipe, runtime.world_size)
+                train_in(folder, recipe, runtime, parsed, stop)
+                return 0
+        except Exception as error:
+            if is_alike(
+                error
+            ):  # a launcher ends all processes when the first leaves: wait for the main one to be ready
+                runtime.barrier()
+            raise
+        finally:
+            runtime.close()
 
 
-def train_in(folder: Path, recipe: Recipe, runtime: Runtime, resume: str, may_make: bool) -> int:
-    """Trains in a run folder that no other process uses."""
-    check_batch(recipe, runtime.world_size)
-    lock = runtime.on_main(lambda: RunLock(folder))  # held by the main process until it ends
+def train_in(folder: Path, recipe: Recipe, runtime: Runtime, parsed: argparse.Namespace, stop: StopRequest) -> None:
+    """Trains in a run folder that no other process uses, and leaves word of how that ended."""
+    lock = runtime.on_main(lambda: RunLock(folder, LOCK_PATIENCE))  # held by the main process until it ends
     try:
         start_logging(folder / "log.txt" if runtime.is_main else None, runtime.is_main)
         log.info("%s on %s in %s", recipe.model.name, runtime.describe(), folder)
-        runtime.on_main(lambda: provide_data(recipe, may_make))
-        session = Session(recipe, runtime, folder)
-        checkpoint = find_checkpoint(runtime, Checkpoints(folder / "checkpoints"), resume)
-        if checkpoint is not None:
-            session.resume(checkpoint)
-        if session.finished:
-            log.info(
-                "%s is finished: step %d of %d; train.steps=N trains on",
-                folder,
-                session.trainer.step,
-                session.trainer.total_steps,
-            )
-            return 0
-        train_with_tracker(session, recipe, runtime, folder)
-        return 0
+        session = open_session(folder, recipe, runtime, parsed)
+        session.trainer.stop_asked = lambda: stop.reason is not None
+        told = runtime.from_main(session.status.status.state) == "finished"
+        if not (session.finished and told):  # killed after its last step, it has still to close its records
+            train_with_tracker(session, recipe, runtime)
+        tell_end(session, runtime, stop)
+    except (ValueError, OSError, TrainingDiverged) as error:
+        if lock is not None:
+            StatusFile(folder).end("failed", str(error))
+        raise
     finally:
         if lock is not None:
             lock.release()
+
+
+def open_session(folder: Path, recipe: Recipe, runtime: Runtime, parsed: argparse.Namespace) -> Session:
+    """The run as its last checkpoint left it. Raises ValueError where the processes do not agree on what they run."""
+    runtime.on_main(lambda: provide_data(recipe, may_make=parsed.data is None))
+    session = Session(recipe, runtime, folder)
+    runtime.check_agreement(
+        {
+            "settings": fingerprint_of(session.settings),
+            "code": code_version(),
+            "torch": torch.__version__,
+            "training data": session.data.train.fingerprint,
+            "processes": str(runtime.world_size),
+        }
+    )
+    checkpoint = find_checkpoint(runtime, Checkpoints(folder / "checkpoints"), parsed.resume)
+    if checkpoint is not None:
+        session.resume(checkpoint)
+    return session
 
 
 def find_checkpoint(runtime: Runtime, checkpoints: Checkpoints, resume: str) -> Checkpoint | None:
@@ -166,15 +196,39 @@ def find_checkpoint(runtime: Runtime, checkpoints: Checkpoints, resume: str) -> 
     return checkpoints.load(path)
 
 
-def train_with_tracker(session: Session, recipe: Recipe, runtime: Runtime, folder: Path) -> None:
-    """Trains to the last step while metrics.jsonl and W&B listen."""
+def train_with_tracker(session: Session, recipe: Recipe, runtime: Runtime) -> None:
+    """Trains to the last step, or to a stop, while metrics.jsonl and W&B listen."""
+    step, total_steps = session.trainer.step, session.trainer.total_steps
 
     def tracker(is_main: bool) -> Tracker:
-        return Tracker(recipe.tracking, folder, session.settings, is_main=is_main, start_step=session.trainer.step)
+        attempt = session.status.begin(step, total_steps) if is_main else 1
+        return Tracker(
+            recipe.tracking, session.folder, session.settings, is_main=is_main, start_step=step, attempt=attempt
+        )
 
     with runtime.on_main(lambda: tracker(is_main=True)) or tracker(is_main=False) as listening:
         session.run(listening)
-    log.info("done: step %d; pictures, metrics and checkpoints are in %s", session.trainer.step, folder)
+
+
+def tell_end(session: Session, runtime: Runtime, stop: StopRequest) -> None:
+    """Says, and notes in status.json, whether the run is finished or was stopped on purpose."""
+    trainer, folder = session.trainer, session.folder
+    reasons = [reason for reason in runtime.gather_objects(stop.reason) if reason is not None]
+    if trainer.stopped:
+        state, reason = "preempted", reasons[0]
+        words = "stopped by %s at step %d of %d with a checkpoint; run the same command again to go on"
+        log.info(words, reason, trainer.step, trainer.total_steps)
+    else:
+        state, reason = "finished", ""
+        words = "%s is finished: step %d of %d; train.steps=N trains on"
+        log.info(words, folder, trainer.step, trainer.total_steps)
+    if runtime.is_main:
+        session.status.end(state, reason)
+
+
+def fingerprint_of(settings: dict[str, Any]) -> str:
+    """A short hash of resolved settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_batch(recipe: Recipe, world_size: int) -> None:

@@ -57,6 +57,8 @@ class TrainConfig(Section):
     """Threads of each process on CPU. Default: this machine's cores shared by its processes."""
     expect_processes: int | None = Field(None, gt=0)
     """Refuse to train with any other number of processes."""
+    collective_timeout: float = Field(120.0, gt=0)
+    """Seconds that processes wait for one that does not come; then all end, and the missing one is named."""
     max_skipped_steps: int = Field(20, gt=0)
     """So many steps in a row with a non-finite loss or gradient end the run."""
 
@@ -132,6 +134,8 @@ class Trainer:
         self.skipped_samples = 0
         self.cadences: list[Cadence] = []
         self.on_batches: Callable[[int, list[Batch]], None] = lambda step, micro_batches: None
+        self.stop_asked: Callable[[], bool] = lambda: False
+        self.stopped = False
 
     # -------------------------------------------------------------------------------------------------- one step
 
@@ -203,12 +207,17 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ many steps
 
     def fit(self) -> None:
-        """Trains to the last step. Raises TrainingDiverged; whatever a cadence raises passes through."""
+        """Trains to the last step, or to the step's edge at which some rank was asked to stop: then `stopped` is true.
+
+        Raises TrainingDiverged; whatever a cadence raises passes through.
+        """
         stream = iter(self.batches(self.step))
         with self._progress_bar() as bar:
             while self.step < self.total_steps:
                 with self.throughput.waiting():
                     micro_batches = self._next_batches(stream)
+                if self.stopped:
+                    return
                 sound = self.train_step(self.step, micro_batches)
                 self.throughput.count(self.config.batch_size)
                 self.on_batches(self.step, micro_batches)
@@ -218,14 +227,16 @@ class Trainer:
                 bar.update()
 
     def _next_batches(self, stream: Iterator[Batch]) -> list[Batch]:
-        """The next step's micro-batches. Damage that one rank met is settled on all of them before the step."""
+        """The next step's micro-batches. What one rank met, damage or a signal, all know before the step."""
         micro_batches, error = [], None
         try:
             micro_batches = list(islice(stream, self.config.micro_batches))
         except DamagedShard as damaged:
             error = damaged
         left_out = [sample for batch in micro_batches for sample in batch.left_out]
-        self.skipped_samples += self.settle_damage(self.step + 1, left_out, error)
+        met_damage, self.stopped = self.runtime.any_of(bool(left_out or error), self.stop_asked())
+        if met_damage and not self.stopped:
+            self.skipped_samples += self.settle_damage(self.step + 1, left_out, error)
         return micro_batches
 
     def _progress_bar(self) -> tqdm:

@@ -65,7 +65,7 @@ def launch(processes: int, recipe: Path, *words: str) -> subprocess.CompletedPro
 def metrics(folder: Path, without: str = "perf/") -> list[dict]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in record.items() if key != "time" and not key.startswith(without)}
+        {key: value for key, value in record.items() if key not in ("time", "attempt") and not key.startswith(without)}
         for record in records
     ]
 
@@ -174,7 +174,7 @@ def test_a_finished_run_says_so(recipe_file, single):
 
 
 def test_a_live_run_folder_is_refused(recipe_file, tmp_path):
-    from pipeline.checkpoint import RunLock
+    from pipeline.run_lock import RunLock
 
     with RunLock(tmp_path):
         result = plain(recipe_file, "--run-dir", str(tmp_path))
