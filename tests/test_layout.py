@@ -23,11 +23,11 @@ FLOORS = [
     """models.nvae models.nvae_names models.flat models.mlp_vae models.conv_vae models.resnet_vae models.attribute_vae
     edit_metric recognition
     data.loader objective regularizers optim evaluation flops
-    sampling state resume data_trace damage asking tool""".split(),
+    sampling state resume data_trace damage asking tool latents pictures""".split(),
     # 3
-    ["trainer", "recipe", "session", "trained", "report", "drawing"],
+    ["trainer", "recipe", "session", "trained", "report", "drawing", "inference", "editing"],
     # 4: scripts
-    ["train", "evaluate", "train_classifier", "sample"],
+    ["train", "evaluate", "train_classifier", "sample", "edit"],
 ]
 
 DOORS = {

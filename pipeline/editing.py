@@ -1,0 +1,138 @@
+"""What edit.py does with pictures: strips of edits, and ways from one picture to another."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.asking import check_attributes, class_number, parse_settings
+from pipeline.conditions import ClassCondition, find_name
+from pipeline.data.shards import TarShards
+from pipeline.inference import infer_attributes, infer_class
+from pipeline.latents import Latents, MeanDifference, added, linear, moved, spherical
+from pipeline.trained import IMAGES_PER_PASS, Trained
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A picture to edit."""
+
+    name: str
+    image: Tensor
+    """uint8 (1, C, H, W)."""
+    condition: Tensor | None
+    """(1, K): what the model is told of it as it is; None for a model that is told nothing."""
+
+
+def know(trained: Trained, image: Tensor, words: Sequence[str]) -> tuple[Tensor | None, str]:
+    """What the model is told of an image (1, C, H, W), (1, K), from what the user knows; the rest is inferred.
+
+    The second is what was inferred, for people. `words`: `Smiling=1`, or a class. Raises ValueError for what is not
+    known to the model.
+    """
+    condition = trained.recipe.condition
+    if condition is None:
+        if words:
+            raise ValueError("--known: the model was trained without a condition, so nothing need be known")
+        return None, ""
+    if isinstance(condition, ClassCondition):
+        number = class_number(words[-1], trained.classes) if words else infer_class(trained, image)
+        told = "" if words else f"class {trained.classes[number]}"
+        return trained.condition(number, 1), told
+    known = parse_settings(",".join(words))
+    check_attributes(known, condition)
+    found = infer_attributes(trained, image, known)
+    inferred = [name for name in condition.chosen if name not in known]
+    told = ", ".join(name for name in inferred if found[name] > 0.5) or "none"
+    row = torch.tensor([[found[name] for name in condition.chosen]])
+    return trained.condition(row, 1), f"{told} of {len(inferred)}" if inferred else ""
+
+
+def aim(trained: Trained, start: Tensor, words: Sequence[str]) -> Tensor:
+    """The condition (1, K) that `--set` asks for, from what a picture is now. Raises ValueError for unknown names."""
+    condition = trained.recipe.condition
+    if isinstance(condition, ClassCondition):
+        return trained.condition(class_number(words[-1], trained.classes), 1)
+    settings = parse_settings(",".join(words))
+    check_attributes(settings, condition)
+    return condition.changed(start, settings)
+
+
+def edit_by_condition(trained: Trained, subject: Subject, words: Sequence[str], strengths: Tensor) -> Tensor:
+    """(n, C, H, W): the picture's latents decoded with the condition on the way to the one asked for.
+
+    Strength 0 is the picture as it is, 1 the edit. Raises ValueError for strengths outside [0, 1].
+    """
+    if not bool(((strengths >= 0) & (strengths <= 1)).all()):
+        raise ValueError("--strength: a condition goes from 0, as it is, to 1, as asked")
+    (told,) = linear([subject.condition], [aim(trained, subject.condition, words)], strengths)  # (n, K)
+    latents = trained.encode(subject.image, subject.condition, seed=None)
+    return trained.decode([group.expand(len(strengths), *group.shape[1:]) for group in latents], told)
+
+
+def edit_by_direction(trained: Trained, subject: Subject, direction: Latents, strengths: Tensor) -> Tensor:
+    """(n, C, H, W): the picture's latents moved along a direction by each strength, of any value."""
+    return trained.decode(moved(trained.encode(subject.image, seed=None), direction, strengths))
+
+
+def find_direction(trained: Trained, shards: TarShards, settings: Mapping[str, float], images: int) -> list[Tensor]:
+    """The sum over attributes of the mean latent with minus without, from the first images of a set; reversed for those
+    set to 0.
+
+    Raises ValueError for an attribute that the set does not have, or of which the images show one kind only.
+    """
+    names = shards.attribute_names
+    columns = {name: names.index(find_name(name, names, "attribute")) for name in settings}
+    differences = {name: MeanDifference() for name in settings}
+    for start in tqdm(range(0, min(images, len(shards)), IMAGES_PER_PASS), desc="mean latents", disable=None):
+        here = range(start, min(start + IMAGES_PER_PASS, images, len(shards)))
+        latents = trained.encode(torch.from_numpy(shards.images(here).transpose(0, 3, 1, 2).copy()), seed=None)
+        attributes = torch.from_numpy(shards.attributes(here)).masked_fill(torch.from_numpy(shards.hidden(here)), -1)
+        for name, difference in differences.items():
+            difference.add(latents, attributes[:, columns[name]])
+    directions = []
+    for name, difference in differences.items():
+        try:
+            directions.append((2.0 * settings[name] - 1.0, difference.direction()))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}; give more with --images") from None
+    return [group.to(trained.dtype) for group in added(directions)]
+
+
+def interpolate(trained: Trained, start: Subject, end: Subject, steps: int) -> tuple[Tensor, Tensor]:
+    """The linear and the spherical way between two pictures, (steps, C, H, W) each, ends included. The condition goes
+    along in a straight line.
+    """
+    weights = torch.linspace(0, 1, steps)
+    told = None
+    if start.condition is not None:
+        (told,) = linear([start.condition], [end.condition], weights)
+    ends = [trained.encode(subject.image, subject.condition, seed=None) for subject in (start, end)]
+    return trained.decode(linear(*ends, weights), told), trained.decode(spherical(*ends, weights), told)
+
+
+def told_of(trained: Trained, shards: TarShards, index: int) -> Tensor | None:
+    """What the model is told of a sample of a set, (1, K); where an attribute is not known there, 1/2."""
+    condition = trained.recipe.condition
+    if condition is None:
+        return None
+    condition.check(shards.classes or None, shards.attribute_names or None)
+    labels, attributes = torch.from_numpy(shards.labels([index])), torch.from_numpy(shards.attributes([index]))
+    return trained.condition(condition.encode(labels, attributes, shards.attribute_names), 1)
+
+
+def find_sample(shards: TarShards, wanted: str) -> int:
+    """The number of a sample given by its key, or by its number. Raises ValueError where there is none."""
+    if wanted.isdecimal() and int(wanted) < len(shards):
+        return int(wanted)
+    for start in range(0, len(shards), 10_000):
+        keys = shards.keys(range(start, min(start + 10_000, len(shards))))
+        if wanted in keys:
+            return start + keys.index(wanted)
+    example = shards.keys([0])[0]
+    raise ValueError(
+        f"--key {wanted}: split '{shards.split}' of {shards.root} has no such sample; "
+        f"keys are like {example}, numbers go up to {len(shards) - 1}"
+    )

@@ -1,0 +1,70 @@
+"""What a conditional model is told of an image whose class or attributes nobody knows: what makes the image likeliest.
+
+Maximum likelihood by the model's own bound. Attributes are found by coordinate ascent: one at a time, and exclusive
+ones together, are changed where that raises log p(x | condition). Every candidate is judged with the same noise.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from pipeline.conditions import AttributeCondition, ClassCondition
+from pipeline.evaluation import Draws
+from pipeline.noise import draw_noise
+from pipeline.trained import IMAGES_PER_PASS, Trained
+
+DRAWS = 16
+SWEEPS = 4
+
+
+def infer_class(trained: Trained, image: Tensor) -> int:
+    """The class under which an image (1, C, H, W) is likeliest."""
+    condition = trained.recipe.condition
+    assert isinstance(condition, ClassCondition)
+    candidates = torch.eye(condition.num_classes)
+    return int(log_likelihoods(trained, image, candidates).argmax())
+
+
+def infer_attributes(trained: Trained, image: Tensor, known: Mapping[str, float]) -> dict[str, float]:
+    """All attributes that the model is told, for an image (1, C, H, W): those known, and 1 or 0 for each other."""
+    condition = trained.recipe.condition
+    assert isinstance(condition, AttributeCondition)
+    current = condition.changed(torch.zeros(1, condition.size), known)
+    best = log_likelihoods(trained, image, current)[0]
+    for _ in range(SWEEPS):
+        before = current
+        for candidates in alternatives(condition, current, known):
+            values = log_likelihoods(trained, image, candidates)
+            if values.max() > best:
+                best, current = values.max(), candidates[values.argmax()][None]
+        if torch.equal(before, current):
+            break
+    return dict(zip(condition.chosen, current[0].tolist(), strict=True))
+
+
+def alternatives(condition: AttributeCondition, current: Tensor, known: Mapping[str, float]) -> Iterator[Tensor]:
+    """For each free attribute, (n, K) rows that differ from `current` (1, K) in it: flipped, rivals cleared with it.
+
+    What is known stays: an attribute whose rival is known to be present is not free.
+    """
+    for name in condition.chosen:
+        rivals = [condition.chosen[column] for column in condition.rivals(name)]
+        if name in known or any(known.get(rival, 0) > 0.5 for rival in rivals):
+            continue
+        column = condition.chosen.index(name)
+        yield condition.changed(current, {name: 1.0 - float(current[0, column])})
+
+
+@torch.no_grad()
+def log_likelihoods(trained: Trained, image: Tensor, candidates: Tensor) -> Tensor:
+    """(n,) float64 log p(image | candidate) for candidates (n, K), nats, with one noise for all."""
+    count = len(candidates)
+    x = trained.input(image).expand(count, -1, -1, -1)
+    told = candidates.to(trained.device, trained.dtype)
+
+    def noise(draw: int) -> list[Tensor]:
+        one = draw_noise(trained.model.noise_groups, 0, f"infer/{draw}", [0], trained.device, trained.dtype)
+        return [group.expand(count, *group.shape[1:]) for group in one]
+
+    return Draws(trained.model, x, told, noise).log_likelihood(DRAWS, rows=IMAGES_PER_PASS)

@@ -1,0 +1,79 @@
+"""A person's picture, made into what a model was trained on."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+MAX_PIXELS = 80_000_000
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # not EPS, for which Pillow starts Ghostscript
+FILTERS = {name.lower(): Image.Resampling[name] for name in ("BILINEAR", "BICUBIC", "LANCZOS", "BOX", "HAMMING")}
+ALIGNED = (178, 218)  # of CelebA's aligned faces, the only ones that a crop given in pixels is meant for
+
+
+def open_picture(
+    path: Path, image_shape: tuple[int, int, int], transform: Mapping[str, Any] | None = None
+) -> tuple[Tensor, str]:
+    """uint8 (1, C, H, W), and what was done to the picture. One of the right size is taken as it is.
+
+    Otherwise the largest square in the middle is cut out and resized; or, for an aligned face of CelebA, what the shard
+    set's `transform` says. Transparency is laid over white, EXIF's orientation honoured. Raises ValueError for what is
+    no picture, or a huge one.
+    """
+    channels, height, width = image_shape
+    image = read_picture(path).convert("L" if channels == 1 else "RGB")
+    transform = dict(transform or {})
+    filter = FILTERS.get(transform.get("filter"), Image.Resampling.BILINEAR)
+    size, done = image.size, "as it is"
+    if size != (width, height):
+        left, top, right, bottom = box = crop_box(size, transform)
+        image = image.crop(box).resize((width, height), filter)
+        done = (
+            f"{size[0]}x{size[1]}: cut to {right - left}x{bottom - top} at ({left}, {top}), "
+            f"resized to {width}x{height} ({filter.name.lower()})"
+        )
+    pixels = np.array(image).reshape(height, width, channels).transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(pixels))[None], done
+
+
+def crop_box(size: tuple[int, int], transform: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom): the set's own crop where it is meant for such pictures, else the middle square."""
+    if size == ALIGNED and "crop" in transform:
+        return tuple(transform["crop"])
+    side = min(size)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    return left, top, left + side, top + side
+
+
+def read_picture(path: Path) -> Image.Image:
+    """The picture, upright, without transparency. Raises ValueError that names the file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, about metadata and size; size is checked below
+            image = Image.open(path, formats=FORMATS)
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels; more than {MAX_PIXELS:,} are refused")
+            image.load()
+            return _over_white(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such picture") from None
+    except Exception as error:  # decoders fed with broken bytes raise nearly anything
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = "not an image of a known format, or broken" if unknown else error
+        raise ValueError(f"{path}: cannot be used as a picture ({reason})") from None
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
+        raise ValueError(f"pixels of mode {image.mode}; convert it to 8-bit RGB")
+    if "transparency" not in image.info and image.mode not in ("LA", "PA", "RGBA"):
+        return image
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, "white")
+    white.alpha_composite(rgba)
+    return white.convert("RGB")
