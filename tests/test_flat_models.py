@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.conditions import ClassCondition
 from pipeline.config import ConfigError
+from pipeline.ema import EMA
 from pipeline.models.base import evaluating
 from pipeline.models.conv_vae import ConvVAEConfig
 from pipeline.models.flat import FlatConfig, FlatVAE
@@ -311,7 +312,25 @@ def test_every_convolution_is_held_to_spectral_norm_one():
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert len(convs) == 2 + 2 * (2 * 2 * 2) + 2 * 2  # stem and output; two in each block; a skip in every second
     for conv in convs:
-        assert torch.linalg.matrix_norm(conv.weight.flatten(1), 2).item() == pytest.approx(1, abs=1e-3)
+        assert torch.linalg.matrix_norm(conv.current_weight().flatten(1), 2).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_averaged_weights_keep_their_spectral_norm():
+    """An average of unit vectors is shorter than 1, which alone would make the norm larger."""
+    model = trained_a_little(build(OPTIONS["resnet"], TINY), 20)
+    average = EMA(model, 0.9)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for seed in range(40):
+        (-model(random(4, *TINY, seed=seed), noise_for(model, 4, seed)).elbo.mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(model, seed)
+    with average.applied(model), evaluating(model), torch.no_grad():
+        convs = [module for module in model.modules() if isinstance(module, SpectralConv2d)]
+        norms = [torch.linalg.matrix_norm(conv.current_weight().flatten(1), 2).item() for conv in convs]
+        uncorrected = [torch.linalg.matrix_norm(conv.weight.flatten(1), 2).item() for conv in convs]
+    assert max(norms) < 1.01
+    assert max(uncorrected) > max(norms) + 0.005
 
 
 def test_the_restated_convolution_is_the_same_function():

@@ -62,8 +62,16 @@ class SpectralConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 has too few digits for a power iteration
-            weight = self.weight
+            weight = self.current_weight()
         return self._conv_forward(x, weight, self.bias)
+
+    def current_weight(self) -> Tensor:
+        """(C_out, C_in, k, k) of spectral norm 1. In training every call moves the power iteration."""
+        if self.training:
+            return self.weight
+        # Of averaged weights (train.ema_decay) the singular vectors are averages too, and those are shorter than 1.
+        vectors = self.parametrizations.weight[0]
+        return self.weight * (vectors._u.norm() * vectors._v.norm())
 
 
 class ResidualBlock(nn.Module):
