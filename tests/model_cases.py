@@ -22,6 +22,8 @@ NVAE = tiny_settings(Path())["model"]
 MLP = {"name": "mlp_vae", "hidden": 64, "latent_size": 8, "likelihood": {"name": "bernoulli"}}
 CONV = {"name": "conv_vae", "width": 8, "latent_size": 8, "likelihood": {"name": "normal", "sigma": 0.2}}
 RESNET = {"name": "resnet_vae", "stem_width": 8, "stage_widths": [8, 16], "num_blocks": 1, "latent_size": 8}
+FACES = {"name": "attribute_vae", "width": 8, "latent_size": 24, "features": 32, "embedding": 8,
+         "likelihood": {"name": "normal", "sigma": 0.2}}  # fmt: skip
 CASES = {
     "nvae": (NVAE, None, FAST),
     "nvae by class": (NVAE, BY_CLASS, FAST),
@@ -38,6 +40,12 @@ CASES = {
     "conv_vae of learned variance": (CONV | {"likelihood": {"name": "normal"}}, BY_CLASS, BASELINE),
     "resnet_vae": (RESNET, None, BASELINE),
     "resnet_vae by class": (RESNET, BY_CLASS, BASELINE),
+    "attribute_vae": (FACES | {"adversary_weight": 1.0, "pull_weight": 0.01}, BY_ATTRIBUTES, BASELINE),
+    "attribute_vae, joined and split": (
+        FACES | {"conditioning": "join", "local_channels": 1, "independence_weight": 1.0},
+        BY_ATTRIBUTES,
+        BASELINE,
+    ),
 }
 """name: (model section, condition section, words)."""
 
