@@ -24,6 +24,8 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 class FlatConfig(Section):
     """What the sections of all models with one latent vector have in common."""
 
+    name: str
+    """Which model."""
     latent_size: Count = 20
     """Units of the latent vector."""
     flows: Flows | None = None
