@@ -107,7 +107,7 @@ def evaluate(parsed: argparse.Namespace, runtime: Runtime) -> None:
             "per_class": parsed.per_class,
             "temperature": parsed.temperature,
         }
-    path = parsed.out or report_path(parsed.run, parsed.split, trained.step)
+    path = parsed.out or report_path(parsed.run, parsed.split, trained.step, parsed.metrics)
     runtime.on_main(lambda: save_report(path, report))
     if runtime.is_main:
         print(table(figures))

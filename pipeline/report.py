@@ -154,9 +154,10 @@ def describe_measurement(
     }
 
 
-def report_path(run: Path, split: str, step: int) -> Path:
+def report_path(run: Path, split: str, step: int, metrics: Sequence[str] = ("elbo",)) -> Path:
     """Where the report of a run's checkpoint lies unless the user says otherwise."""
-    return run / f"evaluation_{split}_step_{step:08d}.json"
+    other = "" if list(metrics) == ["elbo"] else f"_{'_'.join(metrics)}"
+    return run / f"evaluation_{split}_step_{step:08d}{other}.json"
 
 
 def save_report(path: Path, report: dict[str, Any]) -> None:

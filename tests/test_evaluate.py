@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.classifier import Classifier, ClassifierConfig, save_classifier
 from pipeline.data.preprocess import to_model_input
 from pipeline.data.shards import TarShards
 from pipeline.evaluate import build_parser, evaluate, main
 from pipeline.metrics import ActiveUnits
 from pipeline.noise import draw_noise
+from pipeline.report import report_path
 from pipeline.trained import load
 from tests.conftest import tiny_settings
 from tests.shard_sets import random_samples, write_set
@@ -195,6 +197,40 @@ def test_a_conditional_model_is_told_the_labels(shards, tmp_path, make_runtime):
     assert report["condition"]["num_classes"] == 10
 
 
+def judge(folder: Path, kind: str, names: list[str]) -> str:
+    """A classifier that knows nothing."""
+    config = ClassifierConfig(kind=kind, names=names, image_shape=(3, 16, 16), width=4)
+    torch.manual_seed(2)
+    save_classifier(Classifier(config), folder, 0, {})
+    return str(folder)
+
+
+def test_edits_and_recognition_are_measured_where_asked(tmp_path, make_runtime):
+    data = write_set(tmp_path / "set", {"test": random_samples(9, 16, 16, attributes=2, seed=3)}, [9])
+    names = ["Attribute_0", "Attribute_1"]
+    told = tiny_settings(data) | {"condition": {"name": "attributes", "chosen": names}}
+    run = make_run(tmp_path / "faces", told)
+    words = ["--classifier", judge(tmp_path / "judge", "attributes", names), "--metrics"]
+    alone = measured(run, make_runtime, *words, "edit")["figures"]
+    both = measured(run, make_runtime, *words, "elbo", "edit")["figures"]
+    assert {"edit/set", "edit/clear", "edit/set/Attribute_0", "edit/set_others"} <= alone.keys()
+    assert "elbo" not in alone
+    assert both == measured(run, make_runtime)["figures"] | alone
+    told = tiny_settings(data) | {"condition": {"name": "class", "num_classes": 10}}
+    run = make_run(tmp_path / "digits", told)
+    words = ["--classifier", judge(tmp_path / "other", "classes", list("0123456789")), "--metrics", "recognition"]
+    report = measured(run, make_runtime, *words, "--per-class", "4", "--temperature", "0.5")
+    shares = report["figures"]
+    assert (report["per_class"], report["temperature"]) == (4, 0.5)
+    assert shares["recognised"] == pytest.approx(np.mean([shares[f"recognised/{i}"] for i in range(10)]))
+    assert all(4 * share == int(4 * share) for name, share in shares.items() if "/" in name)
+
+
+def test_reports_of_other_metrics_lie_beside(run):
+    assert report_path(run, "test", 7).name == "evaluation_test_step_00000007.json"
+    assert report_path(run, "test", 7, ["edit"]).name == "evaluation_test_step_00000007_edit.json"
+
+
 def test_a_damaged_sample_ends_both_processes_with_one_message(run, tmp_path):
     root = write_set(tmp_path / "bad", {"test": random_samples(13, 16, 16)}, [13])
     offset = int(np.load(root / "test-000000.index.npy")["offset"][11])
@@ -209,6 +245,9 @@ def test_a_damaged_sample_ends_both_processes_with_one_message(run, tmp_path):
 
 
 BAD = {
+    "no judge": (["--metrics", "edit"], "need a judge: --classifier FOLDER"),
+    "a judge that is not": (["--metrics", "edit", "--classifier", "nowhere"], "was not trained with attributes"),
+    "a judge of classes": (["--metrics", "recognition", "--classifier", "nowhere"], "was not trained with classes"),
     "no run": (["nowhere"], "nowhere: no run with checkpoints there"),
     "no data": (["--data", "nowhere"], "nowhere: no such folder"),
     "no split": (["--split", "dev"], "no split 'dev'; it has: train, test"),

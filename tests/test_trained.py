@@ -16,9 +16,11 @@ from pipeline.asking import parse_classes, parse_settings, to_condition
 from pipeline.checkpoint import Checkpoints
 from pipeline.conditions import AttributeCondition, ClassCondition
 from pipeline.data.preprocess import to_model_input
+from pipeline.evaluation import Draws
 from pipeline.noise import draw_noise
 from pipeline.trained import IMAGES_PER_PASS
 from tests.conftest import tiny_settings
+from tests.model_cases import CASES, make_recipe
 from tests.trained_runs import STEP, make_run
 
 NAMES = ("Black_Hair", "Blond_Hair", "Smiling")
@@ -326,8 +328,6 @@ def test_log_likelihood_is_the_importance_weighted_bound(tmp_path, samples):
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 40))
 def test_draws_in_one_pass_or_in_many_are_the_same(run, draws, count, rows):
-    from pipeline.evaluation import Draws
-
     model = pipeline.load(run, device="cpu")
     x = model.input(pictures(count))
 
@@ -348,6 +348,27 @@ def test_draws_in_one_pass_or_in_many_are_the_same(run, draws, count, rows):
 
 def weight(out) -> torch.Tensor:
     return (out.log_px + out.log_pz - out.log_qz).double()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_model_can_be_used(case, tmp_path):
+    """And several draws in one pass are the draws one by one: what a model keeps for all draws can be repeated."""
+    made = make_recipe(case, tmp_path, "train.precision=fp64").model_dump(mode="json")
+    model, x = pipeline.load(make_run(tmp_path, made)), pictures(3)
+    told = {None: None, "class": [1, 0, 3], "attributes": {"Attribute_2": 1}}[(made["condition"] or {}).get("name")]
+    assert model.sample(3, 0.7, condition=told).shape == model.reconstruct(x, told).shape == x.shape
+    latents = model.encode(x, told)
+    assert [tuple(group.shape[1:]) for group in latents] == [group.shape for group in model.model.groups]
+    assert all(bool(((images >= 0) & (images <= 1)).all()) for images in (model.decode(latents, told),))
+    found = model.log_likelihood(x, told, importance_samples=5)
+    draws = Draws(
+        model.model,
+        model.input(x),
+        model.condition(told, 3),
+        lambda draw: draw_noise(model.model.noise_groups, 0, f"validate/{draw}", range(3), dtype=torch.float64),
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(found, draws.log_likelihood(5, rows=1), rtol=1e-9, atol=0)
 
 
 def test_more_samples_make_a_tighter_bound(run):
