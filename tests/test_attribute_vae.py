@@ -326,6 +326,21 @@ def test_a_classifier_that_cannot_judge_is_refused(tmp_path, names, shape, messa
         model(*inputs(model))
 
 
+def test_under_bf16_the_terms_and_the_classifier_stay_in_float32(classifier_folder):
+    model = make_model(classification_weight=1.0, classifier=str(classifier_folder), **ALL).float()
+    x, noise, condition = inputs(model)
+    x, noise, condition = x.float(), [each.float() for each in noise], condition.float()
+    plain = model(x, noise, condition).penalties
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x, noise, condition)
+        mixed = cross_covariance(x[:, 0, 0], x[:, 1, 0])
+    assert torch.equal(mixed, cross_covariance(x[:, 0, 0], x[:, 1, 0]))
+    for name, penalty in out.penalties.items():
+        assert penalty.dtype == torch.float32
+        torch.testing.assert_close(penalty, plain[name], rtol=0.1, atol=0.05)
+    assert {parameter.dtype for parameter in model.edit_judge.classifier.parameters()} == {torch.float32}
+
+
 # ---- two processes ---------------------------------------------------------------------------------------------------
 
 

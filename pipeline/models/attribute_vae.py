@@ -35,6 +35,7 @@ from pipeline.classifier import (
     load_classifier,
 )
 from pipeline.conditions import AttributeCondition, Condition
+from pipeline.distributions import at_least_float32
 from pipeline.likelihoods import DiscretizedLogisticLikelihood, Likelihood
 from pipeline.models.base import LatentGroup
 from pipeline.models.flat import Count, FlatConfig, FlatVAE, check_divisible, joined
@@ -248,6 +249,7 @@ class EditJudge:
         if self.classifier is None:
             self._load(int(seen))
         seen.fill_(self.digest)
+        x = at_least_float32(x)
         return self.classifier.to(x.device, x.dtype)(x)[:, self.columns]
 
     def _load(self, seen: int) -> None:

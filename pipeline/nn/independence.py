@@ -15,7 +15,8 @@ def cross_covariance(a: Tensor, b: Tensor) -> Tensor:
     gradient, that one process would find for the whole batch.
     """
     a, b = gathered_rows(torch.cat([a, b], dim=1)).split([a.shape[1], b.shape[1]], dim=1)
-    covariance = (a - a.mean(0)).T @ (b - b.mean(0)) / len(a)  # (n, m)
+    with torch.autocast(a.device.type, enabled=False):  # bfloat16 would blur what is near 0
+        covariance = (a - a.mean(0)).T @ (b - b.mean(0)) / len(a)  # (n, m)
     return covariance.square().sum() / 2
 
 
