@@ -74,7 +74,10 @@ class VAE(nn.Module, ABC):
 
     @abstractmethod
     def features(self, x: Tensor, condition: Tensor | None = None) -> Any:
-        """The encoder's part that no latent draw changes: computed once for any number of draws."""
+        """The encoder's part that no latent draw changes: computed once for any number of draws.
+
+        Tensors (B, ...), alone or in lists, tuples and dicts, so that rows can be repeated for several draws.
+        """
 
     @abstractmethod
     def bound(self, x: Tensor, features: Any, noise: Sequence[Tensor], condition: Tensor | None = None) -> VAEOutput:
