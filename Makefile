@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slurm lint format bench clean help
+.PHONY: demo chaos test test-slurm lint format bench clean help
 
 help:            ## List the targets
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -20,6 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)   ## Train a small NVAE on drawn faces: shards, checkpoint, metrics and sample pictures in runs/nvae
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml --num_cpu_threads_per_process 1 pipeline/train.py --model nvae tracking.wandb=disabled
 	@echo "Sample pictures: runs/nvae/samples   metrics: runs/nvae/metrics.jsonl   checkpoints: runs/nvae/checkpoints"
+
+chaos: $(STAMP)  ## Kill training runs a hundred times and compare them with straight ones (half an hour)
+	$(BIN)/python -m tests.chaos --kills 100
 
 test: $(STAMP)   ## Run the tests
 	$(BIN)/python -m pytest -q

@@ -8,7 +8,6 @@ Run the same command again to continue an interrupted run.
 
 import argparse
 import hashlib
-import json
 import logging
 import os
 import re
@@ -16,7 +15,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 # A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -134,7 +132,7 @@ def run(parsed: argparse.Namespace) -> int:
         runtime.watchdog.stacks = folder / "stacks"
         try:
             with runtime.shared_fate():
-                check_batch(recipe, runtime.world_size)
+                runtime.together(lambda: check_batch(recipe, runtime.world_size))
                 train_in(folder, recipe, runtime, parsed, stop)
                 return 0
         except Exception as error:
@@ -159,7 +157,7 @@ def train_in(folder: Path, recipe: Recipe, runtime: Runtime, parsed: argparse.Na
         if not (session.finished and told):  # killed after its last step, it has still to close its records
             train_with_tracker(session, recipe, runtime)
         tell_end(session, runtime, stop)
-    except (ValueError, OSError, TrainingDiverged) as error:
+    except (ValueError, TrainingDiverged) as error:  # not OSError: a disk may be there again at the next attempt
         if lock is not None:
             StatusFile(folder).end("failed", str(error))
         raise
@@ -170,17 +168,17 @@ def train_in(folder: Path, recipe: Recipe, runtime: Runtime, parsed: argparse.Na
 
 def open_session(folder: Path, recipe: Recipe, runtime: Runtime, parsed: argparse.Namespace) -> Session:
     """The run as its last checkpoint left it. Raises ValueError where the processes do not agree on what they run."""
-    runtime.on_main(lambda: provide_data(recipe, may_make=parsed.data is None))
-    session = Session(recipe, runtime, folder)
     runtime.check_agreement(
         {
-            "settings": fingerprint_of(session.settings),
+            "settings": fingerprint_of(recipe),
             "code": code_version(),
             "torch": torch.__version__,
-            "training data": session.data.train.fingerprint,
             "processes": str(runtime.world_size),
         }
     )
+    runtime.on_main(lambda: provide_data(recipe, may_make=parsed.data is None))
+    session = Session(recipe, runtime, folder)
+    runtime.check_agreement({"training data": session.data.train.fingerprint})
     checkpoint = find_checkpoint(runtime, Checkpoints(folder / "checkpoints"), parsed.resume)
     if checkpoint is not None:
         session.resume(checkpoint)
@@ -206,7 +204,8 @@ def train_with_tracker(session: Session, recipe: Recipe, runtime: Runtime) -> No
             recipe.tracking, session.folder, session.settings, is_main=is_main, start_step=step, attempt=attempt
         )
 
-    with runtime.on_main(lambda: tracker(is_main=True)) or tracker(is_main=False) as listening:
+    # Within the tracker, whose last words to W&B must not hold up what the other processes are told.
+    with runtime.on_main(lambda: tracker(is_main=True)) or tracker(is_main=False) as listening, runtime.shared_fate():
         session.run(listening)
 
 
@@ -226,9 +225,9 @@ def tell_end(session: Session, runtime: Runtime, stop: StopRequest) -> None:
         session.status.end(state, reason)
 
 
-def fingerprint_of(settings: dict[str, Any]) -> str:
-    """A short hash of resolved settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+def fingerprint_of(recipe: Recipe) -> str:
+    """A short hash of the resolved settings."""
+    return hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()[:16]
 
 
 def check_batch(recipe: Recipe, world_size: int) -> None:

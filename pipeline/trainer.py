@@ -24,7 +24,7 @@ from pipeline.models.base import VAE
 from pipeline.noise import draw_noise
 from pipeline.objective import Objective
 from pipeline.optim import LearningRate
-from pipeline.runtime import Precision, Runtime
+from pipeline.runtime import Precision, Runtime, alike
 from pipeline.schema import Section
 from pipeline.state import TrainingState
 
@@ -261,11 +261,12 @@ class Trainer:
             "step %d: non-finite loss or gradient; skipped on every rank (%d so far)", self.step - 1, self.skipped_steps
         )
         if self.skipped_in_a_row >= self.config.max_skipped_steps:
-            raise TrainingDiverged(
+            advice = (
                 f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient. The last checkpoint is "
                 "sound: run the same command again with a lower optim.lr, with optim.clip set (for instance "
                 "optim.clip=200), or with train.precision=fp32; train.max_skipped_steps says how many are borne."
             )
+            raise alike(TrainingDiverged(advice))
 
     # -------------------------------------------------------------------------------------------- interval's end
 

@@ -193,7 +193,7 @@ def test_pictures_are_drawn_of_the_first_images_that_can_be_read(root, make_reci
     recipe = make_recipe(f"data.root={root}", "data.on_error=skip")
     data = Data(recipe, make_runtime())
     expected = TarShards(root, "test").images([10, 11]).transpose(0, 3, 1, 2) / 255
-    np.testing.assert_allclose(data.held_out_images(4).numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(data.held_out_inputs(4)[0].numpy(), expected, rtol=1e-6)
     (root / "test-000001.tar").unlink()
     with pytest.raises(DamagedShard, match=r"no sample can be read; the last problem: .*test-000001\.tar"):
-        Data(recipe, make_runtime()).held_out_images(4)
+        Data(recipe, make_runtime()).held_out_inputs(4)
