@@ -107,6 +107,7 @@ def test_two_processes_resume_bit_for_bit(recipe_file, tmp_path):
     """Stopped mid-epoch after a checkpoint, and run again by the same command: equal files to the byte."""
     straight = launch(2, recipe_file, "--run-dir", str(tmp_path / "straight"))
     assert straight.returncode == 0, straight.stderr
+    assert "Warning" not in straight.stderr
     first = launch(2, recipe_file, "--run-dir", str(tmp_path / "parts"), "train.steps=6", "train.max_skipped_steps=5")
     assert first.returncode == 0, first.stderr
     for step in (4, 6):  # as if the process had died after step 2's checkpoint
