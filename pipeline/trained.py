@@ -10,7 +10,7 @@ B images, C channels, H x W pixels of the data set, without the padding that a m
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ def load(
     recipe = read_recipe(found)
     if dtype is None:
         dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(device)
     with torch.random.fork_rng():  # the first weights, which are replaced, cost the caller no random numbers
         model = build_model(recipe).to(dtype)
     if recipe.train.channels_last:
@@ -61,6 +61,16 @@ def load(
     return Trained(
         model, recipe, found.step, found.path, found.facts, averaged, class_names(recipe, found), device, dtype
     )
+
+
+def find_device(wanted: torch.device | str | None) -> torch.device:
+    """Raises ValueError for a device that is not there."""
+    try:
+        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"device {wanted}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def find_checkpoint(run: Path, checkpoint: Path | str) -> Checkpoint:
@@ -88,9 +98,10 @@ def class_names(recipe: Recipe, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Names of the classes that the model is told; their numbers where the checkpoint does not know the names."""
     if not isinstance(recipe.condition, ClassCondition):
         return ()
-    names = checkpoint.facts.get("classes") or []
+    names = checkpoint.facts.get("classes")
     numbers = tuple(str(number) for number in range(recipe.condition.num_classes))
-    return tuple(names) if len(names) == len(numbers) else numbers
+    fit = isinstance(names, list) and len(names) == len(numbers) and all(isinstance(name, str) for name in names)
+    return tuple(names) if fit else numbers
 
 
 @dataclass(frozen=True)
@@ -103,13 +114,13 @@ class Trained:
     for a class or attribute that is not known.
     """
 
-    model: VAE
-    recipe: Recipe
+    model: VAE = field(repr=False)
+    recipe: Recipe = field(repr=False)
     step: int
     """Optimizer step of the checkpoint."""
     path: Path
     """The checkpoint's folder."""
-    facts: dict
+    facts: dict = field(repr=False)
     """What the checkpoint tells besides."""
     averaged: bool
     """Whether the weights are their moving average."""
@@ -202,8 +213,9 @@ class Trained:
         if x.ndim != 4 or tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(f"images are (B, {', '.join(map(str, self.image_shape))}), not {tuple(x.shape)}")
         bits = self.recipe.data.bits
-        if x.is_floating_point() and bits == 8:
+        if x.is_floating_point():
             check_range(x)
+        if x.is_floating_point() and bits == 8:
             x = x.to(self.device, self.dtype)
         else:
             x = to_model_input(to_uint8(x).to(self.device), bits, self.dtype)

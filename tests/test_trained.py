@@ -100,6 +100,18 @@ def test_a_folder_without_a_run_is_named(tmp_path):
         pipeline.load(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(run, device):
+    with pytest.raises(ValueError, match=f"device {device}: "):
+        pipeline.load(run, device=device)
+
+
+@pytest.mark.parametrize("names", [None, 3, ["a"], ["a", "b", 3], {"a": 1}, "abc"])
+def test_class_names_that_make_no_sense_are_numbers(tmp_path, names):
+    model = pipeline.load(make_run(tmp_path, small(condition={"name": "class", "num_classes": 3}), names))
+    assert model.classes == ("0", "1", "2")
+
+
 def test_settings_of_another_version_are_refused(run, tmp_path):
     found = Checkpoints(run / "checkpoints").latest()
     facts = json.loads(json.dumps(found.facts))
@@ -137,6 +149,8 @@ def test_fewer_bits_are_cut_as_in_training(tmp_path, bits):
     model, x = pipeline.load(make_run(tmp_path, small(data={"bits": bits}))), pictures(2)
     assert torch.equal(model.input(x), to_model_input(x, bits))
     assert torch.equal(model.input(x / 255), to_model_input(x, bits))
+    with pytest.raises(ValueError, match="floats are in"):
+        model.input(x.float())
 
 
 def test_padding_is_the_models_business(tmp_path):
