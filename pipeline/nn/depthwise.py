@@ -66,4 +66,5 @@ def _weight_gradient(x: Tensor, dy: Tensor, padding: int) -> Tensor:
     total = F.conv2d(x[:1], kernels[0], padding=padding, groups=x.shape[1])  # (1, C, k, k)
     for image, kernel in zip(x[1:].split(1), kernels[1:], strict=True):
         total += F.conv2d(image, kernel, padding=padding, groups=x.shape[1])
-    return total.squeeze(0).unsqueeze(1)  # strides as the weight's, which DDP compares
+    correlation = total.transpose(0, 1)
+    return torch.empty(correlation.shape).copy_(correlation)  # in the weight's own strides, which DDP compares
