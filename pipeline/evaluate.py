@@ -18,8 +18,11 @@ from pathlib import Path
 # A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pipeline.agreement import code_version  # noqa: E402
+from pipeline.recipe import Recipe  # noqa: E402
 from pipeline.report import (  # noqa: E402
     bound_figures,
+    check_metrics,
     describe_measurement,
     edit_measurement,
     evaluation_recipe,
@@ -30,7 +33,7 @@ from pipeline.report import (  # noqa: E402
 )
 from pipeline.runtime import Runtime, is_alike, launched_rank, start_logging  # noqa: E402
 from pipeline.session import Data  # noqa: E402
-from pipeline.trained import Trained, load  # noqa: E402
+from pipeline.trained import Trained, find_checkpoint, load  # noqa: E402
 
 log = logging.getLogger("pipeline")
 METRICS = ("elbo", "edit", "recognition")
@@ -68,17 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = build_parser().parse_args(arguments)
     start_logging(None, launched_rank() == 0)
     try:
-        runtime = Runtime(parsed.precision, parsed.threads)
-        try:
-            evaluate(parsed, runtime)
-        except Exception as error:
-            if is_alike(
-                error
-            ):  # a launcher ends all processes when the first leaves: wait until the main one is ready to
-                runtime.barrier()
-            raise
-        finally:
-            runtime.close()
+        run(parsed)
     except (ValueError, OSError) as error:
         if launched_rank() == 0:
             log.error("error: %s", error)
@@ -88,17 +81,30 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def run(parsed: argparse.Namespace) -> None:
+    """Evaluates among the processes that a launcher may have started."""
+    runtime = Runtime(parsed.precision, parsed.threads)
+    try:
+        with runtime.shared_fate():
+            evaluate(parsed, runtime)
+    except Exception as error:
+        if is_alike(error):  # a launcher ends all processes when the first leaves: wait for the main one to be ready
+            runtime.barrier()
+        raise
+    finally:
+        runtime.close()
+
+
 def evaluate(parsed: argparse.Namespace, runtime: Runtime) -> None:
     """From the command line to the report."""
-    if parsed.classifier is None and set(parsed.metrics) - {"elbo"}:
-        raise ValueError("--metrics edit and recognition need a judge: --classifier FOLDER, of train_classifier.py")
-    trained = runtime.together(lambda: load(parsed.run, parsed.checkpoint, runtime.device, runtime.dtype))
-    recipe = evaluation_recipe(
-        trained.recipe, parsed.data, parsed.split, parsed.images, parsed.batch_size, parsed.importance_samples
-    )
+    # One chooses for all: a run that is being trained may have a newer checkpoint any moment.
+    chosen = runtime.on_main(lambda: str(find_checkpoint(parsed.run, parsed.checkpoint).path))
+    path = runtime.from_main(chosen)
+    trained, recipe = runtime.together(lambda: prepare(parsed, path, runtime))
     seed = recipe.train.seed if parsed.seed is None else parsed.seed
     log.info("%s at step %d on %s, split %s", recipe.model.name, trained.step, recipe.data.root, parsed.split)
     data = Data(recipe, runtime)
+    runtime.check_agreement({"data": data.held_out.fingerprint, "code": code_version()})
     figures = measure(parsed, trained, data, runtime, seed)
     report = describe_measurement(trained, data, runtime, seed, figures)
     if parsed.classifier is not None:
@@ -107,11 +113,19 @@ def evaluate(parsed: argparse.Namespace, runtime: Runtime) -> None:
             "per_class": parsed.per_class,
             "temperature": parsed.temperature,
         }
-    path = parsed.out or report_path(parsed.run, parsed.split, trained.step, parsed.metrics)
-    runtime.on_main(lambda: save_report(path, report))
+    out = parsed.out or report_path(parsed.run, parsed.split, trained.step, parsed.metrics)
+    runtime.on_main(lambda: save_report(out, report))
     if runtime.is_main:
         print(table(figures))
-        log.info("written to %s", path)
+        log.info("written to %s", out)
+
+
+def prepare(parsed: argparse.Namespace, path: str, runtime: Runtime) -> tuple[Trained, Recipe]:
+    """The model, and the recipe of what it is measured on. Raises ValueError for what cannot be measured."""
+    trained = load(parsed.run, path, runtime.device, runtime.dtype)
+    check_metrics(parsed.metrics, trained, parsed.classifier)
+    asked = parsed.images, parsed.batch_size, parsed.importance_samples
+    return trained, evaluation_recipe(trained.recipe, parsed.data, parsed.split, *asked)
 
 
 def measure(parsed: argparse.Namespace, trained: Trained, data: Data, runtime: Runtime, seed: int) -> dict[str, float]:

@@ -49,6 +49,17 @@ def evaluation_recipe(
     return build(Recipe, settings)
 
 
+def check_metrics(metrics: Sequence[str], trained: Trained, classifier: Path | None) -> None:
+    """Raises ValueError for metrics that a model does not have, or that need a judge where there is none."""
+    condition = trained.recipe.condition
+    if "edit" in metrics and not isinstance(condition, AttributeCondition):
+        raise ValueError("--metrics edit: the model was not trained with attributes, so there is nothing to edit by")
+    if "recognition" in metrics and not isinstance(condition, ClassCondition):
+        raise ValueError("--metrics recognition: the model was not trained with classes, so it can be asked for none")
+    if classifier is None and set(metrics) - {"elbo"}:
+        raise ValueError("--metrics edit and recognition need a judge: --classifier FOLDER, of train_classifier.py")
+
+
 def bound_figures(trained: Trained, data: Data, runtime: Runtime, seed: int) -> dict[str, float]:
     """`elbo`, `log_px`, `kl`, `nll` in nats per image, `bpd` and `bpd_nll` in bits per dimension, and for each group
     `kl/GROUP` in nats and `active_units/GROUP`: means over the split, the same for any number of processes.
@@ -78,9 +89,7 @@ def bound_figures(trained: Trained, data: Data, runtime: Runtime, seed: int) -> 
 
 
 def edit_measurement(trained: Trained, data: Data, runtime: Runtime, classifier: Path, seed: int) -> dict[str, float]:
-    """See pipeline.edit_metric.edit_figures. Raises ValueError for models that are not told attributes."""
-    if not isinstance(trained.recipe.condition, AttributeCondition):
-        raise ValueError("--metrics edit: the model was not trained with attributes, so there is nothing to edit by")
+    """See pipeline.edit_metric.edit_figures."""
     judge = runtime.together(lambda: load_classifier(classifier))
     batches = with_progress(data.held_out_batches(), shown=runtime.is_main)
     return edit_figures(
@@ -97,9 +106,7 @@ def edit_measurement(trained: Trained, data: Data, runtime: Runtime, classifier:
 def recognition_measurement(
     trained: Trained, runtime: Runtime, classifier: Path, per_class: int, temperature: float, seed: int
 ) -> dict[str, float]:
-    """See pipeline.recognition. Raises ValueError for models that are not told classes."""
-    if not isinstance(trained.recipe.condition, ClassCondition):
-        raise ValueError("--metrics recognition: the model was not trained with classes, so it can be asked for none")
+    """See pipeline.recognition."""
     judge = runtime.together(lambda: load_classifier(classifier))
     place = runtime.rank, runtime.world_size, patient_sum(runtime)
     return recognition(trained.model, judge, per_class, temperature, seed, *place)

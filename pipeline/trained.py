@@ -213,8 +213,7 @@ class Trained:
         if x.ndim != 4 or tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(f"images are (B, {', '.join(map(str, self.image_shape))}), not {tuple(x.shape)}")
         bits = self.recipe.data.bits
-        if x.is_floating_point():
-            check_range(x)
+        check_values(x)
         if x.is_floating_point() and bits == 8:
             x = x.to(self.device, self.dtype)
         else:
@@ -253,7 +252,10 @@ def at(told: Tensor | None, here: slice) -> Tensor | None:
     return None if told is None else told[here]
 
 
-def check_range(x: Tensor) -> None:
-    """Raises ValueError for floats that are no image."""
-    if not bool(((x >= 0) & (x <= 1)).all()):  # NaN is not either
+def check_values(x: Tensor) -> None:
+    """Raises ValueError for numbers that are no image."""
+    floats = x.is_floating_point()
+    if not floats and x.dtype != torch.uint8:
+        raise ValueError(f"images are uint8, or floats in [0, 1], not {x.dtype}")
+    if floats and not bool(((x >= 0) & (x <= 1)).all()):  # NaN is not either
         raise ValueError("images as floats are in [0, 1]; give uint8 for 0 to 255")

@@ -226,6 +226,13 @@ def test_edits_and_recognition_are_measured_where_asked(tmp_path, make_runtime):
     assert all(4 * share == int(4 * share) for name, share in shares.items() if "/" in name)
 
 
+def test_other_metrics_need_a_judge(shards, tmp_path, capfd, make_runtime):
+    told = tiny_settings(shards) | {"condition": {"name": "class", "num_classes": 10}}
+    make_runtime()
+    assert main([str(make_run(tmp_path, told)), "--metrics", "recognition", "--threads", "1"]) == 2
+    assert "need a judge: --classifier FOLDER" in capfd.readouterr().err
+
+
 def test_reports_of_other_metrics_lie_beside(run):
     assert report_path(run, "test", 7).name == "evaluation_test_step_00000007.json"
     assert report_path(run, "test", 7, ["edit"]).name == "evaluation_test_step_00000007_edit.json"
@@ -245,7 +252,6 @@ def test_a_damaged_sample_ends_both_processes_with_one_message(run, tmp_path):
 
 
 BAD = {
-    "no judge": (["--metrics", "edit"], "need a judge: --classifier FOLDER"),
     "a judge that is not": (["--metrics", "edit", "--classifier", "nowhere"], "was not trained with attributes"),
     "a judge of classes": (["--metrics", "recognition", "--classifier", "nowhere"], "was not trained with classes"),
     "no run": (["nowhere"], "nowhere: no run with checkpoints there"),

@@ -214,6 +214,7 @@ def test_float64_runs_work_in_float64(tmp_path):
         (lambda model: model.encode(pictures(2)[0]), r"images are \(B, 3, 16, 16\), not \(3, 16, 16\)"),
         (lambda model: model.encode(pictures(2, size=12)), r"not \(2, 3, 12, 12\)"),
         (lambda model: model.encode(pictures(1).float()), r"floats are in \[0, 1\]; give uint8"),
+        (lambda model: model.encode(pictures(1).long()), "uint8, or floats in .*, not torch.int64"),
         (lambda model: model.encode(torch.full((1, 3, 16, 16), torch.nan)), r"floats are in \[0, 1\]"),
         (lambda model: model.encode(pictures(1)[:0]), "no images were given"),
         (lambda model: model.sample(0), "at least one sample"),
