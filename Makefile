@@ -40,9 +40,10 @@ format: $(STAMP) ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## Measure training steps and shard sets (takes minutes; run it alone)
+bench: $(STAMP)  ## Measure training steps, shard sets and checkpoints (takes minutes; run it alone)
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.checkpoint
 
 clean:           ## Remove the environment and caches; data/ and runs/ stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
