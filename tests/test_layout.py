@@ -17,7 +17,7 @@ FLOORS = [
     nn.conditional_norm nn.gradient_reversal nn.independence classifier
     data.hashing data.recent data.manifest data.order data.shards data.preprocess data.remote data.damage
     checkpoint checkpoint_writer tensor_file
-    tracking wandb_run wandb_files records status metrics ema files images runtime torchvision_guard
+    tracking wandb_run wandb_files records status run_lock metrics ema files images runtime torchvision_guard
     agreement launcher preemption roll watchdog""".split(),
     # 2
     """models.nvae models.nvae_names models.flat models.mlp_vae models.conv_vae models.resnet_vae models.attribute_vae
