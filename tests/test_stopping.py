@@ -12,10 +12,12 @@ import psutil
 import pytest
 import yaml
 
+from pipeline.records import read_records
 from pipeline.status import read_status
 from tests.chaos import CASES, differences, main
 from tests.conftest import tiny_settings
 from tests.shard_sets import random_samples, write_set
+from tests.wandb_server import WandbServer
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +41,7 @@ def recipe_file(tmp_path_factory) -> Path:
     return path
 
 
-def start(processes: int, recipe: Path, run_dir: Path, *words: str) -> subprocess.Popen:
+def start(processes: int, recipe: Path, run_dir: Path, *words: str, **variables: str) -> subprocess.Popen:
     config = ROOT / "accelerate_configs" / ("cpu.yaml" if processes == 1 else "cpu_2proc.yaml")
     launch = [
         sys.executable,
@@ -54,7 +56,7 @@ def start(processes: int, recipe: Path, run_dir: Path, *words: str) -> subproces
     environment = {
         k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     }
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment | variables, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -128,6 +130,30 @@ def test_a_killed_run_is_marked_running_and_a_failed_one_failed(recipe_file, tmp
     status = read_status(tmp_path / "other")
     assert (diverging.returncode, status.state) == (1, "failed")
     assert "lower optim.lr" in status.reason
+
+
+def test_wandb_gets_one_continuous_run(recipe_file, tmp_path):
+    """Online against a stand-in for the server: killed, stopped, finished; every step once, and pictures."""
+    with WandbServer() as server:
+        online = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "local" + "0" * 35, "WANDB_MODE": "online"}
+        words = ("tracking.wandb=online", "samples.every=20", "samples.count=4")
+        killed = start(1, recipe_file, tmp_path / "run", *words, **online)
+        await_step(tmp_path / "run", 13)
+        ranks_of(killed)[0].kill()
+        killed.communicate()
+        stopped = start(1, recipe_file, tmp_path / "run", *words, **online)
+        await_step(tmp_path / "run", 23)
+        ranks_of(stopped)[0].send_signal(signal.SIGUSR1)
+        finish(stopped)
+        finish(start(1, recipe_file, tmp_path / "run", *words, **online))
+    (run,) = server.runs.values()
+    records = read_records(tmp_path / "run/metrics.jsonl")
+    assert [row["_step"] for row in run.history] == [record["step"] for record in records] == list(range(1, 41))
+    for row, record in zip(run.history, records, strict=True):
+        assert row["train/loss"] == record["train/loss"], record["step"]
+    assert sorted({record["attempt"] for record in records}) == [1, 2, 3]
+    assert run.exit_codes[-1] == 0
+    assert any(name.endswith(".png") for name in run.files)
 
 
 @pytest.fixture
