@@ -89,6 +89,8 @@ def check_wish(parsed: argparse.Namespace) -> None:
         raise ValueError("give pictures with --image FILE..., or samples with --data DIR --key KEY...")
     if parsed.key and not parsed.data:
         raise ValueError("--key: give the shard set of the samples with --data DIR")
+    if parsed.known and not parsed.image:
+        raise ValueError("--known: is about the pictures of --image; samples of --key bring what they have")
     if parsed.interpolate == bool(parsed.set):
         raise ValueError("give either --set NAME=1, or --interpolate")
     if parsed.interpolate and pictures != 2:

@@ -38,7 +38,7 @@ def know(trained: Trained, image: Tensor, words: Sequence[str]) -> tuple[Tensor 
             raise ValueError("--known: the model was trained without a condition, so nothing need be known")
         return None, ""
     if isinstance(condition, ClassCondition):
-        number = class_number(words[-1], trained.classes) if words else infer_class(trained, image)
+        number = the_class(trained, words) if words else infer_class(trained, image)
         told = "" if words else f"class {trained.classes[number]}"
         return trained.condition(number, 1), told
     known = parse_settings(",".join(words))
@@ -54,10 +54,17 @@ def aim(trained: Trained, start: Tensor, words: Sequence[str]) -> Tensor:
     """The condition (1, K) that `--set` asks for, from what a picture is now. Raises ValueError for unknown names."""
     condition = trained.recipe.condition
     if isinstance(condition, ClassCondition):
-        return trained.condition(class_number(words[-1], trained.classes), 1)
+        return trained.condition(the_class(trained, words), 1)
     settings = parse_settings(",".join(words))
     check_attributes(settings, condition)
     return condition.changed(start, settings)
+
+
+def the_class(trained: Trained, words: Sequence[str]) -> int:
+    """The number of the one class that the words name."""
+    if len(words) != 1:
+        raise ValueError(f"{', '.join(words)}: a picture has one class; give one")
+    return class_number(words[0], trained.classes)
 
 
 def edit_by_condition(trained: Trained, subject: Subject, words: Sequence[str], strengths: Tensor) -> Tensor:

@@ -174,6 +174,12 @@ def test_the_default_name_tells_what_was_done(runs, faces):
 
 
 BAD = {
+    "two classes": ("classes", ["--image", "FACE", "--set", "1", "--set", "2"], "1, 2: a picture has one class"),
+    "what is known already": (
+        "attributes",
+        ["--data", "SHARDS", "--key", "1", "--known", "Attribute_1=1", "--set", "Attribute_1=0"],
+        "--known: is about the pictures of --image",
+    ),
     "nothing to edit": ("plain", ["--interpolate"], "give pictures with --image"),
     "nothing to do": ("plain", ["--image", "FACE"], "give either --set NAME=1, or --interpolate"),
     "two things": ("plain", ["--image", "FACE", "--interpolate", "--set", "a=1"], "give either --set"),
