@@ -7,9 +7,9 @@ arXiv:1802.05957) of every convolution.
 
 Images go in as values in [-1, 1]. A condition joins the flattened features and the latent.
 
-Spectral normalisation here is hard: each convolution applies W / sigma(W) exactly, by torch's parametrization, where
-NVAE only penalises sigma. One power iteration per forward pass in training moves its vectors, which are buffers: a
-skipped step puts them back, a checkpoint holds them. The same weights give the same vectors on every process.
+Spectral normalisation here is hard: each convolution applies W / sigma(W), by torch's parametrization, where NVAE only
+penalises sigma. sigma comes from one power iteration per forward pass in training, whose vectors are buffers: a skipped
+step puts them back, a checkpoint holds them. The same weights give the same vectors on every process.
 """
 
 from itertools import pairwise
