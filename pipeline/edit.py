@@ -22,13 +22,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from pipeline import editing  # noqa: E402
-from pipeline.asking import parse_settings  # noqa: E402
 from pipeline.data.shards import TarShards  # noqa: E402
-from pipeline.editing import Subject  # noqa: E402
 from pipeline.images import image_grid, save_png, to_uint8  # noqa: E402
-from pipeline.pictures import open_picture  # noqa: E402
-from pipeline.tool import run_tool  # noqa: E402
+from pipeline.tools import editing  # noqa: E402
+from pipeline.tools.asking import parse_settings  # noqa: E402
+from pipeline.tools.common import run_tool  # noqa: E402
+from pipeline.tools.editing import Subject  # noqa: E402
+from pipeline.tools.pictures import open_picture  # noqa: E402
 from pipeline.trained import Trained, load  # noqa: E402
 
 log = logging.getLogger("pipeline")

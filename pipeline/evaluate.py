@@ -18,9 +18,11 @@ from pathlib import Path
 # A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.agreement import code_version  # noqa: E402
+from pipeline.processes.agreement import code_version  # noqa: E402
 from pipeline.recipe import Recipe  # noqa: E402
-from pipeline.report import (  # noqa: E402
+from pipeline.run_data import Data  # noqa: E402
+from pipeline.runtime import Runtime, is_alike, launched_rank, start_logging  # noqa: E402
+from pipeline.tools.report import (  # noqa: E402
     bound_figures,
     check_metrics,
     describe_measurement,
@@ -31,8 +33,6 @@ from pipeline.report import (  # noqa: E402
     save_report,
     table,
 )
-from pipeline.runtime import Runtime, is_alike, launched_rank, start_logging  # noqa: E402
-from pipeline.session import Data  # noqa: E402
 from pipeline.trained import Trained, find_checkpoint, load  # noqa: E402
 
 log = logging.getLogger("pipeline")

@@ -1,194 +1,37 @@
-"""One training run: its folder, its parts put together from a recipe, and what is done at which cadence."""
+"""One training run: its folder, and what is done at which cadence."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from pipeline.building import build_trainer
 from pipeline.checkpoint import Checkpoint, Checkpoints
 from pipeline.checkpoint_writer import CheckpointWriter
 from pipeline.config import dump
-from pipeline.damage import DamageLog
 from pipeline.data.damage import LeftOut
-from pipeline.data.loader import Batch, build_eval_loader, build_train_loader, check_data
-from pipeline.data.order import Order
-from pipeline.data.preprocess import Preprocess, to_model_input
-from pipeline.data.remote import check_address, default_cache, fetch_manifest, fetch_set, is_address
-from pipeline.data.shards import DamagedShard, TarShards
+from pipeline.data.shards import DamagedShard
 from pipeline.data_trace import Trace
-from pipeline.ema import EMA
 from pipeline.evaluation import Evaluator
 from pipeline.files import replacing
 from pipeline.flops import peak_flops, step_flops
 from pipeline.images import image_grid, reconstruction_grid, save_png
-from pipeline.models.base import VAE
-from pipeline.nn.batch_norm import keep_collectives_uncompiled
-from pipeline.objective import Objective
-from pipeline.optim import LearningRate, build_optimizer
-from pipeline.recipe import Recipe, build_model, total_steps
-from pipeline.regularizers import Regularizers
+from pipeline.recipe import Recipe, build_model
 from pipeline.resume import changed_settings, check_fingerprint
+from pipeline.run_data import Data
 from pipeline.runtime import Runtime
 from pipeline.sampling import Pictures, plan_grid
-from pipeline.state import TrainingState
 from pipeline.status import StatusFile
 from pipeline.tracking import Tracker
-from pipeline.trainer import Cadence, Trainer
+from pipeline.trainer import Cadence
 
 log = logging.getLogger("pipeline")
 
 SHOWN = ("train/loss", "train/elbo", "train/bpd", "train/kl", "train/lr", "perf/images_per_second")
 """The figures of `metrics.jsonl` that the terminal shows too."""
-
-
-class Data:
-    """The shard set of a run as its parts need it: micro-batches for training, a split for validation, floats for the
-    model.
-    """
-
-    def __init__(self, recipe: Recipe, runtime: Runtime):
-        self.recipe = recipe
-        self.runtime = runtime
-        config = recipe.data
-        self.train, self.held_out = self._open_shards()
-        check_data(config, self.train)
-        if recipe.condition is not None:
-            recipe.condition.check(self.train.classes, self.train.attribute_names)
-        self.order = Order(self.train.shard_sizes, recipe.train.seed, config.window)
-        self.damage = DamageLog(runtime)
-        self._augment = Preprocess(recipe.train.seed, flip=config.flip, binarise=config.binarise, pad=config.pad)
-        self._plain = Preprocess(recipe.train.seed, binarise=config.binarise, pad=config.pad)
-
-    def _open_shards(self) -> list[TarShards]:
-        """Of the training and the validation split; from an address, they are fetched first."""
-        config, runtime = self.recipe.data, self.runtime
-        verify = config.verify and config.on_error == "raise"  # a hash does not tell which sample to leave out
-        splits = config.train_split, self.recipe.validation.split
-        if not is_address(config.root):
-            return runtime.together(lambda: [TarShards(config.root, split, verify) for split in splits])
-        address = check_address(config.root)
-        manifest = runtime.from_main(runtime.on_main(lambda: fetch_manifest(address)))
-        cache = Path(config.cache) if config.cache else default_cache()
-        folder = runtime.together(lambda: fetch_set(address, manifest, splits, cache, progress=runtime.is_main))
-        return [TarShards(folder, split, verify, origin=address) for split in splits]
-
-    def batches(self, step: int) -> Iterable[Batch]:
-        """This rank's micro-batches from optimizer step `step` to the end of the run."""
-        train = self.recipe.train
-        return build_train_loader(
-            self.train,
-            self._augment,
-            self.order,
-            micro_batch=train.images_per_pass,
-            start=step * train.micro_batches,
-            stop=self.total_steps * train.micro_batches,
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
-            workers=self.recipe.data.workers,
-            pin_memory=self.runtime.device.type == "cuda",
-            on_error=self.recipe.data.on_error,
-        )
-
-    def held_out_batches(self) -> Iterable[Batch]:
-        """This rank's share of the validation images, in their natural order."""
-        config = self.recipe.validation
-        return build_eval_loader(
-            self.held_out,
-            self._plain,
-            batch_size=config.batch_size,
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
-            limit=config.images,
-            on_error=self.recipe.data.on_error,
-        )
-
-    def held_out_inputs(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """The first `count` images of the validation split as model input, and their conditions, the same on every
-        rank; fewer where some are left out.
-        """
-        on_error = self.recipe.data.on_error
-        batches = build_eval_loader(self.held_out, self._plain, batch_size=count, on_error=on_error)
-        return self.inputs(self.runtime.together(lambda: first_with_images(batches)))
-
-    def settle_training(self, step: int, left_out: Sequence[LeftOut], error: DamagedShard | None) -> int:
-        """See DamageLog.settle, of the training split."""
-        return self.damage.settle(step, self.train.split, left_out, error)
-
-    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """What the model takes of a batch, on the device: (b, C, H, W) in [0, 1], and (b, K) or None."""
-        device, dtype = self.runtime.device, self.runtime.dtype
-        x = to_model_input(batch.images.to(device, non_blocking=True), self.recipe.data.bits, dtype)
-        if self.recipe.train.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        if self.recipe.condition is None:
-            return x, None
-        condition = self.recipe.condition.encode(batch.labels, batch.attributes, self.train.attribute_names)
-        return x, condition.to(device, dtype, non_blocking=True)
-
-    @property
-    def total_steps(self) -> int:
-        return total_steps(self.recipe, self.order.epoch_size)
-
-
-def build_trainer(recipe: Recipe, runtime: Runtime, data: Data) -> Trainer:
-    """The trainer at step 0. Weights are drawn from the recipe's seed, alike on every rank."""
-    train = recipe.train
-    torch.manual_seed(train.seed)
-    model = build_model(recipe).to(runtime.dtype)
-    if train.channels_last:
-        use_channels_last(model)
-    if train.compile:
-        compile_cells(model)
-    model.to(runtime.device)
-    wrapped, optimizer = runtime.prepare(model, build_optimizer(model, recipe.optim))
-    ema = EMA(model, train.ema_decay) if train.ema_decay else None
-    steps_per_epoch = data.order.epoch_size / train.batch_size
-    return Trainer(
-        train,
-        runtime=runtime,
-        model=model,
-        wrapped_model=wrapped,
-        state=TrainingState(model, optimizer, Regularizers(recipe.regularizers, model, train.seed), ema),
-        objective=Objective(recipe.objective, model.groups, data.total_steps, runtime.mean),
-        learning_rate=LearningRate(recipe.optim, data.total_steps, steps_per_epoch),
-        clip=recipe.optim.clip,
-        total_steps=data.total_steps,
-        batches=data.batches,
-        inputs=data.inputs,
-        settle_damage=data.settle_training,
-    )
-
-
-def first_with_images(batches: Iterable[Batch]) -> Batch:
-    """The first batch of which something could be read. Raises DamagedShard where there is none."""
-    for batch in batches:
-        if len(batch.images):
-            return batch
-    raise DamagedShard(f"no sample can be read; the last problem: {batch.left_out[-1].problem}")
-
-
-def use_channels_last(model: VAE) -> None:
-    """Lays out convolution weights as their activations will be."""
-    model.to(memory_format=torch.channels_last)
-    for parameter in model.parameters():
-        if parameter.dim() == 4 and parameter.is_contiguous():
-            # 1x1 and depthwise kernels are in both layouts at once; DDP compares strides, and gradients have these.
-            plain = torch.empty(parameter.shape, device="meta").stride()
-            parameter.data = parameter.data.as_strided(parameter.shape, plain)
-
-
-def compile_cells(model: VAE) -> None:
-    """Compiles the model's cells one by one, each for the one shape that it sees."""
-    keep_collectives_uncompiled()
-    cells = list(model.compilable_cells())
-    # Cells share their code, for which the compiler would give up after 8 shapes (or modes, training and evaluation).
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(cells))
-    for cell in cells:
-        cell.compile(dynamic=False)
 
 
 class Session:
@@ -343,6 +186,7 @@ class Session:
             "progress": self.trainer.progress(),
             "settings": self.settings,
             "data_fingerprint": self.data.train.fingerprint,
+            "classes": self.data.train.classes and list(self.data.train.classes),
             "torch": torch.__version__,
             "world_size": self.runtime.world_size,
         }

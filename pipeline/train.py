@@ -9,10 +9,8 @@ Run the same command again to continue an interrupted run.
 import argparse
 import hashlib
 import logging
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,16 +19,17 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch  # noqa: E402
 
-from pipeline.agreement import code_version  # noqa: E402
 from pipeline.checkpoint import Checkpoint, Checkpoints  # noqa: E402
 from pipeline.config import dump  # noqa: E402
 from pipeline.data.remote import is_address  # noqa: E402
-from pipeline.preemption import StopRequest  # noqa: E402
+from pipeline.processes.agreement import code_version  # noqa: E402
+from pipeline.processes.preemption import StopRequest  # noqa: E402
 from pipeline.recipe import RECIPES, Recipe, load_recipe, recipe_path  # noqa: E402
 from pipeline.run_lock import RunLock  # noqa: E402
 from pipeline.runtime import Runtime, is_alike, launched_rank, start_logging  # noqa: E402
 from pipeline.session import Session, choose_checkpoint, describe  # noqa: E402
 from pipeline.status import StatusFile  # noqa: E402
+from pipeline.tools.common import run_shard_data  # noqa: E402
 from pipeline.tracking import Tracker  # noqa: E402
 from pipeline.trainer import TrainingDiverged  # noqa: E402
 
@@ -258,12 +257,7 @@ def provide_data(recipe: Recipe, may_make: bool) -> None:
         how = f"; make it with: {command}" if source else ""
         raise ValueError(f"{root}: no complete shard set (no manifest.json){how}")
     log.info("%s is missing and made once: %s", root, command)
-    arguments = [*shlex.split(source), "--out", root]
-    made = subprocess.run(
-        [sys.executable, "-m", "shard_data", *arguments], env=os.environ | {"PYTHONPATH": sys.path[0]}
-    )
-    if made.returncode != 0:
-        raise ValueError(f"{root} could not be made: the command above ended with exit code {made.returncode}")
+    run_shard_data(*shlex.split(source), "--out", root)
 
 
 if __name__ == "__main__":

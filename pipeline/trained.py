@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.asking import Asked, to_condition
+from pipeline.building import use_channels_last
 from pipeline.checkpoint import Checkpoint, Checkpoints
 from pipeline.conditions import ClassCondition
 from pipeline.config import ConfigError, build
@@ -27,8 +27,8 @@ from pipeline.images import to_uint8
 from pipeline.models.base import VAE
 from pipeline.noise import draw_noise
 from pipeline.recipe import Recipe, build_model
-from pipeline.session import use_channels_last
 from pipeline.state import load_model
+from pipeline.tools.asking import Asked, to_condition
 
 IMAGES_PER_PASS = 128
 """More are done in turns. Does not change what comes out, except by rounding."""

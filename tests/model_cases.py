@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
+from pipeline.building import build_trainer
 from pipeline.config import build, overlay
 from pipeline.recipe import Recipe
-from pipeline.session import Data, build_trainer
+from pipeline.run_data import Data
 from tests.conftest import tiny_settings
 from tests.shard_sets import random_samples, write_set
 

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 
 import pipeline
-from pipeline import inference
 from pipeline.conditions import AttributeCondition
 from pipeline.data.shards import TarShards
 from pipeline.edit import main, parse_strengths
-from pipeline.editing import Subject, edit_by_condition, find_direction, find_sample, interpolate
 from pipeline.images import to_uint8
-from pipeline.inference import alternatives, infer_attributes, infer_class, log_likelihoods
-from pipeline.latents import spherical
-from pipeline.pictures import crop_box, open_picture
+from pipeline.tools import inference
+from pipeline.tools.editing import Subject, edit_by_condition, find_direction, find_sample, interpolate
+from pipeline.tools.inference import alternatives, infer_attributes, infer_class, log_likelihoods
+from pipeline.tools.latents import spherical
+from pipeline.tools.pictures import crop_box, open_picture
 from tests.conftest import tiny_settings
 from tests.shard_sets import random_samples, write_set
 from tests.trained_runs import make_run

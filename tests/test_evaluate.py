@@ -16,7 +16,7 @@ from pipeline.data.shards import TarShards
 from pipeline.evaluate import build_parser, evaluate, main
 from pipeline.metrics import ActiveUnits
 from pipeline.noise import draw_noise
-from pipeline.report import report_path
+from pipeline.tools.report import report_path
 from pipeline.trained import load
 from tests.conftest import tiny_settings
 from tests.shard_sets import random_samples, write_set

@@ -18,14 +18,15 @@ FLOORS = [
     data.hashing data.recent data.manifest data.order data.shards data.preprocess data.remote data.damage
     checkpoint checkpoint_writer tensor_file
     tracking wandb_run wandb_files records status run_lock metrics ema files images runtime torchvision_guard
-    agreement launcher preemption roll watchdog""".split(),
+    processes.agreement processes.launcher processes.preemption processes.roll processes.watchdog""".split(),
     # 2
     """models.nvae models.nvae_names models.flat models.mlp_vae models.conv_vae models.resnet_vae models.attribute_vae
     edit_metric recognition
     data.loader objective regularizers optim evaluation flops
-    sampling state resume data_trace damage asking tool latents pictures""".split(),
+    sampling state resume data_trace damage tools.asking tools.common tools.latents tools.pictures""".split(),
     # 3
-    ["trainer", "recipe", "session", "trained", "report", "drawing", "inference", "editing"],
+    """trainer recipe run_data building session trained
+    tools.report tools.drawing tools.inference tools.editing""".split(),
     # 4: scripts
     ["train", "evaluate", "train_classifier", "sample", "edit"],
 ]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 
+from pipeline.building import use_channels_last
 from pipeline.optim import LearningRate, OptimConfig, build_optimizer
-from pipeline.session import use_channels_last
 from tests.nvae_restatement import adamax_step
 
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 import pipeline
-from pipeline import drawing
 from pipeline.data.shards import TarShards
 from pipeline.sample import main
+from pipeline.tools import drawing
 from tests.conftest import tiny_settings
 from tests.shard_sets import random_samples, write_set
 from tests.trained_runs import make_run

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.building import build_trainer
 from pipeline.recipe import Recipe
-from pipeline.session import Data, build_trainer
+from pipeline.run_data import Data
 from pipeline.trainer import Cadence, Trainer, TrainingDiverged
 
 

@@ -29,8 +29,8 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from pipeline.launcher import Launcher
-from pipeline.roll import SILENT, Beat, Roll
+from pipeline.processes.launcher import Launcher
+from pipeline.processes.roll import SILENT, Beat, Roll
 
 PERIOD = 0.5  # seconds between heartbeats
 LAST_WORDS = 5.0  # seconds that processes wait for each other's messages before they end
@@ -40,7 +40,7 @@ HEAD_START = 5.0  # seconds by which the process that failed leaves earlier, so 
 HUNG, PEER_FAILED, ORPHANED = 80, 81, 82
 """Exit codes: a collective timed out; another process failed; the launcher died."""
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 log = logging.getLogger("pipeline")
 
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.asking import check_attributes, class_number, parse_settings
 from pipeline.conditions import ClassCondition, find_name
 from pipeline.data.shards import TarShards
-from pipeline.inference import infer_attributes, infer_class
-from pipeline.latents import Latents, MeanDifference, added, linear, moved, spherical
+from pipeline.tools.asking import check_attributes, class_number, parse_settings
+from pipeline.tools.inference import infer_attributes, infer_class
+from pipeline.tools.latents import Latents, MeanDifference, added, linear, moved, spherical
 from pipeline.trained import IMAGES_PER_PASS, Trained
 
 

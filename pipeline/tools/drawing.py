@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.asking import check_attributes
 from pipeline.conditions import UNKNOWN, AttributeCondition, ClassCondition
 from pipeline.data.shards import TarShards
 from pipeline.files import replacing
 from pipeline.images import image_grid, to_uint8
 from pipeline.noise import draw_noise
 from pipeline.sampling import readjust_batch_norm
+from pipeline.tools.asking import check_attributes
 from pipeline.trained import IMAGES_PER_PASS, Trained
 
 MOST_SHOWN = 400

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.agreement import code_version
 from pipeline.classifier import load_classifier
 from pipeline.conditions import AttributeCondition, ClassCondition
 from pipeline.config import build
@@ -17,10 +16,11 @@ from pipeline.data.loader import Batch
 from pipeline.edit_metric import edit_figures, held_out_faces, hidden_by
 from pipeline.evaluation import Evaluator
 from pipeline.files import replacing
+from pipeline.processes.agreement import code_version
 from pipeline.recipe import Recipe
 from pipeline.recognition import recognition
+from pipeline.run_data import Data
 from pipeline.runtime import Runtime
-from pipeline.session import Data
 from pipeline.trained import Trained
 
 HEADLINES = ("elbo", "bpd", "nll", "bpd_nll", "log_px", "kl")

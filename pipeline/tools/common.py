@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.runtime import start_logging
 
 log = logging.getLogger("pipeline")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_tool(work: Callable[[], None]) -> int:
