@@ -5,6 +5,7 @@ on all that have it, its rivals with it, and the face is decoded. What the judge
 what was asked, and the other attributes with those of the original.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -160,10 +161,10 @@ class Edits:
         """The figures over all ranks."""
         shares = self.meter.reduce(sum_over_ranks)
         for edit in EDITS:
-            by_attribute = torch.tensor([shares[f"{edit}/{name}"] for name in self.condition.chosen])
-            judged = by_attribute[~by_attribute.isnan()]
-            shares[edit] = judged.mean().item()
-            shares[f"{edit}_minimum"] = judged.min().item() if len(judged) else torch.nan
+            by_attribute = [shares[f"{edit}/{name}"] for name in self.condition.chosen]
+            judged = [share for share in by_attribute if not math.isnan(share)]
+            shares[edit] = sum(judged) / len(judged) if judged else math.nan
+            shares[f"{edit}_minimum"] = min(judged, default=math.nan)
         return {f"edit/{name}": share for name, share in sorted(shares.items())}
 
 
