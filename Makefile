@@ -24,8 +24,8 @@ demo: $(STAMP)   ## Train a small NVAE on drawn faces: shards, checkpoint, metri
 chaos: $(STAMP)  ## Kill training runs a hundred times and compare them with straight ones (half an hour)
 	$(BIN)/python -m tests.chaos --kills 100
 
-test: $(STAMP)   ## Run the tests
-	$(BIN)/python -m pytest -q
+test: $(STAMP)   ## Run the tests, files in parallel on up to four cores
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-slurm: $(STAMP) ## Run all SLURM tests, long ones too, on the cluster that the script SLURM_LAB=FILE brings up here
 	@test -f "$(SLURM_LAB)" || { echo "error: name the script that brings up a SLURM on this machine: make test-slurm SLURM_LAB=FILE (docs/slurm.md)" >&2; exit 2; }
