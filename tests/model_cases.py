@@ -38,7 +38,11 @@ CASES = {
     "mlp_vae of mixtures": (MLP | {"likelihood": {"name": "logistic_mixture", "num_components": 2}}, None, BASELINE),
     "conv_vae": (CONV, None, BASELINE),
     "conv_vae by attributes": (CONV | {"batch_norm": True, "activation": "leaky_relu"}, BY_ATTRIBUTES, BASELINE),
-    "conv_vae of learned variance": (CONV | {"likelihood": {"name": "normal"}}, BY_CLASS, BASELINE),
+    "conv_vae of learned variance": (
+        CONV | {"likelihood": {"name": "normal"}},
+        BY_CLASS,
+        (*BASELINE, "optim.lr=5e-3"),
+    ),
     "resnet_vae": (RESNET, None, BASELINE),
     "resnet_vae by class": (RESNET, BY_CLASS, BASELINE),
     "attribute_vae": (FACES | {"adversary_weight": 1.0, "pull_weight": 0.01}, BY_ATTRIBUTES, BASELINE),
