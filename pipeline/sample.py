@@ -18,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from pipeline.images import save_png  # noqa: E402
 from pipeline.tools import drawing  # noqa: E402
 from pipeline.tools.asking import parse_classes, parse_settings  # noqa: E402
-from pipeline.tools.common import run_shard_data, run_tool  # noqa: E402
+from pipeline.tools.common import run_python, run_tool  # noqa: E402
 from pipeline.trained import Trained, load  # noqa: E402
 
 log = logging.getLogger("pipeline")
@@ -88,7 +88,9 @@ def sample(parsed: argparse.Namespace) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 arrays = Path(folder) / "samples.npz"
                 drawing.save_npz(arrays, trained, plan, images, settings)
-                run_shard_data("npz", "--source", str(arrays), "--out", parsed.as_shards, "--name", "samples")
+                run_python(
+                    "-m", "shard_data", "npz", "--source", str(arrays), "--out", parsed.as_shards, "--name", "samples"
+                )
 
 
 def make_plan(trained: Trained, parsed: argparse.Namespace) -> drawing.Plan:

@@ -22,6 +22,7 @@ import torch  # noqa: E402
 from pipeline.checkpoint import Checkpoint, Checkpoints  # noqa: E402
 from pipeline.config import dump  # noqa: E402
 from pipeline.data.remote import is_address  # noqa: E402
+from pipeline.models.attribute_vae import AttributeVAEConfig  # noqa: E402
 from pipeline.processes.agreement import code_version  # noqa: E402
 from pipeline.processes.preemption import StopRequest  # noqa: E402
 from pipeline.recipe import RECIPES, Recipe, load_recipe, recipe_path  # noqa: E402
@@ -29,7 +30,7 @@ from pipeline.run_lock import RunLock  # noqa: E402
 from pipeline.runtime import Runtime, is_alike, launched_rank, start_logging  # noqa: E402
 from pipeline.session import Session, choose_checkpoint, describe  # noqa: E402
 from pipeline.status import StatusFile  # noqa: E402
-from pipeline.tools.common import run_shard_data  # noqa: E402
+from pipeline.tools.common import run_python  # noqa: E402
 from pipeline.tracking import Tracker  # noqa: E402
 from pipeline.trainer import TrainingDiverged  # noqa: E402
 
@@ -175,7 +176,7 @@ def open_session(folder: Path, recipe: Recipe, runtime: Runtime, parsed: argpars
             "processes": str(runtime.world_size),
         }
     )
-    runtime.on_main(lambda: provide_data(recipe, may_make=parsed.data is None))
+    runtime.on_main(lambda: provide(recipe, may_make=parsed.data is None))
     session = Session(recipe, runtime, folder)
     runtime.check_agreement({"training data": session.data.train.fingerprint})
     checkpoint = find_checkpoint(runtime, Checkpoints(folder / "checkpoints"), parsed.resume)
@@ -242,6 +243,16 @@ def check_batch(recipe: Recipe, world_size: int) -> None:
         raise ValueError(f"{world_size} processes cannot share a micro-batch of {micro_batch} images equally; {remedy}")
 
 
+def provide(recipe: Recipe, may_make: bool) -> None:
+    """The recipe's own data, and the frozen classifier that its model may need of them, where they are missing."""
+    provide_data(recipe, may_make)
+    folder = recipe.model.classifier if isinstance(recipe.model, AttributeVAEConfig) else None
+    if may_make and folder is not None and not Path(folder).exists():
+        words = ["--data", recipe.data.root, "--out", folder, "--epochs", "2"]
+        log.info("%s is missing and trained once: python pipeline/train_classifier.py %s", folder, shlex.join(words))
+        run_python(str(Path(__file__).with_name("train_classifier.py")), *words)
+
+
 def provide_data(recipe: Recipe, may_make: bool) -> None:
     """Makes the recipe's own data where they are missing and need no originals.
 
@@ -257,7 +268,7 @@ def provide_data(recipe: Recipe, may_make: bool) -> None:
         how = f"; make it with: {command}" if source else ""
         raise ValueError(f"{root}: no complete shard set (no manifest.json){how}")
     log.info("%s is missing and made once: %s", root, command)
-    run_shard_data(*shlex.split(source), "--out", root)
+    run_python("-m", "shard_data", *shlex.split(source), "--out", root)
 
 
 if __name__ == "__main__":

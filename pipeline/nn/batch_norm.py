@@ -23,8 +23,14 @@ class BatchNorm2d(nn.BatchNorm2d):
     after the norm). Mean and variance are the same; the unbiased running variance is not.
     """
 
-    def __init__(self, channels: int, activation: Callable[[Tensor], Tensor] | None = None, copies: int = 1):
-        super().__init__(channels, eps=1e-5, momentum=MOMENTUM)
+    def __init__(
+        self,
+        channels: int,
+        activation: Callable[[Tensor], Tensor] | None = None,
+        copies: int = 1,
+        momentum: float = MOMENTUM,
+    ):
+        super().__init__(channels, eps=1e-5, momentum=momentum)
         self.activation, self.copies = activation, copies
 
     def forward(self, x: Tensor) -> Tensor:

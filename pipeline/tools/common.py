@@ -1,4 +1,4 @@
-"""What the command-line tools have in common: how they end, and how they start shard_data."""
+"""What the command-line tools have in common: how they end, and how they start each other."""
 
 import logging
 import os
@@ -26,9 +26,8 @@ def run_tool(work: Callable[[], None]) -> int:
     return 0
 
 
-def run_shard_data(*words: str) -> None:
-    """`python -m shard_data WORDS` in a process of its own. Raises ValueError where it fails, which says why itself."""
-    command = [sys.executable, "-m", "shard_data", *words]
-    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
+def run_python(*words: str) -> None:
+    """`python WORDS` in a process of its own, from this project. Raises ValueError where it fails, which says why."""
+    ended = subprocess.run([sys.executable, *words], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
     if ended.returncode != 0:
-        raise ValueError(f"`python -m shard_data {words[0]}` ended with exit code {ended.returncode}; see above")
+        raise ValueError(f"`python {' '.join(words[:3])} ...` ended with exit code {ended.returncode}; see above")
