@@ -246,9 +246,10 @@ def check_batch(recipe: Recipe, world_size: int) -> None:
 def provide(recipe: Recipe, may_make: bool) -> None:
     """The recipe's own data, and the frozen classifier that its model may need of them, where they are missing."""
     provide_data(recipe, may_make)
-    folder = recipe.model.classifier if isinstance(recipe.model, AttributeVAEConfig) else None
-    if may_make and folder is not None and not Path(folder).exists():
-        words = ["--data", recipe.data.root, "--out", folder, "--epochs", "2"]
+    model, root = recipe.model, recipe.data.root
+    asks = isinstance(model, AttributeVAEConfig) and model.classification_weight > 0
+    if asks and may_make and not is_address(root) and not Path(model.classifier).exists():
+        folder, words = model.classifier, ["--data", root, "--out", model.classifier, "--epochs", "2"]
         log.info("%s is missing and trained once: python pipeline/train_classifier.py %s", folder, shlex.join(words))
         run_python(str(Path(__file__).with_name("train_classifier.py")), *words)
 
