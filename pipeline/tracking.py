@@ -7,37 +7,16 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field, PositiveFloat, PositiveInt
 
 from pipeline.records import MetricsFile, read_records
-from pipeline.schema import Section
-from pipeline.wandb_run import WandbRun, start_wandb
+from pipeline.wandb_run import TrackingConfig, WandbRun, start_wandb
 
 logger = logging.getLogger(__name__)
 
 WALL_CLOCK = "perf/wall_clock_s"
-
-
-class TrackingConfig(Section):
-    """Where figures and pictures go, beside `metrics.jsonl`."""
-
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online where a W&B key is found, offline where not. online: a fresh start ends if W&B refuses it."""
-    project: str = "nvae-pipeline"
-    """W&B project."""
-    entity: str | None = None
-    """W&B user or team; null is the key's own."""
-    name: str | None = None
-    """Name of the run in W&B; null is the name of the run folder."""
-    tags: list[str] = Field(default_factory=list)
-    """W&B tags."""
-    log_every: PositiveInt = 50
-    """Steps between records of training figures."""
-    wandb_timeout: PositiveFloat = 30.0
-    """Seconds that W&B may take to find its server (it tries twice), and to finish."""
 
 
 class Tracker:

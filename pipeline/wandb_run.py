@@ -24,15 +24,14 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
+from pydantic import Field, PositiveFloat, PositiveInt
 
+from pipeline.schema import Section
 from pipeline.wandb_files import cut_torn_end, is_offline, mark_synced, record_files, whole_records
-
-if TYPE_CHECKING:
-    from pipeline.tracking import TrackingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +56,25 @@ SUMMARIES = {
 """What W&B's table of runs shows of a key, where it is more than the last value."""
 
 DEFAULT_SERVER = "https://api.wandb.ai"
+
+
+class TrackingConfig(Section):
+    """Where figures and pictures go, beside `metrics.jsonl`."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online where a W&B key is found, offline where not. online: a fresh start ends if W&B refuses it."""
+    project: str = "nvae-pipeline"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team; null is the key's own."""
+    name: str | None = None
+    """Name of the run in W&B; null is the name of the run folder."""
+    tags: list[str] = Field(default_factory=list)
+    """W&B tags."""
+    log_every: PositiveInt = 50
+    """Steps between records of training figures."""
+    wandb_timeout: PositiveFloat = 30.0
+    """Seconds that W&B may take to find its server (it tries twice), and to finish."""
 
 
 class WandbRun:
@@ -164,7 +182,7 @@ def panel_name(key: str) -> str:
 
 
 def start_wandb(
-    config: "TrackingConfig", run_dir: Path, run_config: Mapping[str, Any], *, fresh: bool
+    config: TrackingConfig, run_dir: Path, run_config: Mapping[str, Any], *, fresh: bool
 ) -> WandbRun | None:
     """The W&B run of a run folder, the same one after a restart; None where W&B is disabled or cannot work at all."""
     mode, reason = choose_mode(config.wandb)
@@ -199,7 +217,7 @@ def choose_mode(wanted: str) -> tuple[str, str]:
     return wanted, f"tracking.wandb={wanted}"
 
 
-def connect(config: "TrackingConfig", run_dir: Path, run_config: Mapping[str, Any]) -> tuple[Any, str]:
+def connect(config: TrackingConfig, run_dir: Path, run_config: Mapping[str, Any]) -> tuple[Any, str]:
     """(online run, "") or (None, why not). Never asks for a key."""
     if not find_key():
         return None, "no key found: set WANDB_API_KEY or run `wandb login`"
@@ -251,7 +269,7 @@ def say_offline(reason: str, run_dir: Path, last_steps: Mapping[Path, int]) -> N
     logger.info("W&B: offline (%s). %s", reason, how)
 
 
-def init_run(mode: str, config: "TrackingConfig", run_dir: Path, run_config: Mapping[str, Any]) -> Any:
+def init_run(mode: str, config: TrackingConfig, run_dir: Path, run_config: Mapping[str, Any]) -> Any:
     """`wandb.init`, bounded in time, silent, and with nothing captured that is not told here."""
     import wandb
 
