@@ -36,9 +36,6 @@ from pipeline.trainer import TrainingDiverged  # noqa: E402
 
 log = logging.getLogger("pipeline")
 
-LOCK_PATIENCE = 60.0
-"""Seconds that a restart waits for the processes of the last attempt to end."""
-
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; settings follow it as `section.key=value` words."""
@@ -72,6 +69,13 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="continue the run's last checkpoint (auto, the default), refuse to (never), or begin from the checkpoint "
         "folder PATH",
+    )
+    parser.add_argument(
+        "--wait",
+        metavar="SECONDS",
+        type=float,
+        default=60.0,
+        help="how long to wait for processes of an attempt before, which still hold the run folder (default: 60)",
     )
     parser.add_argument(
         "--dry-run",
@@ -147,7 +151,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 def train_in(folder: Path, recipe: Recipe, runtime: Runtime, parsed: argparse.Namespace, stop: StopRequest) -> None:
     """Trains in a run folder that no other process uses, and leaves word of how that ended."""
-    lock = runtime.on_main(lambda: RunLock(folder, LOCK_PATIENCE))  # held by the main process until it ends
+    lock = runtime.on_main(lambda: RunLock(folder, parsed.wait))  # held by the main process until it ends
     try:
         start_logging(folder / "log.txt" if runtime.is_main else None, runtime.is_main)
         log.info("%s on %s in %s", recipe.model.name, runtime.describe(), folder)

@@ -178,7 +178,7 @@ def test_a_live_run_folder_is_refused(recipe_file, tmp_path):
     from pipeline.run_lock import RunLock
 
     with RunLock(tmp_path):
-        result = plain(recipe_file, "--run-dir", str(tmp_path))
+        result = plain(recipe_file, "--run-dir", str(tmp_path), "--wait", "1")
     assert result.returncode == 2
     assert f"in use by process {os.getpid()}" in result.stderr
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data.loader import _start_worker
+from pipeline.data.loader import _start_worker, start_workers
 from pipeline.processes.preemption import SIGNALS, StopRequest
 from tests.test_watchdog import PATIENCE, environment, lives, run, started, until, write_script
 
@@ -113,7 +113,7 @@ def test_workers_read_on_when_a_whole_job_is_signalled(handlers):
     """SLURM signals every process of a step. The loader ends in good order all the same."""
     loader = DataLoader(Numbers(40, 0.005), batch_size=None, num_workers=2, worker_init_fn=_start_worker)
     with StopRequest():
-        batches = iter(loader)
+        batches = start_workers(loader)
         found = [next(batches).item() for _ in range(4)]
         pids = workers()
         assert len(pids) == 2

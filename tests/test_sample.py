@@ -192,4 +192,4 @@ def test_a_set_that_is_there_is_not_replaced(runs, tmp_path, capfd):
     assert "holds a shard set already; name another folder" in capfd.readouterr().err
     (tmp_path / "file").write_text("")
     assert main([*words[:-1], str(tmp_path / "file")]) == 2
-    assert "`python -m shard_data npz` ended with exit code 2; see above" in capfd.readouterr().err
+    assert "ended with exit code 2; see above" in capfd.readouterr().err

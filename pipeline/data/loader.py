@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -110,7 +110,7 @@ class Batches:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for item in self._loader:
+        for item in start_workers(self._loader):
             if isinstance(item, DamagedShard):
                 raise item
             yield Batch(item.images, *map(torch.from_numpy, item[1:6]), item.left_out)
@@ -260,6 +260,19 @@ class _EvalBatches(_WholeBatches):
 
 def _as_it_is(item):
     return item
+
+
+def start_workers(loader: DataLoader) -> Iterator[Any]:
+    """An iterator over the loader, whose workers are born with the signals blocked that `_start_worker` is to settle:
+    none of their threads can be reached by one before that.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(_worker: int) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,4 +31,4 @@ def run_python(*words: str) -> None:
     """`python WORDS` in a process of its own, from this project. Raises ValueError where it fails, which says why."""
     ended = subprocess.run([sys.executable, *words], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
     if ended.returncode != 0:
-        raise ValueError(f"`python {' '.join(words[:3])} ...` ended with exit code {ended.returncode}; see above")
+        raise ValueError(f"`python {shlex.join(words)}` ended with exit code {ended.returncode}; see above")
