@@ -214,6 +214,8 @@ class Runtime:
         self.watchdog.close()
         if self.watchdog.failed:
             return
+        # What DDP holds must go before the process group does: at the interpreter's end its threads could abort us.
+        self.accelerator.free_memory()
         self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -8,7 +8,7 @@ from tests.test_watchdog import run, write_script
 PLACES = ("data", "activation", "loss", "gradient")
 
 SCRIPT = """
-import gc, hashlib, json, sys
+import hashlib, json, sys
 from pathlib import Path
 import torch
 from pipeline.runtime import Runtime
@@ -52,7 +52,6 @@ for place in ("data", "activation", "loss", "gradient"):
         digests.append(digest(trainer))
     told[place] = [steps, digests]
 (folder / f"{runtime.rank}.json").write_text(json.dumps(told))
-gc.collect()
 runtime.close()
 """
 
