@@ -18,7 +18,7 @@ from pipeline.conditions import AttributeCondition, find_name
 from pipeline.data.loader import Batch
 from pipeline.data.shards import TarShards
 from pipeline.metrics import Meter
-from pipeline.models.base import VAE, evaluating
+from pipeline.models.base import VAE, evaluating, without_border
 from pipeline.noise import draw_noise
 
 EDITS = {"set": 1.0, "clear": 0.0}
@@ -178,9 +178,3 @@ def border_around(model_shape: tuple[int, int, int], judge_shape: tuple[int, int
         shapes = " and ".join("x".join(map(str, shape)) for shape in (judge_shape, model_shape))
         raise ValueError(f"the classifier and the model take different images: {shapes} (channels, height, width)")
     return border
-
-
-def without_border(images: Tensor, border: int) -> Tensor:
-    """Images (b, C, H, W) less `border` pixels on each side."""
-    height, width = images.shape[2:]
-    return images[:, :, border : height - border, border : width - border]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pipeline.classifier import Classifier
-from pipeline.edit_metric import border_around, without_border
-from pipeline.models.base import VAE, evaluating
+from pipeline.edit_metric import border_around
+from pipeline.models.base import VAE, evaluating, without_border
 from pipeline.noise import draw_noise
 
 IMAGES_PER_PASS = 250

@@ -24,7 +24,7 @@ from pipeline.config import ConfigError, build
 from pipeline.data.preprocess import to_model_input
 from pipeline.evaluation import Draws
 from pipeline.images import to_uint8
-from pipeline.models.base import VAE
+from pipeline.models.base import VAE, without_border
 from pipeline.noise import draw_noise
 from pipeline.recipe import Recipe, build_model
 from pipeline.state import load_model
@@ -222,9 +222,7 @@ class Trained:
         return x.contiguous(memory_format=torch.channels_last) if self.recipe.train.channels_last else x
 
     def _output(self, parts: Sequence[Tensor]) -> Tensor:
-        pad = self.recipe.data.pad
-        images = torch.cat(list(parts))
-        return images[:, :, pad : images.shape[2] - pad, pad : images.shape[3] - pad].contiguous()
+        return without_border(torch.cat(list(parts)), self.recipe.data.pad).contiguous()
 
     def _noise(self, stream: str, here: slice, seed: int | None, groups: Sequence | None = None) -> list[Tensor]:
         groups = self.model.groups if groups is None else groups

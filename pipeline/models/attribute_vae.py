@@ -37,7 +37,7 @@ from pipeline.classifier import (
 from pipeline.conditions import AttributeCondition, Condition
 from pipeline.distributions import at_least_float32
 from pipeline.likelihoods import DiscretizedLogisticLikelihood, Likelihood
-from pipeline.models.base import LatentGroup
+from pipeline.models.base import LatentGroup, without_border
 from pipeline.models.flat import Count, FlatConfig, FlatVAE, check_divisible, joined
 from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.nn.conditional_norm import ConditionalBatchNorm2d
@@ -204,7 +204,7 @@ class AttributeVAE(FlatVAE):
     def _classification(self, z: Tensor, noise: Tensor, condition: Tensor) -> Tensor:
         """(B,) nats: how little the classifier sees in the edited image what the decoder was told."""
         changed = self.with_one_changed(condition, noise.flatten())
-        edited = self._without_border(self.likelihood(self._decode(z, changed)).mean)
+        edited = without_border(self.likelihood(self._decode(z, changed)).mean, self.border)
         return attribute_cross_entropy(self.edit_judge.logits(edited, self.classifier_seen), changed).sum(1)
 
     def with_one_changed(self, condition: Tensor, noise: Tensor) -> Tensor:

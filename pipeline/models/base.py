@@ -123,3 +123,9 @@ def check_condition(model: VAE, condition: Tensor | None) -> None:
     given = 0 if condition is None else condition.shape[1]
     if given != model.condition_size:
         raise ValueError(f"the model takes a condition of {model.condition_size} columns, got {given}")
+
+
+def without_border(images: Tensor, border: int) -> Tensor:
+    """Images (B, C, H, W) less `border` pixels on each side."""
+    height, width = images.shape[2:]
+    return images[:, :, border : height - border, border : width - border]

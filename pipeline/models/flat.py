@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.likelihoods import BernoulliLikelihood, Likelihood, PixelDistribution
-from pipeline.models.base import VAE, LatentGroup, VAEOutput, check_condition
+from pipeline.models.base import VAE, LatentGroup, VAEOutput, check_condition, without_border
 from pipeline.nn.posterior import Posterior, PosteriorDraw
 from pipeline.nn.posterior_flows import Flows
 from pipeline.schema import Section
@@ -83,9 +83,9 @@ class FlatVAE(VAE):
     def bound(self, x: Tensor, features: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> VAEOutput:
         draw = self.posterior(features, noise[0].flatten(1))
         outputs = self._decode(draw.z, condition)
-        likelihood = self.likelihood(self._without_border(outputs))
+        likelihood = self.likelihood(without_border(outputs, self.border))
         return VAEOutput(
-            log_px=likelihood.log_prob(self._without_border(x)).flatten(1).sum(1),
+            log_px=likelihood.log_prob(without_border(x, self.border)).flatten(1).sum(1),
             kl=draw.kl.sum(1, keepdim=True),
             log_qz=draw.log_qz.sum(1),
             log_pz=draw.log_pz.sum(1),
@@ -109,10 +109,6 @@ class FlatVAE(VAE):
     def likelihood(self, outputs: Tensor) -> PixelDistribution:
         """p(x | z) from raw decoder outputs, with or without the border."""
         return self.config.likelihood.build(outputs, self.bits)
-
-    def _without_border(self, images: Tensor) -> Tensor:
-        height, width = images.shape[2:]
-        return images[:, :, self.border : height - self.border, self.border : width - self.border]
 
 
 def joined(values: Tensor, condition: Tensor | None) -> Tensor:

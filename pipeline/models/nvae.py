@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeline.conditions import Condition
 from pipeline.distributions import ClampedNormal, Normal, at_least_float32
 from pipeline.likelihoods import Likelihood, LogisticMixtureLikelihood, PixelDistribution
-from pipeline.models.base import VAE, LatentGroup, VAEOutput, check_condition
+from pipeline.models.base import VAE, LatentGroup, VAEOutput, check_condition, without_border
 from pipeline.nn.cells import CELLS, ResidualCell, Resize
 from pipeline.nn.flows import FlowPair
 from pipeline.nn.layers import WNConv2d, find_convs, normalized_once
@@ -195,8 +195,8 @@ class NVAE(VAE):
         self, x: Tensor, features: list[Tensor], noise: Sequence[Tensor], condition: Tensor | None = None
     ) -> VAEOutput:
         outputs, draws = self._infer(features, noise, condition)
-        likelihood = self.config.likelihood.build(self._without_border(outputs), self.bits)
-        log_px = likelihood.log_prob(self._without_border(x)).flatten(1).sum(1)  # (B,)
+        likelihood = self.config.likelihood.build(without_border(outputs, self.border), self.bits)
+        log_px = likelihood.log_prob(without_border(x, self.border)).flatten(1).sum(1)  # (B,)
         log_q = [draw.posterior.log_prob(draw.base) for draw in draws]  # G tensors (B, *group.shape)
         log_p = [draw.prior.log_prob(draw.z) for draw in draws]
         if self.config.num_flows > 0:
@@ -321,10 +321,6 @@ class NVAE(VAE):
         weight = self.output.weight
         last = any(_is_channels_last(tensor) for tensor in (like, weight))
         return torch.channels_last if last else torch.contiguous_format
-
-    def _without_border(self, images: Tensor) -> Tensor:
-        height, width = images.shape[2:]
-        return images[:, :, self.border : height - self.border, self.border : width - self.border]
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
