@@ -21,7 +21,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from pipeline.processes.agreement import code_version  # noqa: E402
 from pipeline.recipe import Recipe  # noqa: E402
 from pipeline.run_data import Data  # noqa: E402
-from pipeline.runtime import Runtime, is_alike, launched_rank, start_logging  # noqa: E402
+from pipeline.runtime import Runtime, launched_rank, start_logging  # noqa: E402
 from pipeline.tools.report import (  # noqa: E402
     bound_figures,
     check_metrics,
@@ -84,15 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
 def run(parsed: argparse.Namespace) -> None:
     """Evaluates among the processes that a launcher may have started."""
     runtime = Runtime(parsed.precision, parsed.threads)
-    try:
-        with runtime.shared_fate():
-            evaluate(parsed, runtime)
-    except Exception as error:
-        if is_alike(error):  # a launcher ends all processes when the first leaves: wait for the main one to be ready
-            runtime.barrier()
-        raise
-    finally:
-        runtime.close()
+    with runtime.closing():
+        evaluate(parsed, runtime)
 
 
 def evaluate(parsed: argparse.Namespace, runtime: Runtime) -> None:

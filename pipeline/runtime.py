@@ -206,6 +206,19 @@ class Runtime:
                 self.watchdog.report_failure(error)
             raise
 
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """A script's whole work among processes: `shared_fate`, and `close` at the end of it."""
+        try:
+            with self.shared_fate():
+                yield
+        except Exception as error:
+            if is_alike(error):  # a launcher ends all processes when the first leaves: wait until the main one is ready
+                self.barrier()
+            raise
+        finally:
+            self.close()
+
     def close(self) -> None:
         """Leaves the process group, so that the interpreter ends without a warning.
 

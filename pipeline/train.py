@@ -27,7 +27,7 @@ from pipeline.processes.agreement import code_version  # noqa: E402
 from pipeline.processes.preemption import StopRequest  # noqa: E402
 from pipeline.recipe import RECIPES, Recipe, load_recipe, recipe_path  # noqa: E402
 from pipeline.run_lock import RunLock  # noqa: E402
-from pipeline.runtime import Runtime, is_alike, launched_rank, start_logging  # noqa: E402
+from pipeline.runtime import Runtime, launched_rank, start_logging  # noqa: E402
 from pipeline.session import Session, choose_checkpoint, describe  # noqa: E402
 from pipeline.status import StatusFile  # noqa: E402
 from pipeline.tools.common import run_python  # noqa: E402
@@ -134,19 +134,10 @@ def run(parsed: argparse.Namespace) -> int:
     with StopRequest() as stop:
         runtime = Runtime(train.precision, train.cpu_threads, train.expect_processes, train.collective_timeout)
         runtime.watchdog.stacks = folder / "stacks"
-        try:
-            with runtime.shared_fate():
-                runtime.together(lambda: check_batch(recipe, runtime.world_size))
-                train_in(folder, recipe, runtime, parsed, stop)
-                return 0
-        except Exception as error:
-            if is_alike(
-                error
-            ):  # a launcher ends all processes when the first leaves: wait for the main one to be ready
-                runtime.barrier()
-            raise
-        finally:
-            runtime.close()
+        with runtime.closing():
+            runtime.together(lambda: check_batch(recipe, runtime.world_size))
+            train_in(folder, recipe, runtime, parsed, stop)
+    return 0
 
 
 def train_in(folder: Path, recipe: Recipe, runtime: Runtime, parsed: argparse.Namespace, stop: StopRequest) -> None:
