@@ -1,0 +1,1 @@
+"""Layers and distributions that models are built of. Imports `schema` and `distributed`."""
