@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.checkpoint import Checkpoints
-from pipeline.checkpoint_writer import CheckpointWriter
+from pipeline.storage.checkpoint import Checkpoints
+from pipeline.storage.checkpoint_writer import CheckpointWriter
 
 
 def make_state(mib: int) -> dict[str, dict[str, torch.Tensor]]:

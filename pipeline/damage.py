@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pipeline.data.damage import LeftOut
 from pipeline.data.shards import DamagedShard
-from pipeline.records import cut_records
 from pipeline.runtime import Runtime, alike
+from pipeline.storage.metrics_file import cut_records
 
 FILE = "skipped_samples.jsonl"
 log = logging.getLogger("pipeline")

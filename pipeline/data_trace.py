@@ -7,8 +7,8 @@ import torch
 
 from pipeline.data.loader import Batch
 from pipeline.data.shards import TarShards
-from pipeline.records import cut_records
 from pipeline.runtime import Runtime
+from pipeline.storage.metrics_file import cut_records
 
 
 class Trace:

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.files import replacing
+from pipeline.storage.atomic import replacing
 
 MIN_SIDE = 64
 """Pixels below which an image is enlarged by a whole factor: 28-pixel digits are hard to see."""

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Self
 import torch
 from pydantic import Field, model_validator
 
-from pipeline.checkpoint import CheckpointConfig
 from pipeline.conditions import Condition
 from pipeline.config import ConfigError, build, document, load_yaml, overlay
 from pipeline.data.loader import DataConfig
@@ -25,6 +24,7 @@ from pipeline.optim import OptimConfig
 from pipeline.regularizers import RegularizerConfig
 from pipeline.sampling import SamplesConfig
 from pipeline.schema import Section
+from pipeline.storage.checkpoint import CheckpointConfig
 from pipeline.tracking import TrackingConfig
 from pipeline.trainer import TrainConfig
 

@@ -9,14 +9,11 @@ from typing import Any
 import torch
 
 from pipeline.building import build_trainer
-from pipeline.checkpoint import Checkpoint, Checkpoints
-from pipeline.checkpoint_writer import CheckpointWriter
 from pipeline.config import dump
 from pipeline.data.damage import LeftOut
 from pipeline.data.shards import DamagedShard
 from pipeline.data_trace import Trace
 from pipeline.evaluation import Evaluator
-from pipeline.files import replacing
 from pipeline.flops import peak_flops, step_flops
 from pipeline.images import image_grid, reconstruction_grid, save_png
 from pipeline.recipe import Recipe, build_model
@@ -24,7 +21,10 @@ from pipeline.resume import changed_settings, check_fingerprint
 from pipeline.run_data import Data
 from pipeline.runtime import Runtime
 from pipeline.sampling import Pictures, plan_grid
-from pipeline.status import StatusFile
+from pipeline.storage.atomic import replacing
+from pipeline.storage.checkpoint import Checkpoint, Checkpoints
+from pipeline.storage.checkpoint_writer import CheckpointWriter
+from pipeline.storage.status import StatusFile
 from pipeline.tracking import Tracker
 from pipeline.trainer import Cadence
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.records import MetricsFile, read_records
+from pipeline.storage.metrics_file import MetricsFile, read_records
 from pipeline.wandb_run import TrackingConfig, WandbRun, start_wandb
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.building import use_channels_last
-from pipeline.checkpoint import Checkpoint, Checkpoints
 from pipeline.conditions import ClassCondition
 from pipeline.config import ConfigError, build
 from pipeline.data.preprocess import to_model_input
@@ -28,6 +27,7 @@ from pipeline.models.base import VAE, without_border
 from pipeline.noise import draw_noise
 from pipeline.recipe import Recipe, build_model
 from pipeline.state import load_model
+from pipeline.storage.checkpoint import Checkpoint, Checkpoints
 from pipeline.tools.asking import Asked, to_condition
 
 IMAGES_PER_PASS = 128

@@ -190,7 +190,7 @@ settle_training() { # RC MARK_TIME_BEFORE
     local state step
     read -r state step < <("$PYTHON" -c '
 import pathlib, sys
-from pipeline.status import read_status
+from pipeline.storage.status import read_status
 status = read_status(pathlib.Path(sys.argv[1]))
 print(status.state, status.step)' "$run_dir")
     if [ "$(mark_time)" = "$2" ] && [ "$state" != finished ]; then

@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import checkpoint
-from pipeline.checkpoint import Checkpoints, DamagedCheckpoint, read_folder, snapshot
+from pipeline.storage import checkpoint
+from pipeline.storage.checkpoint import Checkpoints, DamagedCheckpoint, read_folder, snapshot
 from tests.checkpoint_samples import FACTS, assert_same, damage, same_bits, small
 
 
@@ -99,7 +99,7 @@ def test_only_safetensors_and_json_are_written(checkpoints):
 def test_bytes_do_not_depend_on_the_process(tmp_path):
     script = textwrap.dedent("""
         import sys, torch
-        from pipeline.checkpoint import Checkpoints
+        from pipeline.storage.checkpoint import Checkpoints
         names = [f"layer{i}.weight" for i in range(20)]
         if sys.argv[2] == "reversed":
             names.reverse()

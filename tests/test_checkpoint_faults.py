@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import checkpoint
-from pipeline.checkpoint import Checkpoints, snapshot
+from pipeline.storage import checkpoint
+from pipeline.storage.checkpoint import Checkpoints, snapshot
 from tests.checkpoint_samples import FACTS, assert_same, damage, in_child, small
 
 

@@ -19,9 +19,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import checkpoint
-from pipeline.checkpoint import Checkpoints, read_folder, snapshot
-from pipeline.checkpoint_writer import RETRY_AFTER, CheckpointWriter, snapshot_into
+from pipeline.storage import checkpoint
+from pipeline.storage.checkpoint import Checkpoints, read_folder, snapshot
+from pipeline.storage.checkpoint_writer import RETRY_AFTER, CheckpointWriter, snapshot_into
 from tests.checkpoint_samples import FACTS, assert_same, small
 
 
@@ -241,7 +241,7 @@ def test_the_last_one_is_tried_again_until_it_is_there(checkpoints, writer, told
             if len(pauses) == 2:
                 fault.close()
 
-        monkeypatch.setattr("pipeline.checkpoint_writer.time.sleep", sleep)
+        monkeypatch.setattr("pipeline.storage.checkpoint_writer.time.sleep", sleep)
         writer.finish()
     assert pauses == [0, 0]
     assert_same(small(7), checkpoints.latest().tensors)
@@ -277,7 +277,7 @@ def test_an_interrupted_snapshot_is_never_written(checkpoints, writer, monkeypat
 
     with no_fsync():
         writer.save(1, small(1), {})
-        monkeypatch.setattr("pipeline.checkpoint_writer.snapshot_into", interrupted)
+        monkeypatch.setattr("pipeline.storage.checkpoint_writer.snapshot_into", interrupted)
         with pytest.raises(KeyboardInterrupt):
             writer.save(2, small(2), {})
     writer.finish()
@@ -338,8 +338,8 @@ def test_the_end_of_the_block_tells_what_is_not_written(writer):
 def test_a_process_that_ends_without_finish_still_writes(tmp_path):
     script = textwrap.dedent("""
         import sys, time, torch
-        from pipeline.checkpoint import Checkpoints
-        from pipeline.checkpoint_writer import CheckpointWriter
+        from pipeline.storage.checkpoint import Checkpoints
+        from pipeline.storage.checkpoint_writer import CheckpointWriter
         write = Checkpoints.write
         Checkpoints.write = lambda *args: (time.sleep(0.3), write(*args))
         writer = CheckpointWriter(Checkpoints(sys.argv[1]), print)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.checkpoint import META, write_folder
 from pipeline.classifier import (
     Classifier,
     ClassifierConfig,
@@ -23,6 +22,7 @@ from pipeline.classifier import (
 from pipeline.data.shards import TarShards
 from pipeline.models.base import VAE, LatentGroup
 from pipeline.recognition import recognition
+from pipeline.storage.checkpoint import META, write_folder
 from pipeline.train_classifier import main
 from tests.shard_sets import Samples, random_samples, write_set
 

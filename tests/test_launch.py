@@ -175,7 +175,7 @@ def test_a_finished_run_says_so(recipe_file, single):
 
 
 def test_a_live_run_folder_is_refused(recipe_file, tmp_path):
-    from pipeline.run_lock import RunLock
+    from pipeline.storage.run_lock import RunLock
 
     with RunLock(tmp_path):
         result = plain(recipe_file, "--run-dir", str(tmp_path), "--wait", "1")

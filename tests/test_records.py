@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.records import MetricsFile, cut_records, read_records
+from pipeline.storage.metrics_file import MetricsFile, cut_records, read_records
 
 values = st.dictionaries(
     st.text(min_size=1, max_size=8), st.one_of(st.floats(), st.integers(-(2**60), 2**60)), max_size=4

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoint import Checkpoints
 from pipeline.recipe import Recipe
 from pipeline.session import Session, choose_checkpoint
+from pipeline.storage.checkpoint import Checkpoints
 from pipeline.tracking import Tracker
 
 

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from pipeline import run_lock
-from pipeline.run_lock import RunLock
+from pipeline.storage import run_lock
+from pipeline.storage.run_lock import RunLock
 
 
 def start_holder(folder, then):

@@ -230,7 +230,7 @@ def test_plain_sbatch_notices_edits_made_while_the_job_waited(with_faces):
 
 ENDS = """import sys
 from pathlib import Path
-from pipeline.status import StatusFile
+from pipeline.storage.status import StatusFile
 file = StatusFile(Path(sys.argv[sys.argv.index("--run-dir") + 1]))
 attempt = file.begin({step}, 100)
 print("program: attempt", attempt, flush=True)

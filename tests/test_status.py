@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.status import FILE, Status, StatusFile, read_status
+from pipeline.storage.status import FILE, Status, StatusFile, read_status
 
 
 def printed(folder: Path) -> str:

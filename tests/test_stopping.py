@@ -12,8 +12,8 @@ import psutil
 import pytest
 import yaml
 
-from pipeline.records import read_records
-from pipeline.status import read_status
+from pipeline.storage.metrics_file import read_records
+from pipeline.storage.status import read_status
 from tests.chaos import differences
 from tests.conftest import tiny_settings
 from tests.shard_sets import random_samples, write_set

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.tensor_file import DTYPES, write_tensors
+from pipeline.storage.safetensors_writer import DTYPES, write_tensors
 from tests.checkpoint_samples import same_bits
 
 

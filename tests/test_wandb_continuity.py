@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.records import read_records
+from pipeline.storage.metrics_file import read_records
 from pipeline.wandb_files import cut_torn_end, whole_records
 from tests.test_tracking import log_chunks
 from tests.wandb_server import WandbServer

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.checkpoint import Checkpoints
 from pipeline.config import build
 from pipeline.recipe import Recipe, build_model
+from pipeline.storage.checkpoint import Checkpoints
 
 STEP = 7
 

@@ -25,7 +25,7 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from pipeline.data.manifest import FILE_NAME, Manifest, parse_manifest
-from pipeline.files import replacing
+from pipeline.storage.atomic import replacing
 
 ATTEMPTS = 4
 FIRST_WAIT = 1.0

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from pipeline.conditions import UNKNOWN, AttributeCondition, ClassCondition
 from pipeline.data.shards import TarShards
-from pipeline.files import replacing
 from pipeline.images import image_grid, to_uint8
 from pipeline.noise import draw_noise
 from pipeline.sampling import readjust_batch_norm
+from pipeline.storage.atomic import replacing
 from pipeline.tools.asking import check_attributes
 from pipeline.trained import IMAGES_PER_PASS, Trained
 

@@ -15,12 +15,12 @@ from pipeline.config import build
 from pipeline.data.loader import Batch
 from pipeline.edit_metric import edit_figures, held_out_faces, hidden_by
 from pipeline.evaluation import Evaluator
-from pipeline.files import replacing
 from pipeline.processes.agreement import code_version
 from pipeline.recipe import Recipe
 from pipeline.recognition import recognition
 from pipeline.run_data import Data
 from pipeline.runtime import Runtime
+from pipeline.storage.atomic import replacing
 from pipeline.trained import Trained
 
 HEADLINES = ("elbo", "bpd", "nll", "bpd_nll", "log_px", "kl")

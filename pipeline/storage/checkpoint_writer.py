@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Checkpoints, Snapshot
+from pipeline.storage.checkpoint import Checkpoints, Snapshot
 
 logger = logging.getLogger(__name__)
 

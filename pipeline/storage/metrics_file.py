@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.files import replacing
+from pipeline.storage.atomic import replacing
 
 logger = logging.getLogger(__name__)
 

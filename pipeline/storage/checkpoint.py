@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from pipeline.schema import Section
-from pipeline.tensor_file import write_tensors
+from pipeline.storage.safetensors_writer import write_tensors
 
 logger = logging.getLogger(__name__)
 
