@@ -2,6 +2,7 @@
 
 import torch
 
+from pipeline.distributed.runtime import Runtime
 from pipeline.ema import EMA
 from pipeline.models.base import VAE
 from pipeline.nn.batch_norm import keep_collectives_uncompiled
@@ -10,7 +11,6 @@ from pipeline.optim import LearningRate, build_optimizer
 from pipeline.recipe import Recipe, build_model
 from pipeline.regularizers import Regularizers
 from pipeline.run_data import Data
-from pipeline.runtime import Runtime
 from pipeline.state import TrainingState
 from pipeline.trainer import Trainer
 

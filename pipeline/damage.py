@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.data.damage import LeftOut
 from pipeline.data.shards import DamagedShard
-from pipeline.runtime import Runtime, alike
+from pipeline.distributed.runtime import Runtime, alike
 from pipeline.storage.metrics_file import cut_records
 
 FILE = "skipped_samples.jsonl"

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.data.loader import Batch
 from pipeline.data.shards import TarShards
-from pipeline.runtime import Runtime
+from pipeline.distributed.runtime import Runtime
 from pipeline.storage.metrics_file import cut_records
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 # A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.processes.agreement import code_version  # noqa: E402
+from pipeline.distributed.agreement import code_version  # noqa: E402
+from pipeline.distributed.runtime import Runtime, launched_rank, start_logging  # noqa: E402
 from pipeline.recipe import Recipe  # noqa: E402
 from pipeline.run_data import Data  # noqa: E402
-from pipeline.runtime import Runtime, launched_rank, start_logging  # noqa: E402
 from pipeline.tools.report import (  # noqa: E402
     bound_figures,
     check_metrics,

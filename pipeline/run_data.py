@@ -13,8 +13,8 @@ from pipeline.data.order import Order
 from pipeline.data.preprocess import Preprocess, to_model_input
 from pipeline.data.remote import check_address, default_cache, fetch_manifest, fetch_set, is_address
 from pipeline.data.shards import DamagedShard, TarShards
+from pipeline.distributed.runtime import Runtime
 from pipeline.recipe import Recipe, total_steps
-from pipeline.runtime import Runtime
 
 
 class Data:

@@ -13,13 +13,13 @@ from pipeline.config import dump
 from pipeline.data.damage import LeftOut
 from pipeline.data.shards import DamagedShard
 from pipeline.data_trace import Trace
+from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation import Evaluator
 from pipeline.flops import peak_flops, step_flops
 from pipeline.images import image_grid, reconstruction_grid, save_png
 from pipeline.recipe import Recipe, build_model
 from pipeline.resume import changed_settings, check_fingerprint
 from pipeline.run_data import Data
-from pipeline.runtime import Runtime
 from pipeline.sampling import Pictures, plan_grid
 from pipeline.storage.atomic import replacing
 from pipeline.storage.checkpoint import Checkpoint, Checkpoints

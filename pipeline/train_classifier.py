@@ -26,7 +26,7 @@ from pipeline.data.loader import Batch, build_eval_loader, build_train_loader  #
 from pipeline.data.order import Order  # noqa: E402
 from pipeline.data.preprocess import Preprocess, to_model_input  # noqa: E402
 from pipeline.data.shards import TarShards  # noqa: E402
-from pipeline.runtime import cores_per_process, start_logging  # noqa: E402
+from pipeline.distributed.runtime import cores_per_process, start_logging  # noqa: E402
 
 log = logging.getLogger("pipeline")
 

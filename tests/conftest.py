@@ -8,8 +8,8 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from pipeline.config import build, overlay
+from pipeline.distributed.runtime import Runtime
 from pipeline.recipe import Recipe
-from pipeline.runtime import Runtime
 from tests.shard_sets import random_samples, write_set
 
 os.environ.setdefault("WANDB_MODE", "offline")

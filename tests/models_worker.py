@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).parents[1])
 
-from pipeline.runtime import Runtime  # noqa: E402
+from pipeline.distributed.runtime import Runtime  # noqa: E402
 from tests.model_cases import CASES, make_recipe, train_losses  # noqa: E402
 
 data, out = Path(sys.argv[1]), Path(sys.argv[2])

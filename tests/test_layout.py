@@ -29,15 +29,15 @@ FOLDERS = {"inference", "run", "evaluation", "training", "data", "models", "trac
 
 NOT_YET_MOVED = set(
     """building classifier conditions damage data_trace distributions edit_metric ema
-    flops images likelihoods metrics noise objective optim processes recognition regularizers resume
-    run_data runtime sampling session state tools torchvision_guard trained trainer
+    flops images likelihoods metrics noise objective optim  recognition regularizers resume
+    run_data sampling session state tools torchvision_guard trained trainer
     wandb_files wandb_run""".split()
 )
 
 DOORS = {
     "wandb": {"pipeline/wandb_run.py"},
     "yaml": {"pipeline/config.py"},
-    "accelerate": {"pipeline/runtime.py"},
+    "accelerate": {"pipeline/distributed/runtime.py"},
     "torchvision": {"pipeline/torchvision_guard.py"},
     "webdataset": {"shard_data/verify.py"},
     "pydantic": None,

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.loader import _start_worker, start_workers
-from pipeline.processes.preemption import SIGNALS, StopRequest
+from pipeline.distributed.preemption import SIGNALS, StopRequest
 from tests.test_watchdog import PATIENCE, environment, lives, run, started, until, write_script
 
 
@@ -56,7 +56,7 @@ def test_ctrl_c_is_left_alone(handlers):
 
 EDGE = """
 import json
-from pipeline.processes.preemption import StopRequest
+from pipeline.distributed.preemption import StopRequest
 with StopRequest() as stop:
     for step in range(1000):
         runtime.sum(torch.ones(2))

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.processes.agreement import code_version, disagreement
-from pipeline.runtime import check_process_count, cores_per_process
+from pipeline.distributed.agreement import code_version, disagreement
+from pipeline.distributed.runtime import check_process_count, cores_per_process
 from tests.test_watchdog import run, write_script
 
 
@@ -64,7 +64,7 @@ def test_one_process_needs_no_thread(make_runtime):
 
 TOGETHER = """
 import json
-from pipeline.runtime import is_alike
+from pipeline.distributed.runtime import is_alike
 rank, told = runtime.rank, {}
 def caught(work):
     try:
@@ -148,7 +148,7 @@ def test_the_codes_version_follows_every_source(tmp_path, monkeypatch):
     (tmp_path / "nn").mkdir()
     for name in ("a.py", "nn/b.py"):
         (tmp_path / name).write_text("x = 1\n")
-    monkeypatch.setattr("pipeline.processes.agreement.PACKAGE", tmp_path)
+    monkeypatch.setattr("pipeline.distributed.agreement.PACKAGE", tmp_path)
     versions = [code_version(), code_version()]
     (tmp_path / "nn/b.py").write_text("x = 2\n")
     versions.append(code_version())

@@ -11,7 +11,7 @@ SCRIPT = """
 import hashlib, json, sys
 from pathlib import Path
 import torch
-from pipeline.runtime import Runtime
+from pipeline.distributed.runtime import Runtime
 from tests.model_cases import make_recipe, make_trainer
 
 folder = Path(sys.argv[1])

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.processes.launcher import MARKS
-from pipeline.processes.roll import LONGEST_TICK, Beat, Roll
-from pipeline.processes.watchdog import HUNG, ORPHANED, PEER_FAILED
+from pipeline.distributed.heartbeat import LONGEST_TICK, Beat, Roll
+from pipeline.distributed.launcher import MARKS
+from pipeline.distributed.watchdog import HUNG, ORPHANED, PEER_FAILED
 from tests.test_launch import ROOT
 
 PATIENCE = 60  # seconds until a test that should have ended fails
@@ -24,7 +24,7 @@ BEGIN = """
 import logging, os, sys, time, signal
 from pathlib import Path
 import torch
-from pipeline.runtime import Runtime, start_logging
+from pipeline.distributed.runtime import Runtime, start_logging
 folder = Path(sys.argv[1])
 start_logging(None, os.environ.get("RANK", "0") == "0")
 runtime = Runtime(collective_timeout=3.0)
@@ -170,7 +170,7 @@ def test_one_ranks_error_ends_both_with_its_message(tmp_path):
 
 
 VANISHES = """
-from pipeline.processes.preemption import StopRequest
+from pipeline.distributed.preemption import StopRequest
 def vanish(step):
     if runtime.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -234,7 +234,7 @@ import sys, time
 from pathlib import Path
 while not Path(sys.argv[1], "look").exists():
     time.sleep(0.02)
-from pipeline.processes.launcher import Launcher
+from pipeline.distributed.launcher import Launcher
 launcher = Launcher()
 (Path(sys.argv[1]) / "seen.part").write_text(f"{launcher.exists} {launcher.is_gone()}")
 (Path(sys.argv[1]) / "seen.part").rename(Path(sys.argv[1]) / "seen")

@@ -13,13 +13,13 @@ from pipeline.classifier import load_classifier
 from pipeline.conditions import AttributeCondition, ClassCondition
 from pipeline.config import build
 from pipeline.data.loader import Batch
+from pipeline.distributed.agreement import code_version
+from pipeline.distributed.runtime import Runtime
 from pipeline.edit_metric import edit_figures, held_out_faces, hidden_by
 from pipeline.evaluation import Evaluator
-from pipeline.processes.agreement import code_version
 from pipeline.recipe import Recipe
 from pipeline.recognition import recognition
 from pipeline.run_data import Data
-from pipeline.runtime import Runtime
 from pipeline.storage.atomic import replacing
 from pipeline.trained import Trained
 

@@ -29,8 +29,8 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from pipeline.processes.launcher import Launcher
-from pipeline.processes.roll import SILENT, Beat, Roll
+from pipeline.distributed.heartbeat import SILENT, Beat, Roll
+from pipeline.distributed.launcher import Launcher
 
 PERIOD = 0.5  # seconds between heartbeats
 LAST_WORDS = 5.0  # seconds that processes wait for each other's messages before they end

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from pipeline.processes.agreement import disagreement
-from pipeline.processes.watchdog import Crew, Watchdog, wait_until
+from pipeline.distributed.agreement import disagreement
+from pipeline.distributed.watchdog import Crew, Watchdog, wait_until
 
 Precision = Literal["fp32", "bf16", "fp64"]
 Result = TypeVar("Result")

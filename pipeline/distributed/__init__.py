@@ -1,0 +1,3 @@
+"""Processes and devices: the runtime with every collective, the watchdog, preemption. Imports nothing else of
+pipeline.
+"""
