@@ -13,10 +13,10 @@ from torch import Tensor
 from pipeline.data.damage import LeftOut
 from pipeline.data.loader import Batch
 from pipeline.data.shards import DamagedShard
-from pipeline.metrics import ActiveUnits, Meter, bits_per_dimension
 from pipeline.models.base import VAE, VAEOutput, evaluating
 from pipeline.noise import draw_noise
 from pipeline.schema import Section
+from pipeline.tracking.meters import ActiveUnits, Meter, bits_per_dimension
 
 
 class ValidationConfig(Section):

@@ -25,7 +25,7 @@ from pipeline.regularizers import RegularizerConfig
 from pipeline.sampling import SamplesConfig
 from pipeline.schema import Section
 from pipeline.storage.checkpoint import CheckpointConfig
-from pipeline.tracking import TrackingConfig
+from pipeline.tracking.tracker import TrackingConfig
 from pipeline.trainer import TrainConfig
 
 RECIPES = Path(__file__).parent / "configs"

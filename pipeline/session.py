@@ -25,7 +25,7 @@ from pipeline.storage.atomic import replacing
 from pipeline.storage.checkpoint import Checkpoint, Checkpoints
 from pipeline.storage.checkpoint_writer import CheckpointWriter
 from pipeline.storage.status import StatusFile
-from pipeline.tracking import Tracker
+from pipeline.tracking.tracker import Tracker
 from pipeline.trainer import Cadence
 
 log = logging.getLogger("pipeline")

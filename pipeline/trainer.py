@@ -20,13 +20,13 @@ from pipeline.data.damage import LeftOut
 from pipeline.data.loader import Batch
 from pipeline.data.shards import DamagedShard
 from pipeline.distributed.runtime import Precision, Runtime, alike
-from pipeline.metrics import ActiveUnits, Meter, Throughput, bits_per_dimension, gpu_memory
 from pipeline.models.base import VAE
 from pipeline.noise import draw_noise
 from pipeline.objective import Objective
 from pipeline.optim import LearningRate
 from pipeline.schema import Section
 from pipeline.state import TrainingState
+from pipeline.tracking.meters import ActiveUnits, Meter, Throughput, bits_per_dimension, gpu_memory
 
 log = logging.getLogger("pipeline")
 

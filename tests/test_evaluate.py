@@ -14,9 +14,9 @@ from pipeline.classifier import Classifier, ClassifierConfig, save_classifier
 from pipeline.data.preprocess import to_model_input
 from pipeline.data.shards import TarShards
 from pipeline.evaluate import build_parser, evaluate, main
-from pipeline.metrics import ActiveUnits
 from pipeline.noise import draw_noise
 from pipeline.tools.report import report_path
+from pipeline.tracking.meters import ActiveUnits
 from pipeline.trained import load
 from tests.conftest import tiny_settings
 from tests.shard_sets import random_samples, write_set

@@ -29,13 +29,13 @@ FOLDERS = {"inference", "run", "evaluation", "training", "data", "models", "trac
 
 NOT_YET_MOVED = set(
     """building classifier conditions damage data_trace distributions edit_metric ema
-    flops images likelihoods metrics noise objective optim  recognition regularizers resume
+    flops images likelihoods noise objective optim  recognition regularizers resume
     run_data sampling session state tools torchvision_guard trained trainer
-    wandb_files wandb_run""".split()
+    """.split()
 )
 
 DOORS = {
-    "wandb": {"pipeline/wandb_run.py"},
+    "wandb": {"pipeline/tracking/wandb_run.py"},
     "yaml": {"pipeline/config.py"},
     "accelerate": {"pipeline/distributed/runtime.py"},
     "torchvision": {"pipeline/torchvision_guard.py"},

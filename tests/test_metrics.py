@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import multiprocessing
 
-from pipeline.metrics import ActiveUnits, Meter, Throughput, bits_per_dimension, gpu_memory
+from pipeline.tracking.meters import ActiveUnits, Meter, Throughput, bits_per_dimension, gpu_memory
 
 finite = st.floats(-1e6, 1e6, width=32)
 

@@ -13,7 +13,7 @@ from pipeline.distributed.runtime import Runtime
 from pipeline.models.base import VAE, VAEOutput
 from pipeline.recipe import build_model
 from pipeline.session import Session
-from pipeline.tracking import Tracker
+from pipeline.tracking.tracker import Tracker
 from tests.model_cases import CASES, make_recipe, make_trainer, train_losses, write_data, zeros_and_noise
 
 ROOT = Path(__file__).parents[1]

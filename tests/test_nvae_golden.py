@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from pipeline.data.preprocess import to_model_input
-from pipeline.metrics import bits_per_dimension
 from pipeline.models.base import VAEOutput
 from pipeline.models.nvae import NVAE
 from pipeline.models.nvae_names import (
@@ -26,6 +25,7 @@ from pipeline.objective import Objective, ObjectiveConfig, balancing_weights, re
 from pipeline.optim import OptimConfig, build_optimizer
 from pipeline.regularizers import RegularizerConfig, Regularizers
 from pipeline.sampling import readjust_batch_norm
+from pipeline.tracking.meters import bits_per_dimension
 from tests import golden
 from tests.golden import close, close_buffers
 

@@ -9,7 +9,7 @@ import torch
 from pipeline.recipe import Recipe
 from pipeline.session import Session, choose_checkpoint
 from pipeline.storage.checkpoint import Checkpoints
-from pipeline.tracking import Tracker
+from pipeline.tracking.tracker import Tracker
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import tracking, wandb_run
-from pipeline.tracking import Tracker, TrackingConfig
-from pipeline.wandb_run import choose_mode, describe, find_key, panel_name
+from pipeline.tracking import tracker as tracking
+from pipeline.tracking import wandb_run
+from pipeline.tracking.tracker import Tracker, TrackingConfig
+from pipeline.tracking.wandb_run import choose_mode, describe, find_key, panel_name
 
 ROOT = Path(wandb_run.__file__).parents[1]
 KEY = "local-0123456789abcdef0123456789abcdef01234567"[-40:]
@@ -279,7 +280,7 @@ def test_other_processes_leave_no_trace(tmp_path):
 def test_disabled_does_not_even_import_wandb(tmp_path):
     code = (
         "import sys\n"
-        "from pipeline.tracking import Tracker, TrackingConfig\n"
+        "from pipeline.tracking.tracker import Tracker, TrackingConfig\n"
         "config = TrackingConfig(wandb='disabled')\n"
         "with Tracker(config, sys.argv[1], {}, is_main=True, start_step=0) as run:\n"
         "    run.log(1, {'train/loss': 1.0}); run.alert('a', 'b')\n"
@@ -436,8 +437,8 @@ def test_without_any_working_wandb_metrics_go_on(tmp_path, monkeypatch, caplog):
 FAULTY_SERVICE = """
 import logging, os, signal, sys, threading
 from pathlib import Path
-from pipeline.tracking import Tracker, TrackingConfig
-from pipeline.wandb_run import choose_mode, describe, find_key, panel_name
+from pipeline.tracking.tracker import Tracker, TrackingConfig
+from pipeline.tracking.wandb_run import choose_mode, describe, find_key, panel_name
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
 config = TrackingConfig(wandb="offline", wandb_timeout=1.0)
 with Tracker(config, sys.argv[1], {}, is_main=True, start_step=0) as run:

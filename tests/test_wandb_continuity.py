@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.storage.metrics_file import read_records
-from pipeline.wandb_files import cut_torn_end, whole_records
+from pipeline.tracking.wandb_files import cut_torn_end, whole_records
 from tests.test_tracking import log_chunks
 from tests.wandb_server import WandbServer
 
@@ -28,7 +28,7 @@ SAME_IN_EACH_ATTEMPT = {"train/loss", "kl/8x8_group00", "val/elbo"}
 LOGGING_PROCESS = """
 import logging, math, os, sys, time
 from pathlib import Path
-from pipeline.tracking import Tracker, TrackingConfig
+from pipeline.tracking.tracker import Tracker, TrackingConfig
 
 folder, mode, attempt, last_step = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -31,7 +31,7 @@ import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from pipeline.schema import Section
-from pipeline.wandb_files import cut_torn_end, is_offline, mark_synced, record_files, whole_records
+from pipeline.tracking.wandb_files import cut_torn_end, is_offline, mark_synced, record_files, whole_records
 
 logger = logging.getLogger(__name__)
 

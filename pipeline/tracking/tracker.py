@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.storage.metrics_file import MetricsFile, read_records
-from pipeline.wandb_run import TrackingConfig, WandbRun, start_wandb
+from pipeline.tracking.wandb_run import TrackingConfig, WandbRun, start_wandb
 
 logger = logging.getLogger(__name__)
 
