@@ -5,8 +5,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.data.damage import LeftOut
 from pipeline.data.shards import DamagedShard
+from pipeline.data.unreadable import LeftOut
 from pipeline.distributed.runtime import Runtime, alike
 from pipeline.storage.metrics_file import cut_records
 

@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.data.damage import LeftOut
 from pipeline.data.loader import Batch
 from pipeline.data.shards import DamagedShard
+from pipeline.data.unreadable import LeftOut
 from pipeline.models.base import VAE, VAEOutput, evaluating
 from pipeline.noise import draw_noise
 from pipeline.schema import Section

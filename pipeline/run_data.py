@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from pipeline.damage import DamageLog
-from pipeline.data.damage import LeftOut
 from pipeline.data.loader import Batch, build_eval_loader, build_train_loader, check_data
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Preprocess, to_model_input
 from pipeline.data.remote import check_address, default_cache, fetch_manifest, fetch_set, is_address
 from pipeline.data.shards import DamagedShard, TarShards
+from pipeline.data.unreadable import LeftOut
 from pipeline.distributed.runtime import Runtime
 from pipeline.recipe import Recipe, total_steps
 

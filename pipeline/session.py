@@ -10,8 +10,8 @@ import torch
 
 from pipeline.building import build_trainer
 from pipeline.config import dump
-from pipeline.data.damage import LeftOut
 from pipeline.data.shards import DamagedShard
+from pipeline.data.unreadable import LeftOut
 from pipeline.data_trace import Trace
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation import Evaluator

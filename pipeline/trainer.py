@@ -16,9 +16,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline.data.damage import LeftOut
 from pipeline.data.loader import Batch
 from pipeline.data.shards import DamagedShard
+from pipeline.data.unreadable import LeftOut
 from pipeline.distributed.runtime import Precision, Runtime, alike
 from pipeline.models.base import VAE
 from pipeline.noise import draw_noise

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.hashing import Stream, hash64, mix64
+from pipeline.data.lru_cache import Recent
 from pipeline.data.order import Order
-from pipeline.data.recent import Recent
+from pipeline.data.random_hash import Stream, hash64, mix64
 
 MASK = 2**64 - 1
 GAMMA = 0x9E3779B97F4A7C15

@@ -17,10 +17,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data.damage import LeftOut, drop_damaged, replace_damaged
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Binarise, Preprocess
 from pipeline.data.shards import DamagedShard, TarShards
+from pipeline.data.unreadable import LeftOut, drop_damaged, replace_damaged
 from pipeline.schema import Section
 
 OnError = Literal["raise", "skip"]

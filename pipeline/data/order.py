@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.data.hashing import Stream, hash64
-from pipeline.data.recent import Recent
+from pipeline.data.lru_cache import Recent
+from pipeline.data.random_hash import Stream, hash64
 
 
 class Order:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.hashing import GOLDEN_GAMMA, Stream, hash64, mix64
+from pipeline.data.random_hash import GOLDEN_GAMMA, Stream, hash64, mix64
 
 Binarise = Literal["none", "dynamic"]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipeline.data.lru_cache import Recent
 from pipeline.data.manifest import Manifest, ShardEntry, load_manifest
-from pipeline.data.recent import Recent
 
 # Two files each, and a process may commonly hold 1,024.
 MAX_OPEN_SHARDS = 256

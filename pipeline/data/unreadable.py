@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.data.hashing import Stream, hash64
+from pipeline.data.random_hash import Stream, hash64
 from pipeline.data.shards import DamagedShard, TarShards
 
 MAX_DRAWS = 100
