@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.distributions import (
+from pipeline.nn.distributions import (
     Bernoulli,
     BinRule,
     ClampedNormal,

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.distributions import (
+from pipeline.likelihoods import (
+    BernoulliLikelihood,
+    DiscretizedLogisticLikelihood,
+    LogisticMixtureLikelihood,
+    NormalLikelihood,
+    SquaredErrorLikelihood,
+)
+from pipeline.nn.distributions import (
     Bernoulli,
     ClampedNormal,
     DiscretizedLogistic,
@@ -17,13 +24,6 @@ from pipeline.distributions import (
     Normal,
     PixelNormal,
     SquaredError,
-)
-from pipeline.likelihoods import (
-    BernoulliLikelihood,
-    DiscretizedLogisticLikelihood,
-    LogisticMixtureLikelihood,
-    NormalLikelihood,
-    SquaredErrorLikelihood,
 )
 
 raw = st.floats(-30, 30)

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from pipeline.data.preprocess import to_model_input
-from pipeline.distributions import ClampedNormal, DiscretizedLogisticMixture, PixelNormal
 from pipeline.models.base import LatentGroup, VAEOutput
 from pipeline.models.nvae_names import config_from_reference, import_state_dict
 from pipeline.nn.cells import CELLS, BNELUConv, BNSwishConv, FactorizedReduce, InvertedResidual, ResidualCell
+from pipeline.nn.distributions import ClampedNormal, DiscretizedLogisticMixture, PixelNormal
 from pipeline.nn.flows import FlowPair
 from pipeline.nn.layers import SqueezeExcitation, WNConv2d, causal_mask
 from pipeline.objective import Objective, ObjectiveConfig, balancing_weights, kl_warmup, resolution_factors

@@ -35,12 +35,12 @@ from pipeline.classifier import (
     load_classifier,
 )
 from pipeline.conditions import AttributeCondition, Condition
-from pipeline.distributions import at_least_float32
 from pipeline.likelihoods import DiscretizedLogisticLikelihood, Likelihood
 from pipeline.models.base import LatentGroup, without_border
 from pipeline.models.flat import Count, FlatConfig, FlatVAE, check_divisible, joined
 from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.nn.conditional_norm import ConditionalBatchNorm2d
+from pipeline.nn.distributions import at_least_float32
 from pipeline.nn.gradient_reversal import reversed_gradient
 from pipeline.nn.independence import cross_covariance
 from pipeline.nn.posterior import Posterior, PosteriorDraw

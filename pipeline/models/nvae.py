@@ -18,10 +18,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.conditions import Condition
-from pipeline.distributions import ClampedNormal, Normal, at_least_float32
 from pipeline.likelihoods import Likelihood, LogisticMixtureLikelihood, PixelDistribution
 from pipeline.models.base import VAE, LatentGroup, VAEOutput, check_condition, without_border
 from pipeline.nn.cells import CELLS, ResidualCell, Resize
+from pipeline.nn.distributions import ClampedNormal, Normal, at_least_float32
 from pipeline.nn.flows import FlowPair
 from pipeline.nn.layers import WNConv2d, find_convs, normalized_once
 from pipeline.schema import Section

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.distributions import Normal
+from pipeline.nn.distributions import Normal
 from pipeline.nn.posterior_flows import Flows
 
 

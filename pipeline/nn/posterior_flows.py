@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.distributions import at_least_float32
+from pipeline.nn.distributions import at_least_float32
 from pipeline.schema import Section
 
 Count = Annotated[int, Field(ge=1, strict=True)]
