@@ -118,7 +118,7 @@ def build_ours(case: str, **train) -> Callable[[int], None]:
     from pipeline.data.preprocess import to_model_input
     from pipeline.distributed.runtime import Runtime
     from pipeline.models.nvae import NVAE
-    from pipeline.models.nvae_names import config_from_reference
+    from pipeline.models.nvae_reference import config_from_reference
     from pipeline.objective import Objective, ObjectiveConfig
     from pipeline.optim import LearningRate, OptimConfig, build_optimizer
     from pipeline.regularizers import RegularizerConfig, Regularizers

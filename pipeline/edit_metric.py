@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.classifier import Classifier, columns_of, is_known
-from pipeline.conditions import AttributeCondition, find_name
 from pipeline.data.loader import Batch
 from pipeline.data.shards import TarShards
 from pipeline.models.base import VAE, evaluating, without_border
-from pipeline.noise import draw_noise
+from pipeline.models.classifier import Classifier, columns_of, is_known
+from pipeline.models.conditions import AttributeCondition, find_name
+from pipeline.models.noise import draw_noise
 from pipeline.tracking.meters import Meter
 
 EDITS = {"set": 1.0, "clear": 0.0}

@@ -14,7 +14,7 @@ from pipeline.data.loader import Batch
 from pipeline.data.shards import DamagedShard
 from pipeline.data.unreadable import LeftOut
 from pipeline.models.base import VAE, VAEOutput, evaluating
-from pipeline.noise import draw_noise
+from pipeline.models.noise import draw_noise
 from pipeline.schema import Section
 from pipeline.tracking.meters import ActiveUnits, Meter, bits_per_dimension
 

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Self
 import torch
 from pydantic import Field, model_validator
 
-from pipeline.conditions import Condition
 from pipeline.config import ConfigError, build, document, load_yaml, overlay
 from pipeline.data.loader import DataConfig
 from pipeline.evaluation import ValidationConfig
 from pipeline.models.attribute_vae import AttributeVAEConfig
 from pipeline.models.base import VAE
+from pipeline.models.conditions import Condition
 from pipeline.models.conv_vae import ConvVAEConfig
 from pipeline.models.mlp_vae import MLPVAEConfig
 from pipeline.models.nvae import NVAEConfig

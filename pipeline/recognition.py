@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.classifier import Classifier
 from pipeline.edit_metric import border_around
 from pipeline.models.base import VAE, evaluating, without_border
-from pipeline.noise import draw_noise
+from pipeline.models.classifier import Classifier
+from pipeline.models.noise import draw_noise
 
 IMAGES_PER_PASS = 250
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pipeline.models.noise import sample_seed
 from pipeline.nn.layers import effective_weights, find_convs
-from pipeline.noise import sample_seed
 from pipeline.schema import Section
 
 SMALLEST_NORM = 1e-3  # a vector shorter than this is not blown up to unit length

@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.conditions import ClassCondition, Condition
 from pipeline.models.base import VAE, evaluating
-from pipeline.noise import draw_noise
+from pipeline.models.conditions import ClassCondition, Condition
+from pipeline.models.noise import draw_noise
 from pipeline.schema import Section
 
 

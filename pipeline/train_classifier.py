@@ -21,12 +21,12 @@ from tqdm import tqdm
 # A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.classifier import Classifier, ClassifierConfig, check_new, save_classifier  # noqa: E402
 from pipeline.data.loader import Batch, build_eval_loader, build_train_loader  # noqa: E402
 from pipeline.data.order import Order  # noqa: E402
 from pipeline.data.preprocess import Preprocess, to_model_input  # noqa: E402
 from pipeline.data.shards import TarShards  # noqa: E402
 from pipeline.distributed.runtime import cores_per_process, start_logging  # noqa: E402
+from pipeline.models.classifier import Classifier, ClassifierConfig, check_new, save_classifier  # noqa: E402
 
 log = logging.getLogger("pipeline")
 

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.building import use_channels_last
-from pipeline.conditions import ClassCondition
 from pipeline.config import ConfigError, build
 from pipeline.data.preprocess import to_model_input
 from pipeline.evaluation import Draws
 from pipeline.images import to_uint8
 from pipeline.models.base import VAE, without_border
-from pipeline.noise import draw_noise
+from pipeline.models.conditions import ClassCondition
+from pipeline.models.noise import draw_noise
 from pipeline.recipe import Recipe, build_model
 from pipeline.state import load_model
 from pipeline.storage.checkpoint import Checkpoint, Checkpoints

@@ -21,7 +21,7 @@ from pipeline.data.shards import DamagedShard
 from pipeline.data.unreadable import LeftOut
 from pipeline.distributed.runtime import Precision, Runtime, alike
 from pipeline.models.base import VAE
-from pipeline.noise import draw_noise
+from pipeline.models.noise import draw_noise
 from pipeline.objective import Objective
 from pipeline.optim import LearningRate
 from pipeline.schema import Section

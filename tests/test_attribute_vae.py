@@ -12,14 +12,14 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.classifier import Classifier, ClassifierConfig, load_classifier, save_classifier
-from pipeline.conditions import AttributeCondition, ClassCondition
 from pipeline.models.attribute_vae import AttributeVAE, AttributeVAEConfig
 from pipeline.models.base import evaluating
+from pipeline.models.classifier import Classifier, ClassifierConfig, load_classifier, save_classifier
+from pipeline.models.conditions import AttributeCondition, ClassCondition
+from pipeline.models.noise import draw_noise
 from pipeline.nn.conditional_norm import ConditionalBatchNorm2d
 from pipeline.nn.gradient_reversal import reversed_gradient
 from pipeline.nn.independence import cross_covariance
-from pipeline.noise import draw_noise
 
 NAMES = ("Hat", "Black", "Blond", "Smile", "Gray")
 CONDITION = AttributeCondition(chosen=NAMES, exclusive=(("Black", "Blond", "Gray"),))

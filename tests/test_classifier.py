@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.classifier import (
+from pipeline.data.shards import TarShards
+from pipeline.models.base import VAE, LatentGroup
+from pipeline.models.classifier import (
     Classifier,
     ClassifierConfig,
     attribute_cross_entropy,
@@ -19,8 +21,6 @@ from pipeline.classifier import (
     load_classifier,
     save_classifier,
 )
-from pipeline.data.shards import TarShards
-from pipeline.models.base import VAE, LatentGroup
 from pipeline.recognition import recognition
 from pipeline.storage.checkpoint import META, write_folder
 from pipeline.train_classifier import main

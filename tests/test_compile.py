@@ -9,8 +9,8 @@ from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.utils import counters
 
+from pipeline.models.noise import draw_noise
 from pipeline.models.nvae import NVAE, NVAEConfig
-from pipeline.noise import draw_noise
 
 COMPILERS = ("g++", "clang++", "c++")
 

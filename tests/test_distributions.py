@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.likelihoods import (
+from pipeline.models.likelihoods import (
     BernoulliLikelihood,
     DiscretizedLogisticLikelihood,
     LogisticMixtureLikelihood,

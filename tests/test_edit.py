@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 import pipeline
-from pipeline.conditions import AttributeCondition
 from pipeline.data.shards import TarShards
 from pipeline.edit import main, parse_strengths
 from pipeline.images import to_uint8
+from pipeline.models.conditions import AttributeCondition
 from pipeline.tools import inference
 from pipeline.tools.editing import Subject, edit_by_condition, find_direction, find_sample, interpolate
 from pipeline.tools.inference import alternatives, infer_attributes, infer_class, log_likelihoods

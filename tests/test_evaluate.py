@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.classifier import Classifier, ClassifierConfig, save_classifier
 from pipeline.data.preprocess import to_model_input
 from pipeline.data.shards import TarShards
 from pipeline.evaluate import build_parser, evaluate, main
-from pipeline.noise import draw_noise
+from pipeline.models.classifier import Classifier, ClassifierConfig, save_classifier
+from pipeline.models.noise import draw_noise
 from pipeline.tools.report import report_path
 from pipeline.tracking.meters import ActiveUnits
 from pipeline.trained import load

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.models.base import LatentGroup
-from pipeline.noise import draw_noise
+from pipeline.models.noise import draw_noise
 
 GROUPS = (LatentGroup("1x1_group00", (2, 1, 1)), LatentGroup("2x2_group00", (3, 2, 2)))
 

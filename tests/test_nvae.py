@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.likelihoods import BernoulliLikelihood, LogisticMixtureLikelihood, NormalLikelihood
+from pipeline.models.likelihoods import BernoulliLikelihood, LogisticMixtureLikelihood, NormalLikelihood
+from pipeline.models.noise import draw_noise
 from pipeline.models.nvae import NVAE, NVAEConfig
-from pipeline.models.nvae_names import (
+from pipeline.models.nvae_reference import (
     config_from_reference,
     export_state_dict,
     import_state_dict,
     reference_parameter_order,
 )
 from pipeline.nn.layers import WNConv2d, find_convs
-from pipeline.noise import draw_noise
 
 SMALL = {
     "groups_per_scale": (1, 2),

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.data.preprocess import to_model_input
 from pipeline.models.base import VAEOutput
 from pipeline.models.nvae import NVAE
-from pipeline.models.nvae_names import (
+from pipeline.models.nvae_reference import (
     config_from_reference,
     export_state_dict,
     import_state_dict,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.models.nvae import NVAE
-from pipeline.models.nvae_names import (
+from pipeline.models.nvae_reference import (
     config_from_reference,
     export_state_dict,
     import_state_dict,

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pipeline
-from pipeline.conditions import AttributeCondition, ClassCondition
 from pipeline.data.preprocess import to_model_input
 from pipeline.evaluation import Draws
-from pipeline.noise import draw_noise
+from pipeline.models.conditions import AttributeCondition, ClassCondition
+from pipeline.models.noise import draw_noise
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.tools.asking import parse_classes, parse_settings, to_condition
 from pipeline.trained import IMAGES_PER_PASS

@@ -6,7 +6,7 @@ from torch import nn
 
 from pipeline.data.preprocess import to_model_input
 from pipeline.models.base import LatentGroup, VAEOutput
-from pipeline.models.nvae_names import config_from_reference, import_state_dict
+from pipeline.models.nvae_reference import config_from_reference, import_state_dict
 from pipeline.nn.cells import CELLS, BNELUConv, BNSwishConv, FactorizedReduce, InvertedResidual, ResidualCell
 from pipeline.nn.distributions import ClampedNormal, DiscretizedLogisticMixture, PixelNormal
 from pipeline.nn.flows import FlowPair

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pipeline.classifier import (
+from pipeline.models.base import LatentGroup, without_border
+from pipeline.models.classifier import (
     Classifier,
     attribute_cross_entropy,
     classifier_digest,
@@ -34,10 +35,9 @@ from pipeline.classifier import (
     is_known,
     load_classifier,
 )
-from pipeline.conditions import AttributeCondition, Condition
-from pipeline.likelihoods import DiscretizedLogisticLikelihood, Likelihood
-from pipeline.models.base import LatentGroup, without_border
-from pipeline.models.flat import Count, FlatConfig, FlatVAE, check_divisible, joined
+from pipeline.models.conditions import AttributeCondition, Condition
+from pipeline.models.likelihoods import DiscretizedLogisticLikelihood, Likelihood
+from pipeline.models.vector_vae import Count, FlatConfig, FlatVAE, check_divisible, joined
 from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.nn.conditional_norm import ConditionalBatchNorm2d
 from pipeline.nn.distributions import at_least_float32

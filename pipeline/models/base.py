@@ -51,7 +51,7 @@ class VAE(nn.Module, ABC):
 
     Every random draw comes in as standard normal noise, one tensor (B, *group.shape) per entry of `noise_groups`, so
     that the same images and noise give the same result on any number of processes. A conditional model
-    (`condition_size` above 0) takes a condition (B, condition_size) as `pipeline.conditions` makes it; others None.
+    (`condition_size` above 0) takes a condition (B, condition_size) as `models.conditions` makes it; others None.
     """
 
     groups: tuple[LatentGroup, ...]

@@ -11,8 +11,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.conditions import Condition
-from pipeline.models.flat import Count, FlatConfig, FlatVAE, joined
+from pipeline.models.conditions import Condition
+from pipeline.models.vector_vae import Count, FlatConfig, FlatVAE, joined
 from pipeline.nn.posterior import Posterior
 
 

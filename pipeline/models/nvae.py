@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.conditions import Condition
-from pipeline.likelihoods import Likelihood, LogisticMixtureLikelihood, PixelDistribution
 from pipeline.models.base import VAE, LatentGroup, VAEOutput, check_condition, without_border
+from pipeline.models.conditions import Condition
+from pipeline.models.likelihoods import Likelihood, LogisticMixtureLikelihood, PixelDistribution
 from pipeline.nn.cells import CELLS, ResidualCell, Resize
 from pipeline.nn.distributions import ClampedNormal, Normal, at_least_float32
 from pipeline.nn.flows import FlowPair

@@ -22,9 +22,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from pipeline.conditions import Condition
-from pipeline.likelihoods import Likelihood, SquaredErrorLikelihood
-from pipeline.models.flat import Count, FlatConfig, FlatVAE, check_divisible, joined
+from pipeline.models.conditions import Condition
+from pipeline.models.likelihoods import Likelihood, SquaredErrorLikelihood
+from pipeline.models.vector_vae import Count, FlatConfig, FlatVAE, check_divisible, joined
 from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.nn.posterior import Posterior
 

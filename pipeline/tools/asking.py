@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.conditions import UNKNOWN, AttributeCondition, ClassCondition, Condition, find_name
+from pipeline.models.conditions import UNKNOWN, AttributeCondition, ClassCondition, Condition, find_name
 
 Asked = int | str | Sequence[int | str] | Mapping[str, float] | Tensor | None
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.conditions import UNKNOWN, AttributeCondition, ClassCondition
 from pipeline.data.shards import TarShards
 from pipeline.images import image_grid, to_uint8
-from pipeline.noise import draw_noise
+from pipeline.models.conditions import UNKNOWN, AttributeCondition, ClassCondition
+from pipeline.models.noise import draw_noise
 from pipeline.sampling import readjust_batch_norm
 from pipeline.storage.atomic import replacing
 from pipeline.tools.asking import check_attributes

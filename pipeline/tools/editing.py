@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.conditions import ClassCondition, find_name
 from pipeline.data.shards import TarShards
+from pipeline.models.conditions import ClassCondition, find_name
 from pipeline.tools.asking import check_attributes, class_number, parse_settings
 from pipeline.tools.inference import infer_attributes, infer_class
 from pipeline.tools.latents import Latents, MeanDifference, added, linear, moved, spherical

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from pipeline.conditions import AttributeCondition, ClassCondition
 from pipeline.evaluation import Draws
-from pipeline.noise import draw_noise
+from pipeline.models.conditions import AttributeCondition, ClassCondition
+from pipeline.models.noise import draw_noise
 from pipeline.trained import IMAGES_PER_PASS, Trained
 
 DRAWS = 16

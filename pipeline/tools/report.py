@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.classifier import load_classifier
-from pipeline.conditions import AttributeCondition, ClassCondition
 from pipeline.config import build
 from pipeline.data.loader import Batch
 from pipeline.distributed.agreement import code_version
 from pipeline.distributed.runtime import Runtime
 from pipeline.edit_metric import edit_figures, held_out_faces, hidden_by
 from pipeline.evaluation import Evaluator
+from pipeline.models.classifier import load_classifier
+from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.recipe import Recipe
 from pipeline.recognition import recognition
 from pipeline.run_data import Data

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from pipeline.likelihoods import BernoulliLikelihood, Likelihood, LogisticMixtureLikelihood, NormalLikelihood
+from pipeline.models.likelihoods import BernoulliLikelihood, Likelihood, LogisticMixtureLikelihood, NormalLikelihood
 from pipeline.models.nvae import NVAE, NVAEConfig
 
 # ---- options --------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.likelihoods import BernoulliLikelihood, Likelihood, PixelDistribution
 from pipeline.models.base import VAE, LatentGroup, VAEOutput, check_condition, without_border
+from pipeline.models.likelihoods import BernoulliLikelihood, Likelihood, PixelDistribution
 from pipeline.nn.posterior import Posterior, PosteriorDraw
 from pipeline.nn.posterior_flows import Flows
 from pipeline.schema import Section
