@@ -119,11 +119,11 @@ def build_ours(case: str, **train) -> Callable[[int], None]:
     from pipeline.distributed.runtime import Runtime
     from pipeline.models.nvae import NVAE
     from pipeline.models.nvae_reference import config_from_reference
-    from pipeline.objective import Objective, ObjectiveConfig
-    from pipeline.optim import LearningRate, OptimConfig, build_optimizer
-    from pipeline.regularizers import RegularizerConfig, Regularizers
-    from pipeline.state import TrainingState
-    from pipeline.trainer import TrainConfig, Trainer
+    from pipeline.training.objective import Objective, ObjectiveConfig
+    from pipeline.training.optim import LearningRate, OptimConfig, build_optimizer
+    from pipeline.training.regularizers import RegularizerConfig, Regularizers
+    from pipeline.training.state import TrainingState
+    from pipeline.training.trainer import TrainConfig, Trainer
 
     options, batch_size = reference_options(case)
     config = TrainConfig(steps=TOTAL_STEPS, batch_size=batch_size, **train)

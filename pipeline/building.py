@@ -3,16 +3,16 @@
 import torch
 
 from pipeline.distributed.runtime import Runtime
-from pipeline.ema import EMA
 from pipeline.models.base import VAE
 from pipeline.nn.batch_norm import keep_collectives_uncompiled
-from pipeline.objective import Objective
-from pipeline.optim import LearningRate, build_optimizer
 from pipeline.recipe import Recipe, build_model
-from pipeline.regularizers import Regularizers
 from pipeline.run_data import Data
-from pipeline.state import TrainingState
-from pipeline.trainer import Trainer
+from pipeline.training.ema import EMA
+from pipeline.training.objective import Objective
+from pipeline.training.optim import LearningRate, build_optimizer
+from pipeline.training.regularizers import Regularizers
+from pipeline.training.state import TrainingState
+from pipeline.training.trainer import Trainer
 
 
 def build_trainer(recipe: Recipe, runtime: Runtime, data: Data) -> Trainer:

@@ -19,14 +19,14 @@ from pipeline.models.conv_vae import ConvVAEConfig
 from pipeline.models.mlp_vae import MLPVAEConfig
 from pipeline.models.nvae import NVAEConfig
 from pipeline.models.resnet_vae import ResNetVAEConfig
-from pipeline.objective import ObjectiveConfig
-from pipeline.optim import OptimConfig
-from pipeline.regularizers import RegularizerConfig
 from pipeline.sampling import SamplesConfig
 from pipeline.schema import Section
 from pipeline.storage.checkpoint import CheckpointConfig
 from pipeline.tracking.tracker import TrackingConfig
-from pipeline.trainer import TrainConfig
+from pipeline.training.objective import ObjectiveConfig
+from pipeline.training.optim import OptimConfig
+from pipeline.training.regularizers import RegularizerConfig
+from pipeline.training.trainer import TrainConfig
 
 RECIPES = Path(__file__).parent / "configs"
 

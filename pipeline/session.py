@@ -26,7 +26,7 @@ from pipeline.storage.checkpoint import Checkpoint, Checkpoints
 from pipeline.storage.checkpoint_writer import CheckpointWriter
 from pipeline.storage.status import StatusFile
 from pipeline.tracking.tracker import Tracker
-from pipeline.trainer import Cadence
+from pipeline.training.trainer import Cadence
 
 log = logging.getLogger("pipeline")
 

@@ -32,7 +32,7 @@ from pipeline.storage.run_lock import RunLock  # noqa: E402
 from pipeline.storage.status import StatusFile  # noqa: E402
 from pipeline.tools.common import run_python  # noqa: E402
 from pipeline.tracking.tracker import Tracker  # noqa: E402
-from pipeline.trainer import TrainingDiverged  # noqa: E402
+from pipeline.training.trainer import TrainingDiverged  # noqa: E402
 
 log = logging.getLogger("pipeline")
 

@@ -26,9 +26,9 @@ from pipeline.models.base import VAE, without_border
 from pipeline.models.conditions import ClassCondition
 from pipeline.models.noise import draw_noise
 from pipeline.recipe import Recipe, build_model
-from pipeline.state import load_model
 from pipeline.storage.checkpoint import Checkpoint, Checkpoints
 from pipeline.tools.asking import Asked, to_condition
+from pipeline.training.state import load_model
 
 IMAGES_PER_PASS = 128
 """More are done in turns. Does not change what comes out, except by rounding."""

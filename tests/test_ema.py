@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.ema import EMA
+from pipeline.training.ema import EMA
 
 
 def small_model(seed: int = 0) -> nn.Module:

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import ConfigError
-from pipeline.ema import EMA
 from pipeline.models.base import evaluating
 from pipeline.models.conditions import ClassCondition
 from pipeline.models.conv_vae import ConvVAEConfig
 from pipeline.models.mlp_vae import MLPVAEConfig
 from pipeline.models.resnet_vae import ResNetVAEConfig, SpectralConv2d
 from pipeline.models.vector_vae import FlatConfig, FlatVAE
-from pipeline.objective import Objective, ObjectiveConfig
 from pipeline.recipe import build_model, load_recipe, recipe_path
-from pipeline.state import TrainingState
+from pipeline.training.ema import EMA
+from pipeline.training.objective import Objective, ObjectiveConfig
+from pipeline.training.state import TrainingState
 from tests.baseline_restatement import (
     MLP,
     Conv,

@@ -28,9 +28,9 @@ FLOOR = {name: floor for names, floor in FLOORS.items() for name in names.split(
 FOLDERS = {"inference", "run", "evaluation", "training", "data", "models", "tracking", "nn", "storage", "distributed"}
 
 NOT_YET_MOVED = set(
-    """building damage data_trace edit_metric ema
-    flops images objective optim  recognition regularizers resume
-    run_data sampling session state tools torchvision_guard trained trainer
+    """building damage data_trace edit_metric 
+    flops images  recognition resume
+    run_data sampling session tools torchvision_guard trained 
     """.split()
 )
 

@@ -21,11 +21,11 @@ from pipeline.models.nvae_reference import (
     import_state_dict,
     reference_parameter_order,
 )
-from pipeline.objective import Objective, ObjectiveConfig, balancing_weights, resolution_factors
-from pipeline.optim import OptimConfig, build_optimizer
-from pipeline.regularizers import RegularizerConfig, Regularizers
 from pipeline.sampling import readjust_batch_norm
 from pipeline.tracking.meters import bits_per_dimension
+from pipeline.training.objective import Objective, ObjectiveConfig, balancing_weights, resolution_factors
+from pipeline.training.optim import OptimConfig, build_optimizer
+from pipeline.training.regularizers import RegularizerConfig, Regularizers
 from tests import golden
 from tests.golden import close, close_buffers
 

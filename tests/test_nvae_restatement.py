@@ -16,10 +16,10 @@ from pipeline.models.nvae_reference import (
     import_state_dict,
     reference_parameter_order,
 )
-from pipeline.objective import Objective, ObjectiveConfig
-from pipeline.optim import OptimConfig, build_optimizer
-from pipeline.regularizers import RegularizerConfig, Regularizers
 from pipeline.sampling import readjust_batch_norm
+from pipeline.training.objective import Objective, ObjectiveConfig
+from pipeline.training.optim import OptimConfig, build_optimizer
+from pipeline.training.regularizers import RegularizerConfig, Regularizers
 from tests import golden
 from tests import nvae_restatement as restatement
 from tests import nvae_restatement_layout as layout

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.models.base import LatentGroup, VAEOutput
-from pipeline.objective import Objective, ObjectiveConfig, balancing_weights, kl_warmup, resolution_factors
+from pipeline.training.objective import Objective, ObjectiveConfig, balancing_weights, kl_warmup, resolution_factors
 
 GROUPS = (
     LatentGroup("4x4_group00", (2, 4, 4)),

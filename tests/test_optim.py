@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from pipeline.building import use_channels_last
-from pipeline.optim import LearningRate, OptimConfig, build_optimizer
+from pipeline.training.optim import LearningRate, OptimConfig, build_optimizer
 from tests.nvae_restatement import adamax_step
 
 

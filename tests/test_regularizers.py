@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.nn.layers import SqueezeExcitation, WNConv2d, effective_weights
-from pipeline.regularizers import RegularizerConfig, Regularizers, power_iteration
+from pipeline.training.regularizers import RegularizerConfig, Regularizers, power_iteration
 
 
 class SmallNet(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.building import build_trainer
 from pipeline.recipe import Recipe
 from pipeline.run_data import Data
-from pipeline.trainer import Cadence, Trainer, TrainingDiverged
+from pipeline.training.trainer import Cadence, Trainer, TrainingDiverged
 
 
 @pytest.fixture

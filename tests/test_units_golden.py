@@ -11,9 +11,9 @@ from pipeline.nn.cells import CELLS, BNELUConv, BNSwishConv, FactorizedReduce, I
 from pipeline.nn.distributions import ClampedNormal, DiscretizedLogisticMixture, PixelNormal
 from pipeline.nn.flows import FlowPair
 from pipeline.nn.layers import SqueezeExcitation, WNConv2d, causal_mask
-from pipeline.objective import Objective, ObjectiveConfig, balancing_weights, kl_warmup, resolution_factors
-from pipeline.optim import LearningRate, OptimConfig, build_optimizer
-from pipeline.regularizers import RegularizerConfig, Regularizers
+from pipeline.training.objective import Objective, ObjectiveConfig, balancing_weights, kl_warmup, resolution_factors
+from pipeline.training.optim import LearningRate, OptimConfig, build_optimizer
+from pipeline.training.regularizers import RegularizerConfig, Regularizers
 from tests import golden
 from tests.golden import close
 

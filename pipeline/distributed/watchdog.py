@@ -293,7 +293,7 @@ def whereabouts() -> str:
 
 
 def place(frame: FrameType) -> str:
-    """As `pipeline/trainer.py:12 in fit`."""
+    """As `pipeline/training/trainer.py:12 in fit`."""
     file = Path(frame.f_code.co_filename)
     shown = file.relative_to(PACKAGE.parent) if file.is_relative_to(PACKAGE) else file
     return f"{shown}:{frame.f_lineno} in {frame.f_code.co_qualname}"

@@ -22,11 +22,11 @@ from pipeline.data.unreadable import LeftOut
 from pipeline.distributed.runtime import Precision, Runtime, alike
 from pipeline.models.base import VAE
 from pipeline.models.noise import draw_noise
-from pipeline.objective import Objective
-from pipeline.optim import LearningRate
 from pipeline.schema import Section
-from pipeline.state import TrainingState
 from pipeline.tracking.meters import ActiveUnits, Meter, Throughput, bits_per_dimension, gpu_memory
+from pipeline.training.objective import Objective
+from pipeline.training.optim import LearningRate
+from pipeline.training.state import TrainingState
 
 log = logging.getLogger("pipeline")
 

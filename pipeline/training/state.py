@@ -6,8 +6,8 @@ Nothing random is here. Noise, data order, learning rate and beta are functions 
 import torch
 from torch import Tensor, nn
 
-from pipeline.ema import EMA
-from pipeline.regularizers import Regularizers
+from pipeline.training.ema import EMA
+from pipeline.training.regularizers import Regularizers
 
 Tensors = dict[str, dict[str, Tensor]]
 
