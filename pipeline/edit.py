@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from pipeline.data.shards import TarShards  # noqa: E402
-from pipeline.images import image_grid, save_png, to_uint8  # noqa: E402
+from pipeline.evaluation.images import image_grid, save_png, to_uint8  # noqa: E402
 from pipeline.tools import editing  # noqa: E402
 from pipeline.tools.asking import parse_settings  # noqa: E402
 from pipeline.tools.common import run_tool  # noqa: E402

@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 
 from pipeline.config import ConfigError, build, document, load_yaml, overlay
 from pipeline.data.loader import DataConfig
-from pipeline.evaluation import ValidationConfig
+from pipeline.evaluation.likelihood_bounds import ValidationConfig
+from pipeline.evaluation.sample_grids import SamplesConfig
 from pipeline.models.attribute_vae import AttributeVAEConfig
 from pipeline.models.base import VAE
 from pipeline.models.conditions import Condition
@@ -19,7 +20,6 @@ from pipeline.models.conv_vae import ConvVAEConfig
 from pipeline.models.mlp_vae import MLPVAEConfig
 from pipeline.models.nvae import NVAEConfig
 from pipeline.models.resnet_vae import ResNetVAEConfig
-from pipeline.sampling import SamplesConfig
 from pipeline.schema import Section
 from pipeline.storage.checkpoint import CheckpointConfig
 from pipeline.tracking.tracker import TrackingConfig

@@ -15,7 +15,7 @@ from pathlib import Path
 # A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.images import save_png  # noqa: E402
+from pipeline.evaluation.images import save_png  # noqa: E402
 from pipeline.tools import drawing  # noqa: E402
 from pipeline.tools.asking import parse_classes, parse_settings  # noqa: E402
 from pipeline.tools.common import run_python, run_tool  # noqa: E402

@@ -20,8 +20,8 @@ from torch import Tensor
 from pipeline.building import use_channels_last
 from pipeline.config import ConfigError, build
 from pipeline.data.preprocess import to_model_input
-from pipeline.evaluation import Draws
-from pipeline.images import to_uint8
+from pipeline.evaluation.images import to_uint8
+from pipeline.evaluation.likelihood_bounds import Draws
 from pipeline.models.base import VAE, without_border
 from pipeline.models.conditions import ClassCondition
 from pipeline.models.noise import draw_noise

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.data.shards import TarShards
+from pipeline.evaluation.class_recognition import recognition
 from pipeline.models.base import VAE, LatentGroup
 from pipeline.models.classifier import (
     Classifier,
@@ -21,7 +22,6 @@ from pipeline.models.classifier import (
     load_classifier,
     save_classifier,
 )
-from pipeline.recognition import recognition
 from pipeline.storage.checkpoint import META, write_folder
 from pipeline.train_classifier import main
 from tests.shard_sets import Samples, random_samples, write_set

@@ -11,7 +11,7 @@ from PIL import Image
 import pipeline
 from pipeline.data.shards import TarShards
 from pipeline.edit import main, parse_strengths
-from pipeline.images import to_uint8
+from pipeline.evaluation.images import to_uint8
 from pipeline.models.conditions import AttributeCondition
 from pipeline.tools import inference
 from pipeline.tools.editing import Subject, edit_by_condition, find_direction, find_sample, interpolate

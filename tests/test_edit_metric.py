@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.data.loader import build_eval_loader
 from pipeline.data.preprocess import Preprocess, to_model_input
 from pipeline.data.shards import TarShards
-from pipeline.edit_metric import Faces, border_around, edit_figures, held_out_faces, hidden_by
+from pipeline.evaluation.edit_metric import Faces, border_around, edit_figures, held_out_faces, hidden_by
 from pipeline.models.base import VAE, LatentGroup
 from pipeline.models.classifier import Classifier, ClassifierConfig
 from pipeline.models.conditions import AttributeCondition

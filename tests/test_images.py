@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline import images
-from pipeline.images import image_grid, reconstruction_grid, save_png, to_uint8
+from pipeline.evaluation import images
+from pipeline.evaluation.images import image_grid, reconstruction_grid, save_png, to_uint8
 
 ROOT = Path(images.__file__).parents[1]
 
@@ -106,7 +106,7 @@ def test_torchvision_loads_beside_this_torch_and_is_left_alone_where_it_fits():
     """Whether the bare import works tells which case this machine is."""
     bare = subprocess.run([sys.executable, "-c", "import torchvision"], cwd=ROOT, capture_output=True).returncode == 0
     guarded = run_python(
-        "from pipeline import torchvision_guard as guard, images\n"
+        "from pipeline.evaluation.likelihood_bounds import torchvision_guard as guard, images\n"
         "import torch\n"
         "from torchvision.transforms import v2\n"
         "assert v2.functional.resize(torch.zeros(3, 8, 8), [4, 4]).shape == (3, 4, 4)\n"
@@ -117,11 +117,11 @@ def test_torchvision_loads_beside_this_torch_and_is_left_alone_where_it_fits():
 
 def test_other_faults_of_torchvision_are_not_hidden(tmp_path):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('something else')")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import pipeline.torchvision_guard"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import pipeline.evaluation.torchvision_guard"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
     assert "RuntimeError: something else" in result.stderr
 
 
 def test_torchvision_is_imported_only_for_a_grid():
-    assert run_python("import sys, pipeline.images; print('torchvision' in sys.modules)") == "False"
+    assert run_python("import sys, pipeline.evaluation.images; print('torchvision' in sys.modules)") == "False"

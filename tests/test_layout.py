@@ -28,9 +28,9 @@ FLOOR = {name: floor for names, floor in FLOORS.items() for name in names.split(
 FOLDERS = {"inference", "run", "evaluation", "training", "data", "models", "tracking", "nn", "storage", "distributed"}
 
 NOT_YET_MOVED = set(
-    """building damage data_trace edit_metric 
-    flops images  recognition resume
-    run_data sampling session tools torchvision_guard trained 
+    """building damage data_trace 
+    flops  resume
+    run_data session tools trained 
     """.split()
 )
 
@@ -38,7 +38,7 @@ DOORS = {
     "wandb": {"pipeline/tracking/wandb_run.py"},
     "yaml": {"pipeline/config.py"},
     "accelerate": {"pipeline/distributed/runtime.py"},
-    "torchvision": {"pipeline/torchvision_guard.py"},
+    "torchvision": {"pipeline/evaluation/torchvision_guard.py"},
     "webdataset": {"shard_data/verify.py"},
     "pydantic": None,
 }

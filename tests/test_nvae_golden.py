@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.preprocess import to_model_input
+from pipeline.evaluation.sample_grids import readjust_batch_norm
 from pipeline.models.base import VAEOutput
 from pipeline.models.nvae import NVAE
 from pipeline.models.nvae_reference import (
@@ -21,7 +22,6 @@ from pipeline.models.nvae_reference import (
     import_state_dict,
     reference_parameter_order,
 )
-from pipeline.sampling import readjust_batch_norm
 from pipeline.tracking.meters import bits_per_dimension
 from pipeline.training.objective import Objective, ObjectiveConfig, balancing_weights, resolution_factors
 from pipeline.training.optim import OptimConfig, build_optimizer

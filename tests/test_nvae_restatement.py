@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pipeline.evaluation.sample_grids import readjust_batch_norm
 from pipeline.models.nvae import NVAE
 from pipeline.models.nvae_reference import (
     config_from_reference,
@@ -16,7 +17,6 @@ from pipeline.models.nvae_reference import (
     import_state_dict,
     reference_parameter_order,
 )
-from pipeline.sampling import readjust_batch_norm
 from pipeline.training.objective import Objective, ObjectiveConfig
 from pipeline.training.optim import OptimConfig, build_optimizer
 from pipeline.training.regularizers import RegularizerConfig, Regularizers

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import pipeline
 from pipeline.data.preprocess import to_model_input
-from pipeline.evaluation import Draws
+from pipeline.evaluation.likelihood_bounds import Draws
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.models.noise import draw_noise
 from pipeline.storage.checkpoint import Checkpoints

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from pipeline.data.shards import TarShards
-from pipeline.images import image_grid, to_uint8
+from pipeline.evaluation.images import image_grid, to_uint8
+from pipeline.evaluation.sample_grids import readjust_batch_norm
 from pipeline.models.conditions import UNKNOWN, AttributeCondition, ClassCondition
 from pipeline.models.noise import draw_noise
-from pipeline.sampling import readjust_batch_norm
 from pipeline.storage.atomic import replacing
 from pipeline.tools.asking import check_attributes
 from pipeline.trained import IMAGES_PER_PASS, Trained

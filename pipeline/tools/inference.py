@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from pipeline.evaluation import Draws
+from pipeline.evaluation.likelihood_bounds import Draws
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.models.noise import draw_noise
 from pipeline.trained import IMAGES_PER_PASS, Trained

@@ -13,12 +13,12 @@ from pipeline.config import build
 from pipeline.data.loader import Batch
 from pipeline.distributed.agreement import code_version
 from pipeline.distributed.runtime import Runtime
-from pipeline.edit_metric import edit_figures, held_out_faces, hidden_by
-from pipeline.evaluation import Evaluator
+from pipeline.evaluation.class_recognition import recognition
+from pipeline.evaluation.edit_metric import edit_figures, held_out_faces, hidden_by
+from pipeline.evaluation.likelihood_bounds import Evaluator
 from pipeline.models.classifier import load_classifier
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.recipe import Recipe
-from pipeline.recognition import recognition
 from pipeline.run_data import Data
 from pipeline.storage.atomic import replacing
 from pipeline.trained import Trained
@@ -89,7 +89,7 @@ def bound_figures(trained: Trained, data: Data, runtime: Runtime, seed: int) -> 
 
 
 def edit_measurement(trained: Trained, data: Data, runtime: Runtime, classifier: Path, seed: int) -> dict[str, float]:
-    """See pipeline.edit_metric.edit_figures."""
+    """See pipeline.evaluation.edit_metric.edit_figures."""
     judge = runtime.together(lambda: load_classifier(classifier))
     batches = with_progress(data.held_out_batches(), shown=runtime.is_main)
     return edit_figures(
@@ -106,7 +106,7 @@ def edit_measurement(trained: Trained, data: Data, runtime: Runtime, classifier:
 def recognition_measurement(
     trained: Trained, runtime: Runtime, classifier: Path, per_class: int, temperature: float, seed: int
 ) -> dict[str, float]:
-    """See pipeline.recognition."""
+    """See pipeline.evaluation.class_recognition."""
     judge = runtime.together(lambda: load_classifier(classifier))
     place = runtime.rank, runtime.world_size, patient_sum(runtime)
     return recognition(trained.model, judge, per_class, temperature, seed, *place)

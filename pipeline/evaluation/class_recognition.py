@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.edit_metric import border_around
+from pipeline.evaluation.edit_metric import border_around
 from pipeline.models.base import VAE, evaluating, without_border
 from pipeline.models.classifier import Classifier
 from pipeline.models.noise import draw_noise
