@@ -21,7 +21,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from pipeline.distributed.agreement import code_version  # noqa: E402
 from pipeline.distributed.runtime import Runtime, launched_rank, start_logging  # noqa: E402
 from pipeline.recipe import Recipe  # noqa: E402
-from pipeline.run_data import Data  # noqa: E402
+from pipeline.run.data import Data  # noqa: E402
 from pipeline.tools.report import (  # noqa: E402
     bound_figures,
     check_metrics,

@@ -26,7 +26,7 @@ from pipeline.distributed.preemption import StopRequest  # noqa: E402
 from pipeline.distributed.runtime import Runtime, launched_rank, start_logging  # noqa: E402
 from pipeline.models.attribute_vae import AttributeVAEConfig  # noqa: E402
 from pipeline.recipe import RECIPES, Recipe, load_recipe, recipe_path  # noqa: E402
-from pipeline.session import Session, choose_checkpoint, describe  # noqa: E402
+from pipeline.run.session import Session, choose_checkpoint, describe  # noqa: E402
 from pipeline.storage.checkpoint import Checkpoint, Checkpoints  # noqa: E402
 from pipeline.storage.run_lock import RunLock  # noqa: E402
 from pipeline.storage.status import StatusFile  # noqa: E402

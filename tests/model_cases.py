@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from pipeline.building import build_trainer
 from pipeline.config import build, overlay
 from pipeline.recipe import Recipe
-from pipeline.run_data import Data
+from pipeline.run.build import build_trainer
+from pipeline.run.data import Data
 from tests.conftest import tiny_settings
 from tests.shard_sets import random_samples, write_set
 

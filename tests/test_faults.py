@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.data.order import Order
 from pipeline.data.shards import DamagedShard, TarShards
-from pipeline.run_data import Data
+from pipeline.run.data import Data
 from tests.conftest import tiny_settings
 from tests.shard_sets import random_samples, write_set
 from tests.test_launch import ROOT, close, launch, metrics, plain, run

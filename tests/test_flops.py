@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.flops import peak_flops, step_flops
 from pipeline.models.base import VAE, LatentGroup, VAEOutput
+from pipeline.run.flops import peak_flops, step_flops
 
 
 class OneConvolution(VAE):

@@ -28,9 +28,9 @@ FLOOR = {name: floor for names, floor in FLOORS.items() for name in names.split(
 FOLDERS = {"inference", "run", "evaluation", "training", "data", "models", "tracking", "nn", "storage", "distributed"}
 
 NOT_YET_MOVED = set(
-    """building damage data_trace 
-    flops  resume
-    run_data session tools trained 
+    """
+     
+    tools trained 
     """.split()
 )
 

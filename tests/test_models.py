@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from pipeline.distributed.runtime import Runtime
 from pipeline.models.base import VAE, VAEOutput
 from pipeline.recipe import build_model
-from pipeline.session import Session
+from pipeline.run.session import Session
 from pipeline.tracking.tracker import Tracker
 from tests.model_cases import CASES, make_recipe, make_trainer, train_losses, write_data, zeros_and_noise
 

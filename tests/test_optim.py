@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 
-from pipeline.building import use_channels_last
+from pipeline.run.build import use_channels_last
 from pipeline.training.optim import LearningRate, OptimConfig, build_optimizer
 from tests.nvae_restatement import adamax_step
 

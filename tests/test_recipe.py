@@ -5,7 +5,7 @@ import torch
 
 from pipeline.config import ConfigError, load_yaml
 from pipeline.recipe import RECIPES, Recipe, build_model, load_recipe, recipe_path, settings_page, total_steps
-from pipeline.session import describe
+from pipeline.run.session import describe
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 PUBLISHED = {"nvae_mnist": 33_363_134, "nvae_cifar10": 130_852_480, "nvae_celeba64": 153_281_364}

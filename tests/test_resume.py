@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.recipe import Recipe
-from pipeline.session import Session, choose_checkpoint
+from pipeline.run.session import Session, choose_checkpoint
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.tracking.tracker import Tracker
 
@@ -121,7 +121,7 @@ def test_another_run_is_refused(train, tmp_path, words, named):
 def test_what_may_change_is_logged(train, tmp_path, monkeypatch):
     said = []
     train(tmp_path, stop=2)
-    monkeypatch.setattr("pipeline.session.log.info", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr("pipeline.run.session.log.info", lambda text, *values: said.append(text % values))
     train(tmp_path, "optim.lr=0.005", "train.steps=7", "data.workers=1")
     changes = [line.partition(": ")[2] for line in said if line.startswith("changed since the checkpoint")]
     assert changes == ["data.workers: 0 -> 1", "train.steps: 6 -> 7", "optim.lr: 0.01 -> 0.005"]

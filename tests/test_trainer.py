@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.building import build_trainer
 from pipeline.recipe import Recipe
-from pipeline.run_data import Data
+from pipeline.run.build import build_trainer
+from pipeline.run.data import Data
 from pipeline.training.trainer import Cadence, Trainer, TrainingDiverged
 
 

@@ -19,7 +19,7 @@ from pipeline.evaluation.likelihood_bounds import Evaluator
 from pipeline.models.classifier import load_classifier
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.recipe import Recipe
-from pipeline.run_data import Data
+from pipeline.run.data import Data
 from pipeline.storage.atomic import replacing
 from pipeline.trained import Trained
 

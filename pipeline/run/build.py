@@ -6,7 +6,7 @@ from pipeline.distributed.runtime import Runtime
 from pipeline.models.base import VAE
 from pipeline.nn.batch_norm import keep_collectives_uncompiled
 from pipeline.recipe import Recipe, build_model
-from pipeline.run_data import Data
+from pipeline.run.data import Data
 from pipeline.training.ema import EMA
 from pipeline.training.objective import Objective
 from pipeline.training.optim import LearningRate, build_optimizer

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from pipeline.building import build_trainer
 from pipeline.config import dump
 from pipeline.data.shards import DamagedShard
 from pipeline.data.unreadable import LeftOut
-from pipeline.data_trace import Trace
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.images import image_grid, reconstruction_grid, save_png
 from pipeline.evaluation.likelihood_bounds import Evaluator
 from pipeline.evaluation.sample_grids import Pictures, plan_grid
-from pipeline.flops import peak_flops, step_flops
 from pipeline.recipe import Recipe, build_model
-from pipeline.resume import changed_settings, check_fingerprint
-from pipeline.run_data import Data
+from pipeline.run.build import build_trainer
+from pipeline.run.data import Data
+from pipeline.run.data_trace import Trace
+from pipeline.run.flops import peak_flops, step_flops
+from pipeline.run.resume import changed_settings, check_fingerprint
 from pipeline.storage.atomic import replacing
 from pipeline.storage.checkpoint import Checkpoint, Checkpoints
 from pipeline.storage.checkpoint_writer import CheckpointWriter

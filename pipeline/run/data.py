@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.damage import DamageLog
 from pipeline.data.loader import Batch, build_eval_loader, build_train_loader, check_data
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Preprocess, to_model_input
@@ -15,6 +14,7 @@ from pipeline.data.shards import DamagedShard, TarShards
 from pipeline.data.unreadable import LeftOut
 from pipeline.distributed.runtime import Runtime
 from pipeline.recipe import Recipe, total_steps
+from pipeline.run.unreadable_log import DamageLog
 
 
 class Data:
