@@ -20,9 +20,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipeline.distributed.agreement import code_version  # noqa: E402
 from pipeline.distributed.runtime import Runtime, launched_rank, start_logging  # noqa: E402
-from pipeline.recipe import Recipe  # noqa: E402
-from pipeline.run.data import Data  # noqa: E402
-from pipeline.tools.report import (  # noqa: E402
+from pipeline.inference.report import (  # noqa: E402
     bound_figures,
     check_metrics,
     describe_measurement,
@@ -33,7 +31,9 @@ from pipeline.tools.report import (  # noqa: E402
     save_report,
     table,
 )
-from pipeline.trained import Trained, find_checkpoint, load  # noqa: E402
+from pipeline.inference.trained import Trained, find_checkpoint, load  # noqa: E402
+from pipeline.recipe import Recipe  # noqa: E402
+from pipeline.run.data import Data  # noqa: E402
 
 log = logging.getLogger("pipeline")
 METRICS = ("elbo", "edit", "recognition")

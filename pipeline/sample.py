@@ -16,10 +16,10 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipeline.evaluation.images import save_png  # noqa: E402
+from pipeline.inference.parse_condition import parse_classes, parse_settings  # noqa: E402
+from pipeline.inference.trained import Trained, load  # noqa: E402
 from pipeline.tools import drawing  # noqa: E402
-from pipeline.tools.asking import parse_classes, parse_settings  # noqa: E402
 from pipeline.tools.common import run_python, run_tool  # noqa: E402
-from pipeline.trained import Trained, load  # noqa: E402
 
 log = logging.getLogger("pipeline")
 COUNT, PER_CLASS = 64, 10

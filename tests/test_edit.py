@@ -12,12 +12,12 @@ import pipeline
 from pipeline.data.shards import TarShards
 from pipeline.edit import main, parse_strengths
 from pipeline.evaluation.images import to_uint8
+from pipeline.inference.editing import Subject, edit_by_condition, find_direction, find_sample, interpolate
+from pipeline.inference.infer_condition import alternatives, infer_attributes, infer_class, log_likelihoods
+from pipeline.inference.latents import spherical
+from pipeline.inference.read_image import crop_box, open_picture
 from pipeline.models.conditions import AttributeCondition
 from pipeline.tools import inference
-from pipeline.tools.editing import Subject, edit_by_condition, find_direction, find_sample, interpolate
-from pipeline.tools.inference import alternatives, infer_attributes, infer_class, log_likelihoods
-from pipeline.tools.latents import spherical
-from pipeline.tools.pictures import crop_box, open_picture
 from tests.conftest import tiny_settings
 from tests.shard_sets import random_samples, write_set
 from tests.trained_runs import make_run

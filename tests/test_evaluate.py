@@ -13,11 +13,11 @@ import torch
 from pipeline.data.preprocess import to_model_input
 from pipeline.data.shards import TarShards
 from pipeline.evaluate import build_parser, evaluate, main
+from pipeline.inference.report import report_path
+from pipeline.inference.trained import load
 from pipeline.models.classifier import Classifier, ClassifierConfig, save_classifier
 from pipeline.models.noise import draw_noise
-from pipeline.tools.report import report_path
 from pipeline.tracking.meters import ActiveUnits
-from pipeline.trained import load
 from tests.conftest import tiny_settings
 from tests.shard_sets import random_samples, write_set
 from tests.trained_runs import STEP, make_run

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.tools.latents import MeanDifference, added, linear, moved, spherical
+from pipeline.inference.latents import MeanDifference, added, linear, moved, spherical
 
 SHAPES = [(2, 4, 4), (3, 2, 2)]
 

@@ -30,7 +30,7 @@ FOLDERS = {"inference", "run", "evaluation", "training", "data", "models", "trac
 NOT_YET_MOVED = set(
     """
      
-    tools trained 
+     
     """.split()
 )
 

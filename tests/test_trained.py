@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 import pipeline
 from pipeline.data.preprocess import to_model_input
 from pipeline.evaluation.likelihood_bounds import Draws
+from pipeline.inference.parse_condition import parse_classes, parse_settings, to_condition
+from pipeline.inference.trained import IMAGES_PER_PASS
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.models.noise import draw_noise
 from pipeline.storage.checkpoint import Checkpoints
-from pipeline.tools.asking import parse_classes, parse_settings, to_condition
-from pipeline.trained import IMAGES_PER_PASS
 from tests.conftest import tiny_settings
 from tests.model_cases import CASES, make_recipe
 from tests.trained_runs import STEP, make_run

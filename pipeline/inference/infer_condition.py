@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation.likelihood_bounds import Draws
+from pipeline.inference.trained import IMAGES_PER_PASS, Trained
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.models.noise import draw_noise
-from pipeline.trained import IMAGES_PER_PASS, Trained
 
 DRAWS = 16
 SWEEPS = 4

@@ -8,11 +8,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.data.shards import TarShards
+from pipeline.inference.infer_condition import infer_attributes, infer_class
+from pipeline.inference.latents import Latents, MeanDifference, added, linear, moved, spherical
+from pipeline.inference.parse_condition import check_attributes, class_number, parse_settings
+from pipeline.inference.trained import IMAGES_PER_PASS, Trained
 from pipeline.models.conditions import ClassCondition, find_name
-from pipeline.tools.asking import check_attributes, class_number, parse_settings
-from pipeline.tools.inference import infer_attributes, infer_class
-from pipeline.tools.latents import Latents, MeanDifference, added, linear, moved, spherical
-from pipeline.trained import IMAGES_PER_PASS, Trained
 
 
 @dataclass(frozen=True)

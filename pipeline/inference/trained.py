@@ -21,13 +21,13 @@ from pipeline.config import ConfigError, build
 from pipeline.data.preprocess import to_model_input
 from pipeline.evaluation.images import to_uint8
 from pipeline.evaluation.likelihood_bounds import Draws
+from pipeline.inference.parse_condition import Asked, to_condition
 from pipeline.models.base import VAE, without_border
 from pipeline.models.conditions import ClassCondition
 from pipeline.models.noise import draw_noise
 from pipeline.recipe import Recipe, build_model
 from pipeline.run.build import use_channels_last
 from pipeline.storage.checkpoint import Checkpoint, Checkpoints
-from pipeline.tools.asking import Asked, to_condition
 from pipeline.training.state import load_model
 
 IMAGES_PER_PASS = 128

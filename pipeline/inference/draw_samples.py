@@ -18,11 +18,11 @@ from torch import Tensor
 from pipeline.data.shards import TarShards
 from pipeline.evaluation.images import image_grid, to_uint8
 from pipeline.evaluation.sample_grids import readjust_batch_norm
+from pipeline.inference.parse_condition import check_attributes
+from pipeline.inference.trained import IMAGES_PER_PASS, Trained
 from pipeline.models.conditions import UNKNOWN, AttributeCondition, ClassCondition
 from pipeline.models.noise import draw_noise
 from pipeline.storage.atomic import replacing
-from pipeline.tools.asking import check_attributes
-from pipeline.trained import IMAGES_PER_PASS, Trained
 
 MOST_SHOWN = 400
 """Samples in a picture; a .npz has them all."""
