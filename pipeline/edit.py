@@ -22,14 +22,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from pipeline.cli import run_tool  # noqa: E402
 from pipeline.data.shards import TarShards  # noqa: E402
 from pipeline.evaluation.images import image_grid, save_png, to_uint8  # noqa: E402
+from pipeline.inference import editing  # noqa: E402
 from pipeline.inference.editing import Subject  # noqa: E402
 from pipeline.inference.parse_condition import parse_settings  # noqa: E402
 from pipeline.inference.read_image import open_picture  # noqa: E402
 from pipeline.inference.trained import Trained, load  # noqa: E402
-from pipeline.tools import editing  # noqa: E402
-from pipeline.tools.common import run_tool  # noqa: E402
 
 log = logging.getLogger("pipeline")
 

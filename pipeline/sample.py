@@ -15,11 +15,11 @@ from pathlib import Path
 # A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pipeline.cli import run_python, run_tool  # noqa: E402
 from pipeline.evaluation.images import save_png  # noqa: E402
+from pipeline.inference import draw_samples  # noqa: E402
 from pipeline.inference.parse_condition import parse_classes, parse_settings  # noqa: E402
 from pipeline.inference.trained import Trained, load  # noqa: E402
-from pipeline.tools import drawing  # noqa: E402
-from pipeline.tools.common import run_python, run_tool  # noqa: E402
 
 log = logging.getLogger("pipeline")
 COUNT, PER_CLASS = 64, 10
@@ -69,11 +69,11 @@ def sample(parsed: argparse.Namespace) -> None:
     for temperature in parsed.temperature:
         model = trained
         if parsed.readjust:
-            model = drawing.readjusted(trained, plan, temperature, parsed.seed, parsed.readjust)
-        images = drawing.draw(model, plan, temperature, parsed.seed)
+            model = draw_samples.readjusted(trained, plan, temperature, parsed.seed, parsed.readjust)
+        images = draw_samples.draw(model, plan, temperature, parsed.seed)
         name = f"samples_step_{trained.step:08d}_temperature_{temperature:g}_seed_{parsed.seed}"
         stem = (parsed.out or parsed.run / "drawn") / name
-        save_png(Path(f"{stem}.png"), drawing.picture(plan, images))
+        save_png(Path(f"{stem}.png"), draw_samples.picture(plan, images))
         log.info("%d samples of %s at step %d: %s.png", plan.count, trained.recipe.model.name, trained.step, stem)
         settings = {
             "checkpoint": str(trained.path),
@@ -82,18 +82,18 @@ def sample(parsed: argparse.Namespace) -> None:
             "readjust": parsed.readjust,
         }
         if parsed.npz:
-            drawing.save_npz(Path(f"{stem}.npz"), trained, plan, images, settings)
+            draw_samples.save_npz(Path(f"{stem}.npz"), trained, plan, images, settings)
             log.info("arrays: %s.npz", stem)
         if parsed.as_shards:
             with tempfile.TemporaryDirectory() as folder:
                 arrays = Path(folder) / "samples.npz"
-                drawing.save_npz(arrays, trained, plan, images, settings)
+                draw_samples.save_npz(arrays, trained, plan, images, settings)
                 run_python(
                     "-m", "shard_data", "npz", "--source", str(arrays), "--out", parsed.as_shards, "--name", "samples"
                 )
 
 
-def make_plan(trained: Trained, parsed: argparse.Namespace) -> drawing.Plan:
+def make_plan(trained: Trained, parsed: argparse.Namespace) -> draw_samples.Plan:
     """What the command line asks for. Raises ValueError where the model cannot be asked that."""
     if parsed.count is not None and parsed.count < 1:
         raise ValueError(f"--count {parsed.count}: ask for at least one sample")
@@ -101,12 +101,12 @@ def make_plan(trained: Trained, parsed: argparse.Namespace) -> drawing.Plan:
         if parsed.count is not None or parsed.attributes or parsed.data:
             raise ValueError("the model is told classes: give --classes and --per-class alone")
         classes = parse_classes(parsed.classes, trained.classes) if parsed.classes and trained.classes else None
-        return drawing.plan_classes(trained, classes, PER_CLASS if parsed.per_class is None else parsed.per_class)
+        return draw_samples.plan_classes(trained, classes, PER_CLASS if parsed.per_class is None else parsed.per_class)
     count = parsed.count or COUNT
     if trained.recipe.condition is None and not (parsed.attributes or parsed.data):
-        return drawing.plan_count(trained, count)
-    given = drawing.conditions_of(trained, parsed.data, parsed.split, count) if parsed.data else None
-    return drawing.plan_attributes(trained, parse_settings(parsed.attributes or ""), count, given)
+        return draw_samples.plan_count(trained, count)
+    given = draw_samples.conditions_of(trained, parsed.data, parsed.split, count) if parsed.data else None
+    return draw_samples.plan_attributes(trained, parse_settings(parsed.attributes or ""), count, given)
 
 
 if __name__ == "__main__":

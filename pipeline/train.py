@@ -19,6 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch  # noqa: E402
 
+from pipeline.cli import run_python  # noqa: E402
 from pipeline.config import dump  # noqa: E402
 from pipeline.data.remote import is_address  # noqa: E402
 from pipeline.distributed.agreement import code_version  # noqa: E402
@@ -30,7 +31,6 @@ from pipeline.run.session import Session, choose_checkpoint, describe  # noqa: E
 from pipeline.storage.checkpoint import Checkpoint, Checkpoints  # noqa: E402
 from pipeline.storage.run_lock import RunLock  # noqa: E402
 from pipeline.storage.status import StatusFile  # noqa: E402
-from pipeline.tools.common import run_python  # noqa: E402
 from pipeline.tracking.tracker import Tracker  # noqa: E402
 from pipeline.training.trainer import TrainingDiverged  # noqa: E402
 

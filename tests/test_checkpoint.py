@@ -108,7 +108,7 @@ def test_bytes_do_not_depend_on_the_process(tmp_path):
     """)
     digests = []
     for seed, order in (("1", "sorted"), ("2", "reversed")):
-        env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
+        env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(checkpoint.__file__).parents[2])}
         subprocess.run([sys.executable, "-c", script, str(tmp_path / seed), order], check=True, env=env)
         folder = tmp_path / seed / "step_00000001"
         digests.append({name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in os.listdir(folder)})

@@ -346,7 +346,7 @@ def test_a_process_that_ends_without_finish_still_writes(tmp_path):
         writer.save(1, {"model": {"x": torch.ones(3)}}, {})
         raise SystemExit(3)
     """)
-    env = {**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
+    env = {**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parents[2])}
     ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=env, check=False)
     assert ended.returncode == 3
     assert os.listdir(tmp_path) == ["step_00000001"]

@@ -12,12 +12,12 @@ import pipeline
 from pipeline.data.shards import TarShards
 from pipeline.edit import main, parse_strengths
 from pipeline.evaluation.images import to_uint8
-from pipeline.inference.editing import Subject, edit_by_condition, find_direction, find_sample, interpolate
-from pipeline.inference.infer_condition import alternatives, infer_attributes, infer_class, log_likelihoods
-from pipeline.inference.latents import spherical
-from pipeline.inference.read_image import crop_box, open_picture
+from pipeline.inference import infer_condition
+from pipeline.infer_condition.editing import Subject, edit_by_condition, find_direction, find_sample, interpolate
+from pipeline.infer_condition.infer_condition import alternatives, infer_attributes, infer_class, log_likelihoods
+from pipeline.infer_condition.latents import spherical
+from pipeline.infer_condition.read_image import crop_box, open_picture
 from pipeline.models.conditions import AttributeCondition
-from pipeline.tools import inference
 from tests.conftest import tiny_settings
 from tests.shard_sets import random_samples, write_set
 from tests.trained_runs import make_run
@@ -292,7 +292,7 @@ def test_candidates_are_judged_with_one_noise(runs):
 
 
 def fake(monkeypatch, score):
-    monkeypatch.setattr(inference, "log_likelihoods", lambda trained, image, rows: score(rows).double())
+    monkeypatch.setattr(infer_condition, "log_likelihoods", lambda trained, image, rows: score(rows).double())
 
 
 @pytest.mark.parametrize("truth", [[1.0, 0, 1], [0.0, 1, 0], [0.0, 0, 0], [0.0, 1, 1]])

@@ -10,8 +10,8 @@ from PIL import Image
 
 import pipeline
 from pipeline.data.shards import TarShards
+from pipeline.inference import draw_samples
 from pipeline.sample import main
-from pipeline.tools import drawing
 from tests.conftest import tiny_settings
 from tests.shard_sets import random_samples, write_set
 from tests.trained_runs import make_run
@@ -65,8 +65,8 @@ def test_samples_are_those_of_the_python_interface(runs, tmp_path):
 
 def test_samples_do_not_depend_on_how_many_there_are(runs):
     trained = pipeline.load(runs["plain"])
-    many = drawing.draw(trained, drawing.plan_count(trained, 140), 1.0, 2)
-    near(many[:3], drawing.draw(trained, drawing.plan_count(trained, 3), 1.0, 2))
+    many = draw_samples.draw(trained, draw_samples.plan_count(trained, 140), 1.0, 2)
+    near(many[:3], draw_samples.draw(trained, draw_samples.plan_count(trained, 3), 1.0, 2))
     near(many[130:], to_pixels(trained.sample(10, seed=2, first=130)))
     assert len(np.unique(many.reshape(140, -1), axis=0)) == 140
 
@@ -145,13 +145,13 @@ def test_the_default_place_is_in_the_run(runs):
 def test_batch_norm_is_readjusted_on_a_copy(runs):
     trained = pipeline.load(runs["plain"])
     before = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
-    plan = drawing.plan_count(trained, 6)
-    changed = drawing.readjusted(trained, plan, 0.7, seed=0, iterations=3)
+    plan = draw_samples.plan_count(trained, 6)
+    changed = draw_samples.readjusted(trained, plan, 0.7, seed=0, iterations=3)
     assert all(torch.equal(before[name], tensor) for name, tensor in trained.model.state_dict().items())
     moved = {name for name, tensor in changed.model.state_dict().items() if not torch.equal(before[name], tensor)}
     assert moved
     assert all("running" in name or "num_batches" in name for name in moved)
-    assert not np.array_equal(drawing.draw(changed, plan, 0.7, 0), drawing.draw(trained, plan, 0.7, 0))
+    assert not np.array_equal(draw_samples.draw(changed, plan, 0.7, 0), draw_samples.draw(trained, plan, 0.7, 0))
 
 
 BAD = {

@@ -24,7 +24,7 @@ from pipeline.tracking import wandb_run
 from pipeline.tracking.tracker import Tracker, TrackingConfig
 from pipeline.tracking.wandb_run import choose_mode, describe, find_key, panel_name
 
-ROOT = Path(wandb_run.__file__).parents[1]
+ROOT = Path(wandb_run.__file__).parents[2]
 KEY = "local-0123456789abcdef0123456789abcdef01234567"[-40:]
 CONFIG = {"optim": {"lr": 0.01}, "model": {"name": "nvae"}}
 SCALARS = [

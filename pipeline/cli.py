@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.distributed.runtime import start_logging
 
 log = logging.getLogger("pipeline")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_tool(work: Callable[[], None]) -> int:
