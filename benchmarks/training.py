@@ -6,7 +6,7 @@ A step is forward, backward, regularizers and optimizer on images that are in me
   default      this trainer's defaults for the device
   bf16         the same with train.precision=bf16
   contiguous   the same with train.channels_last=false
-  plain        the specification written down layer by layer (tests/nvae_restatement.py), contiguous float32,
+  plain        the specification written down layer by layer (tests/models/nvae_restatement.py), contiguous float32,
   torch.optim.Adamax
 Each form lives in its own process; they take turns, so that a drifting machine troubles all alike. Run it alone.
 """
@@ -105,7 +105,7 @@ def reference_options(case: str) -> tuple[dict, int]:
 
 
 def random_images(case: str, batch_size: int) -> torch.Tensor:
-    from tests.nvae_restatement_layout import image_shape
+    from tests.models.nvae_restatement_layout import image_shape
 
     shape = image_shape(reference_options(case)[0])
     images = torch.randint(0, 256, (batch_size, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -158,8 +158,8 @@ def build_ours(case: str, **train) -> Callable[[int], None]:
 
 def build_plain(case: str) -> Callable[[int], None]:
     """(step) -> one whole step of the restated specification."""
-    from tests import nvae_restatement as spec
-    from tests.nvae_restatement_layout import latent_shapes, parameter_order, random_state
+    from tests.models import nvae_restatement as spec
+    from tests.models.nvae_restatement_layout import latent_shapes, parameter_order, random_state
 
     options, batch_size = reference_options(case)
     state = {k: v.float() if v.is_floating_point() else v for k, v in random_state(options, seed=0).items()}

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from pipeline.config import build, overlay
 from pipeline.distributed.runtime import Runtime
 from pipeline.recipe import Recipe
-from tests.shard_sets import random_samples, write_set
+from tests.helpers.shard_sets import random_samples, write_set
 
 os.environ.setdefault("WANDB_MODE", "offline")
 # First calls on a busy machine are slow, and no test measures time.

@@ -1,4 +1,4 @@
-"""The scripts of slurm/ on a real SLURM (tests/slurm_lab.py), with real training of a tiny model on CPUs.
+"""The scripts of slurm/ on a real SLURM (tests/helpers/slurm_lab.py), with real training of a tiny model on CPUs.
 
 Skipped where SLURM_LAB is unset. The long ones need SLURM_LONG=1 too, as `make test-slurm` sets it.
 """
@@ -14,7 +14,7 @@ import pytest
 
 from shard_data import ToyFaces, convert
 from shard_data.verify import verify
-from tests.slurm_lab import ON_CPUS, ROOT, Checkout, Job, Lab
+from tests.helpers.slurm_lab import ON_CPUS, ROOT, Checkout, Job, Lab
 
 SCRIPTS = ("nvae_celeba", "nvae_cifar10", "nvae_mnist", "baselines", "shard_data", "evaluate")
 long = pytest.mark.skipif(not os.environ.get("SLURM_LONG"), reason="SLURM_LONG is unset: make test-slurm runs it")

@@ -1,0 +1,161 @@
+"""One process: collectives are the identity, and threads follow the machine rather than the launcher. Two: they wait
+for each other, agree, and stop together."""
+
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.distributed.agreement import code_version, disagreement
+from pipeline.distributed.runtime import check_process_count, cores_per_process
+from tests.distributed.test_watchdog import run, write_script
+
+
+def test_with_one_process_collectives_are_the_identity(make_runtime):
+    runtime = make_runtime()
+    value = torch.tensor([1.0, 2.0])
+    assert torch.equal(runtime.mean(value), value)
+    assert torch.equal(runtime.gather(value), value)
+    assert runtime.agree(torch.tensor(True)) is True
+    assert runtime.agree(torch.tensor(False)) is False
+    assert runtime.any_of(True, False) == (True, False)
+    assert runtime.all_agree(True) is True
+    assert runtime.all_agree(False) is False
+    assert runtime.from_main("x") == "x"
+    runtime.check_agreement({"code": "a"})
+    runtime.barrier()
+    assert runtime.on_main(lambda: 7) == 7
+    with pytest.raises(ValueError, match="spoiled"):
+        runtime.on_main(lambda: int("spoiled"))
+
+
+def test_cores_are_shared_by_local_processes(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert cores_per_process() == cores
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(4 * cores))
+    assert cores_per_process() == 1
+
+
+def test_the_launchers_number_is_compared(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    check_process_count(1, None)
+    check_process_count(1, 1)
+    with pytest.raises(ValueError, match="train.expect_processes: 8 processes were expected and 1 started"):
+        check_process_count(1, 8)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2 but 1"):
+        check_process_count(1, None)
+
+
+def test_one_process_needs_no_thread(make_runtime):
+    """Without a launcher there is nobody to watch."""
+    runtime = make_runtime()
+    assert not runtime.watchdog._thread.is_alive()
+    with pytest.raises(KeyError), runtime.shared_fate():
+        raise KeyError("x")
+    runtime.close()
+
+
+# ------------------------------------------------------------------------------------------------------ two processes
+
+TOGETHER = """
+import json
+from pipeline.distributed.runtime import is_alike
+rank, told = runtime.rank, {}
+def caught(work):
+    try:
+        return work()
+    except ValueError as error:
+        return [is_alike(error), str(error)]
+def slowly(seconds):
+    time.sleep(seconds)
+    return rank
+def bad(value):
+    raise ValueError(value)
+told["on_main"] = runtime.on_main(lambda: slowly(9))
+told["together"] = runtime.together(lambda: slowly(4 * rank))
+time.sleep(4 * rank)
+runtime.barrier()
+told["bad on main"] = caught(lambda: runtime.on_main(lambda: bad(rank)))
+told["bad on one"] = caught(lambda: runtime.together(lambda: bad(rank) if rank == 1 else rank))
+told["any_of"] = runtime.any_of(rank == 0, False, rank == 1, True)
+told["all_agree"] = [runtime.all_agree(True), runtime.all_agree(rank == 0)]
+runtime.check_agreement({"code": "a", "data": "b"})
+told["disagreement"] = caught(lambda: runtime.check_agreement({"code": "a", "data": f"set {rank}"}))
+told["keys left"] = [key for key in ("count", "open") if runtime._store.check([f"meeting/1/{key}"])]
+(folder / f"{rank}.json").write_text(json.dumps(told))
+if rank == 1:
+    time.sleep(1)  # the first one waits for us before it leaves
+runtime.close()
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> list[dict]:
+    """What two processes found, by rank, where collectives time out after 3 seconds."""
+    folder = tmp_path_factory.mktemp("together")
+    result = run(2, write_script(folder, TOGETHER))
+    assert result.returncode == 0, result.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_long_work_of_one_rank_is_waited_for(told):
+    """Three times the timeout on the first rank, and longer than it on the second."""
+    assert [rank["on_main"] for rank in told] == [0, None]
+    assert [rank["together"] for rank in told] == [0, 1]
+    assert [rank["keys left"] for rank in told] == [[], []]
+
+
+def test_an_error_of_one_rank_reaches_all(told):
+    assert [rank["bad on main"] for rank in told] == [[True, "0"]] * 2
+    assert [rank["bad on one"] for rank in told] == [[True, "1"]] * 2
+
+
+def test_flags_travel_together(told):
+    assert [rank["any_of"] for rank in told] == [[True, False, True, True]] * 2
+    assert [rank["all_agree"] for rank in told] == [[True, False]] * 2
+
+
+def test_disagreement_is_named_on_every_rank(told):
+    for alike, message in (rank["disagreement"] for rank in told):
+        assert alike
+        assert "data: set 0 on rank 0; set 1 on rank 1" in message
+        assert "code" not in message.splitlines()[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------- agreement
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("abc"), st.sampled_from("xyz")), min_size=1, max_size=5))
+def test_any_difference_is_told(facts):
+    problem = disagreement(facts)
+    assert (problem is None) == all(rank == facts[0] for rank in facts)
+    if problem is not None:
+        named = {line.split(":")[0].strip() for line in problem.splitlines()[1:]}
+        assert named == {name for name in "abc" if len({rank.get(name) for rank in facts}) > 1}
+
+
+def test_a_disagreement_of_many_is_short():
+    facts = [{"code": "new" if rank in (3, 7, 8) else "old", "torch": "2"} for rank in range(16)]
+    assert disagreement(facts).splitlines()[1:] == ["  code: old on rank 0-2, 4-6, 9-15; new on rank 3, 7-8"]
+
+
+def test_the_codes_version_follows_every_source(tmp_path, monkeypatch):
+    (tmp_path / "nn").mkdir()
+    for name in ("a.py", "nn/b.py"):
+        (tmp_path / name).write_text("x = 1\n")
+    monkeypatch.setattr("pipeline.distributed.agreement.PACKAGE", tmp_path)
+    versions = [code_version(), code_version()]
+    (tmp_path / "nn/b.py").write_text("x = 2\n")
+    versions.append(code_version())
+    (tmp_path / "nn/b.py").rename(tmp_path / "nn/c.py")
+    versions.append(code_version())
+    (tmp_path / "notes.txt").write_text("")
+    versions.append(code_version())
+    assert versions[0] == versions[1]
+    assert len(set(versions[1:4])) == 3
+    assert versions[3] == versions[4]

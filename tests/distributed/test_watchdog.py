@@ -1,0 +1,343 @@
+"""Processes that hang, stop, fail or lose their launcher: real ones, two of them, with a timeout of 3 seconds."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.distributed.heartbeat import LONGEST_TICK, Beat, Roll
+from pipeline.distributed.launcher import MARKS
+from pipeline.distributed.watchdog import HUNG, ORPHANED, PEER_FAILED
+from tests.scripts.test_train import ROOT
+
+PATIENCE = 60  # seconds until a test that should have ended fails
+
+BEGIN = """
+import logging, os, sys, time, signal
+from pathlib import Path
+import torch
+from pipeline.distributed.runtime import Runtime, start_logging
+folder = Path(sys.argv[1])
+start_logging(None, os.environ.get("RANK", "0") == "0")
+runtime = Runtime(collective_timeout=3.0)
+runtime.watchdog.stacks = folder / "stacks"
+def train(at_step=lambda step: None):
+    for step in range(10**9):
+        runtime.sum(torch.ones(2))
+        time.sleep(0.01)
+        if step == 10:
+            (folder / f"{runtime.rank}.pid").write_text(str(os.getpid()))
+            at_step(step)
+"""
+
+
+def write_script(folder: Path, body: str) -> Path:
+    """A script that trains for ever, and then `body`."""
+    path = folder / "script.py"
+    path.write_text(BEGIN + body)
+    return path
+
+
+def command(processes: int, script: Path) -> list[str]:
+    config = ROOT / "accelerate_configs" / ("cpu.yaml" if processes == 1 else "cpu_2proc.yaml")
+    ports = ["--main_process_port", "0"] if processes > 1 else []
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    return [*launcher, *ports, str(script), str(script.parent)]
+
+
+def environment() -> dict[str, str]:
+    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {name: value for name, value in os.environ.items() if name not in MARKS | {"RANK", "WORLD_SIZE"}} | ours
+
+
+@contextmanager
+def started(words: list[str], **options):
+    """A process in a session of its own, whatever comes of the test."""
+    options = {"stderr": subprocess.PIPE, "text": True, "env": environment(), "start_new_session": True} | options
+    with subprocess.Popen(words, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def run(processes: int, script: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(processes, script), env=environment(), capture_output=True, text=True, timeout=PATIENCE
+    )
+
+
+def until(done) -> None:
+    """Waits for what must come; a test that waits in vain fails."""
+    end = time.monotonic() + PATIENCE
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def pid_of(folder: Path, rank: int) -> int:
+    """Of a rank, once it trains."""
+    file = folder / f"{rank}.pid"
+    until(lambda: file.exists() and file.read_text())
+    return int(file.read_text())
+
+
+def lives(pid: int) -> bool:
+    """A dead process that nobody has asked about yet does not count."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def exit_codes(stderr: str) -> dict[int, int]:
+    """By rank, as torchrun's last report says."""
+    return {int(r): int(c) for r, c in re.findall(r"rank +: (\d+) .*\n +exitcode +: (-?\d+)", stderr)}
+
+
+# ------------------------------------------------------------------------------------------------------------ hanging
+
+HANGS = """
+def hang(step):
+    if runtime.rank == 1:
+        time.sleep(1000)
+train(hang)
+"""
+
+
+def test_a_rank_that_sleeps_is_named_and_all_show_their_stacks(tmp_path):
+    result = run(2, write_script(tmp_path, HANGS))
+    assert "collective timeout: after 3 s (train.collective_timeout)" in result.stderr
+    assert re.search(r"rank 1 on \S+ has not joined; it is at: \S*script\.py:\d+ in hang", result.stderr)
+    assert result.stderr.count("has not joined") == 1
+    assert exit_codes(result.stderr) == {0: HUNG, 1: HUNG}
+    stacks = [(tmp_path / f"stacks/rank_0000{rank}.txt").read_text() for rank in (0, 1)]
+    assert "runtime.py" in stacks[0]
+    assert " in sum\n" in stacks[0]
+    assert " in hang\n" in stacks[1]
+    for rank in (0, 1):
+        assert f"rank {rank} on" in result.stderr
+        assert stacks[rank].split("\n", 1)[1].strip() in result.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_named(tmp_path, rank):
+    """Also where it is the main process, which cannot print. Continued, it ends as the other has."""
+    with started(command(2, write_script(tmp_path, "train()"))) as launcher:
+        pids = [pid_of(tmp_path, r) for r in (0, 1)]
+        os.kill(pids[rank], signal.SIGSTOP)
+        said = ""
+        while "no heartbeat" not in said:
+            line = launcher.stderr.readline()
+            assert line, said
+            said += line
+        os.kill(pids[rank], signal.SIGCONT)
+        said += launcher.communicate(timeout=PATIENCE)[1]
+    assert re.search(rf"rank {rank} on \S+: no heartbeat for \d+ s; it was last at: ", said)
+    assert exit_codes(said) == {0: HUNG, 1: HUNG}
+
+
+# ------------------------------------------------------------------------------------------------------------ failing
+
+FAILS = """
+def fail(step):
+    if runtime.rank == 1:
+        raise RuntimeError("the moon is full")
+try:
+    with runtime.shared_fate():
+        train(fail)
+finally:
+    runtime.close()
+"""
+
+
+def test_one_ranks_error_ends_both_with_its_message(tmp_path):
+    """The launcher names the rank that failed, not the one that had to follow."""
+    result = run(2, write_script(tmp_path, FAILS))
+    message = re.findall(r"^rank 1 on \S+ failed: RuntimeError: the moon is full$", result.stderr, re.MULTILINE)
+    assert len(message) == 1
+    assert "[rank1]: RuntimeError: the moon is full" in result.stderr
+    assert "collective timeout" not in result.stderr
+    assert re.search(r"Root Cause.*\n\[0\]:\n.*\n.*\n +rank +: 1 .*\n +exitcode +: 1 ", result.stderr)
+
+
+VANISHES = """
+from pipeline.distributed.preemption import StopRequest
+def vanish(step):
+    if runtime.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+try:
+    with StopRequest(), runtime.shared_fate():  # the launcher ends the survivor by SIGTERM, which is noted only
+        train(vanish)
+finally:
+    runtime.close()
+"""
+
+
+def test_the_survivor_of_a_killed_rank_says_who_is_gone(tmp_path):
+    result = run(2, write_script(tmp_path, VANISHES))
+    assert re.search(
+        r"^rank 0 on \S+ failed: RuntimeError: .*; rank 1 gives no heartbeat$", result.stderr, re.MULTILINE
+    )
+    assert exit_codes(result.stderr) == {0: 1, 1: -signal.SIGKILL}
+
+
+SAME = """
+try:
+    with runtime.shared_fate():
+        train(lambda step: int("spoiled"))
+except ValueError as error:
+    (folder / f"{runtime.rank}.told").write_text(str(error))
+finally:
+    runtime.close()
+"""
+
+
+def test_an_error_of_all_ranks_stays_each_ones_own(tmp_path):
+    result = run(2, write_script(tmp_path, SAME))
+    assert result.returncode == 0, result.stderr
+    assert "failed" not in result.stderr
+    assert [(tmp_path / f"{rank}.told").read_text() for rank in (0, 1)] == [
+        "invalid literal for int() with base 10: 'spoiled'"
+    ] * 2
+
+
+# ----------------------------------------------------------------------------------------------------- launcher's death
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ranks_end_when_their_launcher_is_killed(tmp_path, processes):
+    """Within 5 seconds; 10 are granted on a busy machine."""
+    script = write_script(tmp_path, "train()")
+    with (tmp_path / "stderr").open("w") as stderr, started(command(processes, script), stderr=stderr) as launcher:
+        pids = [pid_of(tmp_path, rank) for rank in range(processes)]
+        assert all(map(lives, pids))
+        launcher.kill()
+        end = time.monotonic() + 10
+        until(lambda: not any(map(lives, pids)))
+        assert time.monotonic() < end
+    said = (tmp_path / "stderr").read_text()
+    assert "the launcher" in said
+    assert "has died; this process ends" in said
+
+
+LOOK = """
+import sys, time
+from pathlib import Path
+while not Path(sys.argv[1], "look").exists():
+    time.sleep(0.02)
+from pipeline.distributed.launcher import Launcher
+launcher = Launcher()
+(Path(sys.argv[1]) / "seen.part").write_text(f"{launcher.exists} {launcher.is_gone()}")
+(Path(sys.argv[1]) / "seen.part").rename(Path(sys.argv[1]) / "seen")
+"""
+
+START = "import subprocess, sys; subprocess.Popen([sys.executable, *sys.argv[1:]])"
+"""What a launcher does, but that it ends at once."""
+
+
+def look(folder: Path, parent: list[str], marked: bool) -> str:
+    """What a process sees whose parent ended before it looked."""
+    script = folder / "look.py"
+    script.write_text(LOOK)
+    marks = {"TORCHELASTIC_RUN_ID": "none"} if marked else {}
+    with started([*parent, str(script), str(folder)], env=environment() | marks) as process:
+        process.wait(PATIENCE)
+        (folder / "look").write_text("")
+        until((folder / "seen").exists)
+    return (folder / "seen").read_text()
+
+
+def test_a_launcher_that_died_before_we_looked_is_missed(tmp_path):
+    assert look(tmp_path, [sys.executable, "-c", START], marked=True) == "True True"
+
+
+def test_without_a_launcher_the_parents_end_means_nothing(tmp_path):
+    """As `nohup python pipeline/train.py &` in a shell that is closed."""
+    assert look(tmp_path, [sys.executable, "-c", START], marked=False) == "False False"
+    (tmp_path / "seen").unlink()
+    assert look(tmp_path, ["sh", "-c", f'"{sys.executable}" "$0" "$1" &'], marked=False) == "False False"
+
+
+def test_a_shell_in_a_launchers_environment_is_no_launcher(tmp_path):
+    """Its variables may have been exported; the shell is the parent, and lives in our session."""
+    (tmp_path / "look").write_text("")
+    (tmp_path / "look.py").write_text(LOOK)
+    words = ["sh", "-c", f'"{sys.executable}" "$0" "$1"; true', str(tmp_path / "look.py"), str(tmp_path)]
+    subprocess.run(words, env=environment() | {"TORCHELASTIC_RUN_ID": "none"}, check=True, timeout=PATIENCE)
+    assert (tmp_path / "seen").read_text() == "False False"
+
+
+# ----------------------------------------------------------------------------------------------------------- the roll
+
+
+def beats(joined: list[int], count: int, silent: frozenset[int] = frozenset()) -> list[Beat]:
+    return [Beat(0 if rank in silent else count, n, "host", "a.py:1 in f") for rank, n in enumerate(joined)]
+
+
+def test_who_is_behind_is_missing_after_the_timeout():
+    roll = Roll(beats([5, 5, 5], 0), timeout=10)
+    for tick in range(1, 12):
+        roll.note(beats([6, 5, 6], tick), elapsed=1)
+        assert roll.missing() == []
+    roll.note(beats([6, 5, 6], 12), elapsed=1)
+    assert roll.missing() == [1]
+    assert roll.describe(1) == "rank 1 on host has not joined; it is at: a.py:1 in f"
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=4), st.integers(1, 60))
+def test_waiting_without_a_collective_is_not_being_behind(extra, ticks):
+    """All have entered as many; for how long does not matter. Nor does being ahead in turns."""
+    roll = Roll(beats([0] * len(extra), 0), timeout=3)
+    for tick in range(1, ticks):
+        ahead = [tick * 4 + n for n in extra] if tick % 2 else [tick * 4] * len(extra)
+        roll.note(beats(ahead, tick), elapsed=1)
+        assert roll.missing() == []
+    for tick in range(ticks, ticks + 10):
+        roll.note(beats([ticks * 4 + 3] * len(extra), tick), elapsed=1)
+    assert roll.missing() == []
+
+
+def test_a_silent_rank_is_missing_even_where_nobody_waits():
+    roll = Roll(beats([5, 5], 0), timeout=10)
+    for tick in range(1, 12):
+        roll.note(beats([5, 5], tick, silent=frozenset({0})), elapsed=1)
+    assert roll.missing() == [0]
+    assert roll.present() == [1]
+    assert roll.describe(0) == "rank 0 on host: no heartbeat for 11 s; it was last at: a.py:1 in f"
+
+
+def test_a_rank_that_left_is_missed_only_by_those_who_wait_for_it():
+    def left(joined: int, tick: int) -> list[Beat]:
+        return [Beat(tick, joined, "host", "a.py:1 in f"), Beat(3, 5, "host", "its end", here=False)]
+
+    roll = Roll(left(5, 0), timeout=10)
+    for tick in range(1, 100):
+        roll.note(left(5, tick), elapsed=1)
+        assert roll.missing() == []
+    for tick in range(100, 112):
+        roll.note(left(6, tick), elapsed=1)
+    assert roll.missing() == [1]
+    assert roll.describe(1) == "rank 1 on host has left the run"
+
+
+def test_a_suspended_observer_blames_nobody():
+    """All of a job stopped for a day, and continued: the others' beats come a moment later."""
+    roll = Roll(beats([6, 5], 0), timeout=2 * LONGEST_TICK)
+    roll.note(beats([6, 5], 1), elapsed=1)
+    roll.note(beats([6, 5], 1), elapsed=86400)
+    assert roll.missing() == []
+
+
+def test_exit_codes_are_neither_signals_nor_taken():
+    codes = {HUNG, PEER_FAILED, ORPHANED}
+    assert len(codes) == 3
+    assert all(2 < code < 124 for code in codes)

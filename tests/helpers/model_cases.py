@@ -1,0 +1,92 @@
+"""Every model with each of its options, small enough to train for a few steps: what test_models.py runs through."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pipeline.config import build, overlay
+from pipeline.recipe import Recipe
+from pipeline.run.build import build_trainer
+from pipeline.run.data import Data
+from tests.conftest import tiny_settings
+from tests.helpers.shard_sets import random_samples, write_set
+
+ATTRIBUTES = ("Attribute_0", "Attribute_2", "Attribute_3")
+BY_CLASS = {"name": "class", "num_classes": 10}
+BY_ATTRIBUTES = {"name": "attributes", "chosen": ATTRIBUTES, "exclusive": (ATTRIBUTES[1:],)}
+BASELINE = ("objective.schedule=constant", "objective.kl_balancing=none", "regularizers.strength=0", "optim.name=adam",
+            "optim.eps=1e-8", "optim.weight_decay=0", "optim.lr=2e-3", "optim.schedule=constant")  # fmt: skip
+
+FAST = ("optim.lr=3e-2",)
+NVAE = tiny_settings(Path())["model"]
+MLP = {"name": "mlp_vae", "hidden": 64, "latent_size": 8, "likelihood": {"name": "bernoulli"}}
+CONV = {"name": "conv_vae", "width": 8, "latent_size": 8, "likelihood": {"name": "normal", "sigma": 0.2}}
+RESNET = {"name": "resnet_vae", "stem_width": 8, "stage_widths": [8, 16], "num_blocks": 1, "latent_size": 8}
+FACES = {"name": "attribute_vae", "width": 8, "latent_size": 24, "features": 32, "embedding": 8,
+         "likelihood": {"name": "normal", "sigma": 0.2}}  # fmt: skip
+CASES = {
+    "nvae": (NVAE, None, FAST),
+    "nvae by class": (NVAE, BY_CLASS, FAST),
+    "nvae by attributes": (NVAE | {"num_flows": 0}, BY_ATTRIBUTES, FAST),
+    "nvae of one group by class": (NVAE | {"groups_per_scale": [1], "num_flows": 0}, BY_CLASS, FAST),
+    "mlp_vae": (MLP, None, BASELINE),
+    "mlp_vae by class": (MLP, BY_CLASS, BASELINE),
+    "mlp_vae with planar flows": (MLP | {"flows": {"name": "planar", "length": 3}}, None, BASELINE),
+    "mlp_vae with autoregressive flows": (MLP | {"flows": {"name": "iaf", "length": 2, "hidden": 16}}, None, BASELINE),
+    "mlp_vae of discretized logistics": (MLP | {"likelihood": {"name": "discretized_logistic"}}, None, BASELINE),
+    "mlp_vae of mixtures": (MLP | {"likelihood": {"name": "logistic_mixture", "num_components": 2}}, None, BASELINE),
+    "conv_vae": (CONV, None, BASELINE),
+    "conv_vae by attributes": (CONV | {"batch_norm": True, "activation": "leaky_relu"}, BY_ATTRIBUTES, BASELINE),
+    "conv_vae of learned variance": (
+        CONV | {"likelihood": {"name": "normal"}},
+        BY_CLASS,
+        (*BASELINE, "optim.lr=5e-3"),
+    ),
+    "resnet_vae": (RESNET, None, BASELINE),
+    "resnet_vae by class": (RESNET, BY_CLASS, BASELINE),
+    "attribute_vae": (FACES | {"adversary_weight": 1.0, "pull_weight": 0.01}, BY_ATTRIBUTES, BASELINE),
+    "attribute_vae, joined and split": (
+        FACES | {"conditioning": "join", "local_channels": 1, "independence_weight": 1.0},
+        BY_ATTRIBUTES,
+        BASELINE,
+    ),
+}
+"""name: (model section, condition section, words)."""
+
+
+def write_data(root: Path) -> Path:
+    """RGB tiles of 4x4 pixels in images of 16x16 with labels and four attributes: 41 to train on and 13 to test on."""
+    splits = {}
+    for split, count in (("train", 41), ("test", 13)):
+        made = random_samples(count, 4, 4, 3, attributes=4, seed=count)
+        splits[split] = replace(made, images=made.images.repeat(4, axis=1).repeat(4, axis=2))
+    return write_set(root / "labelled", splits, [10, 7])
+
+
+def make_recipe(case: str, root: Path, *words: str) -> Recipe:
+    """The recipe of a case on the set that `write_data` made."""
+    model, condition, own_words = CASES[case]
+    settings = tiny_settings(root) | {"model": dict(model), "condition": condition}
+    return build(Recipe, overlay(settings, [*own_words, *words]))
+
+
+def make_trainer(recipe: Recipe, runtime):
+    return build_trainer(recipe, runtime, Data(recipe, runtime))
+
+
+def train_losses(recipe: Recipe, runtime, steps: int) -> list[float]:
+    """The loss of each step, averaged over all ranks."""
+    trainer = make_trainer(recipe, runtime)
+    stream = iter(trainer.batches(0))
+    losses = []
+    for step in range(steps):
+        assert trainer.train_step(step, [next(stream)])
+        losses.append(trainer.interval_scalars()["train/loss"])
+        trainer.step += 1
+    return losses
+
+
+def zeros_and_noise(model, count: int, dtype=torch.float32, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(count, *group.shape, generator=generator).to(dtype) for group in model.noise_groups]

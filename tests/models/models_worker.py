@@ -1,0 +1,17 @@
+"""Trains every case of model_cases.py in float64 under a launcher and writes the losses: run by test_models.py."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).parents[2])
+
+from pipeline.distributed.runtime import Runtime  # noqa: E402
+from tests.helpers.model_cases import CASES, make_recipe, train_losses  # noqa: E402
+
+data, out = Path(sys.argv[1]), Path(sys.argv[2])
+runtime = Runtime("fp64", cpu_threads=1)
+losses = {case: train_losses(make_recipe(case, data, "train.precision=fp64"), runtime, steps=3) for case in CASES}
+if runtime.is_main:
+    out.write_text(json.dumps({"world_size": runtime.world_size, "losses": losses}))
+runtime.close()

@@ -1,0 +1,184 @@
+"""Interrupted and resumed equals straight, bit for bit; what may not be resumed is refused with the reason."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.recipe import Recipe
+from pipeline.run.session import Session, choose_checkpoint
+from pipeline.storage.checkpoint import Checkpoints
+from pipeline.tracking.tracker import Tracker
+
+
+@pytest.fixture
+def train(make_recipe, make_runtime):
+    """(folder, words, stop, resume) -> the session after training in `folder`; `stop` interrupts it after that step."""
+
+    def run(folder: Path, *words: str, stop: int | None = None, resume: str = "auto") -> Session:
+        recipe: Recipe = make_recipe(*words)
+        session = Session(recipe, make_runtime(recipe.train.precision), folder)
+        checkpoint = choose_checkpoint(session.checkpoints, resume)
+        if checkpoint is not None:
+            session.resume(checkpoint)
+        if stop is not None:
+            session.trainer.on_batches = stop_after(stop)
+        tracker = Tracker(recipe.tracking, folder, session.settings, is_main=True, start_step=session.trainer.step)
+        try:
+            session.run(tracker)
+        except Interrupted:
+            pass
+        finally:
+            tracker.finish()
+        return session
+
+    return run
+
+
+class Interrupted(Exception):
+    pass
+
+
+def stop_after(step):
+    def check(current, _batches):
+        if current == step:
+            raise Interrupted
+
+    return check
+
+
+def final_bytes(folder: Path) -> dict[str, bytes]:
+    """The tensors' files of the last checkpoint."""
+    last = sorted((folder / "checkpoints").iterdir())[-1]
+    return {path.name: path.read_bytes() for path in last.glob("*.safetensors")}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_resumed_equals_straight_bit_for_bit(train, tmp_path, stop):
+    """Six steps over 41 images cross an epoch's end; checkpoints are at 2, 4 and 6, so most stops lose a step that is
+    taken again.
+    """
+    words = ("data.trace=true", "tracking.log_every=1")
+    train(tmp_path / "straight", *words)
+    train(tmp_path / "parts", *words, stop=stop)
+    resumed = train(tmp_path / "parts", *words)
+    assert resumed.trainer.step == 6
+    expected, found = final_bytes(tmp_path / "straight"), final_bytes(tmp_path / "parts")
+    assert set(expected) == {f"{stem}.safetensors" for stem in ("model", "ema", "optimizer", "regularizers")}
+    assert {name for name in expected if expected[name] != found[name]} == set()
+    assert lines(tmp_path / "straight/data_trace.jsonl") == lines(tmp_path / "parts/data_trace.jsonl")
+    assert [line["step"] for line in lines(tmp_path / "parts/data_trace.jsonl")] == list(range(6))
+
+
+def test_the_trace_tells_each_sample_once_per_epoch(train, tmp_path):
+    train(tmp_path, "data.trace=true", "train.steps=11")
+    seen = [
+        (epoch, key)
+        for line in lines(tmp_path / "data_trace.jsonl")
+        for epoch, key in zip(line["epochs"], line["keys"], strict=True)
+    ]
+    assert len(seen) == 88
+    for epoch in (0, 1):
+        assert sorted(key for e, key in seen if e == epoch) == [f"train-s{i:05d}" for i in range(41)]
+
+
+def test_metrics_after_a_resume_have_no_gap_and_no_repeat(train, tmp_path):
+    train(tmp_path, "tracking.log_every=1", stop=3)
+    train(tmp_path, "tracking.log_every=1")
+    steps = [line["step"] for line in lines(tmp_path / "metrics.jsonl") if "train/loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_workers_do_not_change_the_run(train, tmp_path):
+    train(tmp_path / "none", "train.steps=4")
+    train(tmp_path / "two", "train.steps=4", "data.workers=2")
+    assert final_bytes(tmp_path / "none") == final_bytes(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["model.latent_channels=3"], "model.latent_channels: 2 -> 3"),
+        (["train.batch_size=4"], "train.batch_size: 8 -> 4"),
+        (["train.seed=2"], "train.seed: 1 -> 2"),
+        (["optim.name=adamw"], "optim.name: adamax -> adamw"),
+        (["data.flip=false"], "data.flip: True -> False"),
+        (["train.ema_decay=0.0"], "train.ema_decay: 0.9 -> 0.0"),
+    ],
+)
+def test_another_run_is_refused(train, tmp_path, words, named):
+    train(tmp_path, stop=2)
+    with pytest.raises(ValueError, match="other settings") as error:
+        train(tmp_path, *words)
+    assert named in str(error.value)
+
+
+def test_what_may_change_is_logged(train, tmp_path, monkeypatch):
+    said = []
+    train(tmp_path, stop=2)
+    monkeypatch.setattr("pipeline.run.session.log.info", lambda text, *values: said.append(text % values))
+    train(tmp_path, "optim.lr=0.005", "train.steps=7", "data.workers=1")
+    changes = [line.partition(": ")[2] for line in said if line.startswith("changed since the checkpoint")]
+    assert changes == ["data.workers: 0 -> 1", "train.steps: 6 -> 7", "optim.lr: 0.01 -> 0.005"]
+
+
+def test_other_data_are_refused(train, tmp_path, make_recipe):
+    from tests.helpers.shard_sets import random_samples, write_set
+
+    other = write_set(
+        tmp_path / "other", {"train": random_samples(41, 16, 16, seed=8), "test": random_samples(9, 16, 16)}, [50]
+    )
+    train(tmp_path / "run", stop=2)
+    with pytest.raises(ValueError, match="fingerprint"):
+        train(tmp_path / "run", f"data.root={other}")
+
+
+def test_a_damaged_checkpoint_is_passed_over(train, tmp_path):
+    train(tmp_path)
+    newest = tmp_path / "checkpoints/step_00000006/model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    found = choose_checkpoint(Checkpoints(tmp_path / "checkpoints"), "auto")
+    assert found.step == 4
+    assert "step_00000006" in found.passed_over[0]
+    assert train(tmp_path).trainer.step == 6
+
+
+def test_never_refuses_a_run_that_has_checkpoints(train, tmp_path):
+    train(tmp_path, resume="never")
+    with pytest.raises(ValueError, match="holds checkpoints up to step 6"):
+        train(tmp_path, resume="never")
+
+
+def test_a_path_starts_a_run_from_another_and_repeating_the_command_continues_it(train, tmp_path):
+    train(tmp_path / "first")
+    start = str(tmp_path / "first/checkpoints/step_00000004")
+    branch = train(tmp_path / "branch", "train.steps=8", stop=7, resume=start)
+    assert branch.trainer.step == 7
+    again = choose_checkpoint(branch.checkpoints, start)
+    assert again.path == tmp_path / "branch/checkpoints/step_00000006"
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        choose_checkpoint(Checkpoints(tmp_path / "empty"), str(tmp_path / "nowhere"))
+
+
+def test_a_finished_run_stays_as_it_is(train, tmp_path):
+    train(tmp_path)
+    before = final_bytes(tmp_path)
+    finished = train(tmp_path)
+    assert finished.finished
+    assert final_bytes(tmp_path) == before
+
+
+def test_validation_is_the_same_each_time_and_for_any_batch_size(train, tmp_path):
+    session = train(tmp_path)
+    figures = session.evaluator.run(session.trainer.model)
+    assert figures == session.evaluator.run(session.trainer.model)
+    assert set(figures) == {"val/elbo", "val/bpd", "val/nll", "val/bpd_nll", "val/log_px", "val/kl"}
+    assert -figures["val/elbo"] + 1e-3 > figures["val/nll"]  # more samples tighten the bound, on average
+    assert torch.tensor(list(figures.values())).isfinite().all()

@@ -1,0 +1,195 @@
+"""sample.py: the samples asked for, in pictures, arrays and shard sets; and what wrong questions get."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pipeline
+from pipeline.data.shards import TarShards
+from pipeline.inference import draw_samples
+from pipeline.sample import main
+from tests.conftest import tiny_settings
+from tests.helpers.shard_sets import random_samples, write_set
+from tests.helpers.trained_runs import make_run
+
+NAMES = ["Attribute_0", "Attribute_2"]
+CLASSES = ["cat", "dog", "bird"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    conditions = {
+        "plain": None,
+        "classes": {"name": "class", "num_classes": 3},
+        "attributes": {"name": "attributes", "chosen": NAMES},
+    }
+    plain = tiny_settings("nowhere")
+    return {
+        name: make_run(folder / name, plain | ({"condition": condition} if condition else {}), CLASSES)
+        for name, condition in conditions.items()
+    }
+
+
+def arrays(folder: Path) -> dict[str, np.ndarray]:
+    (path,) = folder.glob("*.npz")
+    with np.load(path, allow_pickle=False) as found:
+        return dict(found)
+
+
+def to_pixels(images: torch.Tensor) -> np.ndarray:
+    return images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def near(found: np.ndarray, expected: np.ndarray) -> None:
+    """Within one grey step: batches of other sizes round otherwise."""
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_samples_are_those_of_the_python_interface(runs, tmp_path):
+    words = ["--count", "5", "--npz", "--seed", "3", "--temperature", "0.8", "--out", str(tmp_path)]
+    assert main([str(runs["plain"]), *words]) == 0
+    found = arrays(tmp_path)
+    near(found["images"], to_pixels(pipeline.load(runs["plain"]).sample(5, 0.8, seed=3)))
+    assert json.loads(str(found["settings"]))["temperature"] == 0.8
+    assert found.keys() == {"images", "settings"}
+    (png,) = tmp_path.glob("*.png")
+    with Image.open(png) as picture:
+        assert picture.size == (5 * 66 + 2, 66 + 2)  # 16 pixels are enlarged to 64
+
+
+def test_samples_do_not_depend_on_how_many_there_are(runs):
+    trained = pipeline.load(runs["plain"])
+    many = draw_samples.draw(trained, draw_samples.plan_count(trained, 140), 1.0, 2)
+    near(many[:3], draw_samples.draw(trained, draw_samples.plan_count(trained, 3), 1.0, 2))
+    near(many[130:], to_pixels(trained.sample(10, seed=2, first=130)))
+    assert len(np.unique(many.reshape(140, -1), axis=0)) == 140
+
+
+def test_each_class_is_a_row(runs, tmp_path):
+    words = ["--classes", "2,cat", "--per-class", "4", "--npz", "--out", str(tmp_path)]
+    assert main([str(runs["classes"]), *words]) == 0
+    found = arrays(tmp_path)
+    assert found["labels"].tolist() == [2] * 4 + [0] * 4
+    assert found["classes"].tolist() == CLASSES
+    expected = pipeline.load(runs["classes"]).sample(8, condition=torch.tensor([2] * 4 + [0] * 4))
+    near(found["images"], to_pixels(expected))
+    (png,) = tmp_path.glob("*.png")
+    with Image.open(png) as picture:
+        assert picture.size == (4 * 66 + 2, 2 * 66 + 2)
+        corner = np.asarray(picture)[66 + 2 : 66 + 2 + 64, 2:66][::4, ::4]
+    assert np.array_equal(corner, found["images"][4])  # the second row begins with the first of class 0
+
+
+def test_without_names_all_classes_are_drawn(runs, tmp_path):
+    assert main([str(runs["classes"]), "--npz", "--out", str(tmp_path)]) == 0
+    assert np.bincount(arrays(tmp_path)["labels"]).tolist() == [10, 10, 10]
+
+
+def test_attributes_asked_for_are_in_the_labels(runs, tmp_path):
+    words = ["--attributes", "Attribute_2=1", "--count", "3", "--npz", "--out", str(tmp_path)]
+    assert main([str(runs["attributes"]), *words]) == 0
+    found = arrays(tmp_path)
+    assert found["attributes"].tolist() == [[-1, 1]] * 3
+    assert found["attribute_names"].tolist() == NAMES
+    near(found["images"], to_pixels(pipeline.load(runs["attributes"]).sample(3, condition={"Attribute_2": 1})))
+
+
+def test_other_attributes_can_be_those_of_real_images(runs, tmp_path):
+    root = write_set(tmp_path / "set", {"train": random_samples(4, 16, 16, attributes=3, seed=8)}, [4])
+    words = ["--attributes", "Attribute_2=0", "--data", str(root), "--count", "6", "--npz", "--out", str(tmp_path)]
+    assert main([str(runs["attributes"]), *words]) == 0
+    real = TarShards(root, "train").attributes(range(4))[[0, 1, 2, 3, 0, 1], 0]
+    assert arrays(tmp_path)["attributes"].tolist() == [[value, 0] for value in real]
+    assert len(set(real)) > 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "classes", "attributes"])
+def test_samples_become_a_shard_set_with_their_labels(runs, tmp_path, kind):
+    sizes = {"plain": ["--count", "12"], "classes": ["--per-class", "4"]}
+    words = sizes.get(kind, ["--count", "12", "--attributes", "Attribute_0=1"])
+    assert main([str(runs[kind]), *words, "--as-shards", str(tmp_path / "set"), "--npz", "--out", str(tmp_path)]) == 0
+    made = arrays(tmp_path)
+    seen = []
+    for split in json.loads((tmp_path / "set" / "manifest.json").read_text())["splits"]:
+        shards = TarShards(tmp_path / "set", split, verify=True)
+        indices = range(len(shards))
+        numbers = [int(key.rpartition("-")[2]) for key in shards.keys(indices)]
+        seen += numbers
+        assert np.array_equal(shards.images(indices), made["images"][numbers])
+        if kind == "classes":
+            assert shards.classes == tuple(CLASSES)
+            assert np.array_equal(shards.labels(indices), made["labels"][numbers])
+        if kind == "attributes":
+            assert shards.attribute_names == tuple(NAMES)
+            assert np.array_equal(shards.attributes(indices), made["attributes"][numbers])
+    assert sorted(seen) == list(range(12))
+
+
+def test_several_temperatures_are_several_pictures(runs, tmp_path):
+    assert main([str(runs["plain"]), "--count", "2", "--temperature", "0.5", "1", "--out", str(tmp_path)]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"samples_step_00000007_temperature_{t}_seed_0.png" for t in ("0.5", "1")}
+
+
+def test_the_default_place_is_in_the_run(runs):
+    assert main([str(runs["plain"]), "--count", "1"]) == 0
+    assert len(list((runs["plain"] / "drawn").glob("*.png"))) == 1
+
+
+def test_batch_norm_is_readjusted_on_a_copy(runs):
+    trained = pipeline.load(runs["plain"])
+    before = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
+    plan = draw_samples.plan_count(trained, 6)
+    changed = draw_samples.readjusted(trained, plan, 0.7, seed=0, iterations=3)
+    assert all(torch.equal(before[name], tensor) for name, tensor in trained.model.state_dict().items())
+    moved = {name for name, tensor in changed.model.state_dict().items() if not torch.equal(before[name], tensor)}
+    assert moved
+    assert all("running" in name or "num_batches" in name for name in moved)
+    assert not np.array_equal(draw_samples.draw(changed, plan, 0.7, 0), draw_samples.draw(trained, plan, 0.7, 0))
+
+
+BAD = {
+    "a class that is not": ("classes", ["--classes", "0,fish"], "fish is not known; known: 0 (cat), 1 (dog), 2 (bird)"),
+    "an attribute that is not": (
+        "attributes",
+        ["--attributes", "Attribute_1=1"],
+        "Attribute_1 is not known; did you mean Attribute_2? Known: Attribute_0, Attribute_2",
+    ),
+    "classes of a plain model": ("plain", ["--classes", "1"], "was not trained with classes"),
+    "attributes of a plain model": ("plain", ["--attributes", "Smiling=1"], "was not trained with attributes"),
+    "attributes of a model of classes": ("classes", ["--attributes", "A=1"], "give --classes and --per-class alone"),
+    "classes of a model of attributes": ("attributes", ["--classes", "1"], "was not trained with classes"),
+    "an attribute without a value": ("attributes", ["--attributes", "Smiling"], "given as NAME=1 or NAME=0"),
+    "no samples": ("plain", ["--count", "0"], "at least one sample"),
+    "none of a class": ("classes", ["--per-class", "0"], "at least one sample of each class"),
+    "a negative temperature": ("plain", ["--temperature", "-1"], "must not be negative"),
+    "no temperature": ("plain", ["--temperature", "nan"], "must not be negative"),
+    "shards of two temperatures": ("plain", ["--temperature", "1", "2", "--as-shards", "x"], "give one"),
+    "data that are not": ("attributes", ["--data", "nowhere"], "nowhere: no such folder"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_wrong_questions_get_one_line_and_exit_code_2(runs, tmp_path, capfd, what):
+    kind, words, message = BAD[what]
+    assert main([str(runs[kind]), *words, "--out", str(tmp_path)]) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_set_that_is_there_is_not_replaced(runs, tmp_path, capfd):
+    words = [str(runs["plain"]), "--count", "3", "--out", str(tmp_path), "--as-shards", str(tmp_path / "set")]
+    assert main(words) == 0
+    assert main(words) == 2
+    assert "holds a shard set already; name another folder" in capfd.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([*words[:-1], str(tmp_path / "file")]) == 2
+    assert "ended with exit code 2; see above" in capfd.readouterr().err

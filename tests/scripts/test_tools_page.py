@@ -1,0 +1,34 @@
+"""docs/tools.md and the scripts' own examples: every command that they show is one that the tools take."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pipeline import edit, evaluate, sample
+
+ROOT = Path(__file__).parents[2]
+TOOLS = {"evaluate.py": evaluate, "sample.py": sample, "edit.py": edit}
+TEXTS = [(ROOT / "docs/tools.md").read_text(), *(tool.__doc__ for tool in TOOLS.values())]
+COMMANDS = sorted({line.strip() for text in TEXTS for line in re.findall(r"^.*pipeline/\w+\.py runs/.*$", text, re.M)})
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 15
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_that_is_shown_can_be_typed(command):
+    words = shlex.split(command)
+    place = next(i for i, word in enumerate(words) if word.startswith("pipeline/"))
+    tool = TOOLS[words[place].removeprefix("pipeline/")]
+    parsed = tool.build_parser().parse_args(words[place + 1 :])
+    if tool is edit:
+        edit.check_wish(parsed)
+        edit.parse_strengths(parsed.strength, parsed.steps)
+
+
+@pytest.mark.parametrize("tool", TOOLS.values())
+def test_every_option_is_explained(tool):
+    assert all(action.help for action in tool.build_parser()._actions)

@@ -1,0 +1,189 @@
+"""--download against a server on loopback: what is right is kept, what is wrong is told, nothing is left half."""
+
+import errno
+import gzip
+import hashlib
+import http.server
+import importlib.util
+import os
+import socket
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shard_data import DataError, downloads
+from shard_data.__main__ import main
+from shard_data.downloads import FILES, Download, fetch
+from tests.shard_data.test_conversion import digits, idx
+
+QUOTA = b"<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head></html>"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers from a table: path -> bytes, or (status, bytes), or (bytes, promised length)."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers: dict[str, object] = {}
+        self.asked: list[str] = []
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        answer = self.server.answers.get(self.path, (404, b"<html><title>404 Not Found</title></html>"))
+        status, body, length = 200, answer, None
+        if isinstance(answer, tuple):
+            status, body = answer if isinstance(answer[0], int) else (200, answer[0])
+            length = None if isinstance(answer[0], int) else answer[1]
+        if status == 302:
+            self.send_response(302)
+            self.send_header("Location", body.decode())
+            self.end_headers()
+            return
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def mnist(monkeypatch, server) -> dict[str, bytes]:
+    """Small files of MNIST on the server, published with their md5."""
+    made = {}
+    for prefix in ("train", "t10k"):
+        for kind, array in zip(("images-idx3", "labels-idx1"), digits(prefix), strict=True):
+            made[f"{prefix}-{kind}-ubyte.gz"] = gzip.compress(idx(array), mtime=0)
+    published = tuple(
+        Download(name, hashlib.md5(data).hexdigest(), ("http://127.0.0.1:9/",)) for name, data in made.items()
+    )
+    monkeypatch.setitem(FILES, "mnist", published)
+    server.answers = {f"/mirror/{name}": data for name, data in made.items()}
+    return made
+
+
+def test_fetched_files_are_converted(mnist, server, tmp_path):
+    words = ["--source", str(tmp_path / "in"), "--download", "--mirror", f"{server.address}/mirror/"]
+    assert main(["mnist", *words, "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == mnist
+    rows = np.load(tmp_path / "out" / "train-000000.index.npy")
+    assert np.array_equal(rows["label"], digits("train")[1])
+
+
+def test_what_is_there_is_not_fetched_again(mnist, server, tmp_path):
+    fetch("mnist", tmp_path, f"{server.address}/mirror")
+    assert len(server.asked) == 4
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
+    fetch("mnist", tmp_path, f"{server.address}/mirror")
+    assert server.asked[4:] == ["/mirror/t10k-labels-idx1-ubyte.gz"]
+
+
+def test_a_file_that_is_not_as_published_is_not_overwritten(mnist, server, tmp_path):
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"mine")
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz: is not as published"):
+        fetch("mnist", tmp_path, f"{server.address}/mirror")
+    assert (tmp_path / "train-images-idx3-ubyte.gz").read_bytes() == b"mine"
+
+
+WRONG = {
+    "quota page": (QUOTA, "a web page titled 'Google Drive - Quota exceeded' arrived"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
+    "nothing": (b"", "nothing arrived"),
+    "other content": (b"\x1f\x8b other", "gzip data arrived, with md5 [0-9a-f]{32} instead of"),
+    "not found": (
+        (404, b"<html><title>Gone</title>"),
+        "the server answers 404 Not Found with a web page titled 'Gone'",
+    ),
+    "error": ((500, b""), "the server answers 500 Internal Server Error with nothing"),
+    "broken off": ((b"\x1f\x8b half", 100_000), "broke off after 7 of 100,000 bytes"),
+    "elsewhere": ((302, b"file:///etc/passwd"), "the server answers 302|no connection"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_arrives_instead_is_told_with_what_to_do_by_hand(mnist, server, tmp_path, case, capsys):
+    server.answers["/mirror/train-images-idx3-ubyte.gz"], message = WRONG[case]
+    with pytest.raises(DataError, match=message) as failure:
+        fetch("mnist", tmp_path / "a folder", f"{server.address}/mirror")
+    digest = hashlib.md5(mnist["train-images-idx3-ubyte.gz"]).hexdigest()
+    for part in (digest, f"place it as '{tmp_path}/a folder/train-images-idx3-ubyte.gz'", "--mirror"):
+        assert part in str(failure.value)
+    assert list((tmp_path / "a folder").iterdir()) == []
+    words = ["--source", str(tmp_path / "in"), "--download", "--mirror", f"{server.address}/mirror"]
+    assert main(["mnist", *words, "--out", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mirror", ["http://127.0.0.1:9", "ftp://127.0.0.1/x", "file:///etc", "/etc", "nonsense"])
+def test_addresses_that_cannot_work(mnist, tmp_path, mirror):
+    with pytest.raises(DataError, match="no connection|not an http or https address"):
+        fetch("mnist", tmp_path, mirror)
+
+
+def test_the_second_address_is_tried_when_the_first_fails(mnist, server, tmp_path, monkeypatch):
+    name = "train-images-idx3-ubyte.gz"
+    digest = hashlib.md5(mnist[name]).hexdigest()
+    addresses = (f"{server.address}/gone/{name}", f"{server.address}/mirror/{name}")
+    monkeypatch.setitem(FILES, "mnist", (Download(name, digest, addresses),))
+    fetch("mnist", tmp_path)
+    assert server.asked == [f"/gone/{name}", f"/mirror/{name}"]
+    assert (tmp_path / name).read_bytes() == mnist[name]
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_for_ever(mnist, tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads, "TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(DataError, match="timed out|broke off"):
+        fetch("mnist", tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+def test_a_place_that_cannot_be_written_is_named(mnist, server, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    words = ["--download", "--mirror", f"{server.address}/mirror", "--out", str(tmp_path / "out")]
+    assert main(["mnist", "--source", str(tmp_path / "file"), *words]) == 2
+    assert f"{tmp_path}/file: cannot be written" in capsys.readouterr().err
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["mnist", "--source", str(tmp_path / "in"), *words]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert list((tmp_path / "in").iterdir()) == []
+
+
+def test_a_mirror_without_download_is_a_mistake(mnist, tmp_path, capsys):
+    words = ["mnist", "--source", str(tmp_path), "--mirror", "http://127.0.0.1:9", "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "add --download" in capsys.readouterr().err
+
+
+def test_the_table_knows_what_torchvision_knows():
+    """Names and md5 as torchvision 0.28 states them; read from its source, as its import wants all of torch."""
+    found = importlib.util.find_spec("torchvision")
+    folder = Path(found.submodule_search_locations[0]) / "datasets"
+    text = "".join((folder / name).read_text() for name in ("celeba.py", "cifar.py", "mnist.py"))
+    for files in FILES.values():
+        for file in files:
+            assert f'"{file.md5}"' in text
+            assert f'"{file.name}"' in text
+    assert {name for name, files in FILES.items() if len({file.name for file in files}) == len(files)} == set(FILES)

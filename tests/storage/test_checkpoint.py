@@ -1,0 +1,346 @@
+"""Checkpoints are whole or invisible, exact to the bit, and every damage is seen."""
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.storage import checkpoint
+from pipeline.storage.checkpoint import Checkpoints, DamagedCheckpoint, read_folder, snapshot
+from tests.storage.checkpoint_samples import FACTS, assert_same, damage, same_bits, small
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    return Checkpoints(tmp_path / "checkpoints", keep=2)
+
+
+# --- what goes in comes out -------------------------------------------------------------------------------------------
+
+
+LAYOUTS = {
+    "plain": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(1, 3),
+    "strided": lambda x: x[:, :, ::2],
+    "expanded": lambda x: x[:1].expand(5, -1, -1, -1),
+    "scalar": lambda x: x.sum() if x.dtype != torch.bool else x.any(),
+    "empty": lambda x: x[:0],
+    "with gradient": lambda x: x.requires_grad_() if x.is_floating_point() else x,
+}
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(DTYPES),
+    st.sampled_from(sorted(LAYOUTS)),
+    st.lists(st.integers(1, 4), min_size=4, max_size=4),
+    st.integers(0, 2**32),
+)
+def test_values_come_back_to_the_bit(tmp_path_factory, dtype, layout, shape, seed):
+    raw = torch.randint(0, 256, (*shape, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    values = (
+        raw[..., 0] > 127 if dtype == torch.bool else raw.view(dtype)[..., 0]
+    )  # any bits, NaN and infinities among them
+    tensors = {"model": {"x": LAYOUTS[layout](values.clone())}}
+    path = Checkpoints(tmp_path_factory.mktemp("saved")).save(5, tensors, FACTS)
+    loaded = read_folder(path)
+    assert_same({"model": {"x": tensors["model"]["x"].detach()}}, loaded.tensors)
+    assert (loaded.step, loaded.facts, loaded.score) == (5, FACTS, None)
+
+
+def test_tensors_that_share_memory_are_saved_each(checkpoints):
+    weight = torch.randn(3, 3)
+    checkpoints.save(1, {"model": {"encoder": weight, "decoder": weight, "row": weight[0]}}, {})
+    loaded = checkpoints.latest().tensors["model"]
+    assert same_bits(loaded["encoder"], weight)
+    assert same_bits(loaded["decoder"], weight)
+    assert same_bits(loaded["row"], weight[0])
+
+
+def test_a_snapshot_is_not_changed_by_later_steps(checkpoints):
+    tensors = small()
+    before = {stem: {name: tensor.clone() for name, tensor in group.items()} for stem, group in tensors.items()}
+    taken = snapshot(tensors)
+    for group in tensors.values():
+        for tensor in group.values():
+            tensor.zero_()
+    checkpoints.write(10, taken, FACTS)
+    assert_same(before, checkpoints.latest().tensors)
+
+
+def test_only_safetensors_and_json_are_written(checkpoints):
+    path = checkpoints.save(1000, small(), FACTS)
+    assert path.name == "step_00001000"
+    assert sorted(os.listdir(path)) == ["ema.safetensors", "meta.json", "model.safetensors"]
+    assert os.listdir(checkpoints.folder) == ["step_00001000"]
+
+
+def test_bytes_do_not_depend_on_the_process(tmp_path):
+    script = textwrap.dedent("""
+        import sys, torch
+        from pipeline.storage.checkpoint import Checkpoints
+        names = [f"layer{i}.weight" for i in range(20)]
+        if sys.argv[2] == "reversed":
+            names.reverse()
+        tensors = {"model": {name: torch.full((3,), float(name[5:-7])) for name in names}}
+        Checkpoints(sys.argv[1]).save(1, tensors, {"a": 1})
+    """)
+    digests = []
+    for seed, order in (("1", "sorted"), ("2", "reversed")):
+        env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(checkpoint.__file__).parents[2])}
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / seed), order], check=True, env=env)
+        folder = tmp_path / seed / "step_00000001"
+        digests.append({name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in os.listdir(folder)})
+    assert digests[0] == digests[1]
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(checkpoints):
+    return checkpoints.save(1000, small(), FACTS, score=1.5)
+
+
+def fault_of(read, folder):
+    """What the exception says; thousands of `pytest.raises` would be slow."""
+    try:
+        read(folder)
+    except DamagedCheckpoint as damage:
+        return str(damage)
+    return None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors"])
+def test_any_flipped_bit_is_seen(saved, name):
+    content = (saved / name).read_bytes()
+    for position in range(len(content)):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << (position % 8)
+        (saved / name).write_bytes(flipped)
+        assert name in fault_of(read_folder, saved)
+    (saved / name).write_bytes(content)
+    assert fault_of(read_folder, saved) is None
+
+
+def test_any_flipped_bit_of_the_facts_is_seen(saved):
+    content = (saved / "meta.json").read_bytes()
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << (bit % 8)
+        (saved / "meta.json").write_bytes(flipped)
+        assert "meta.json" in fault_of(checkpoint.read_meta, saved)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "model.safetensors", "ema.safetensors"])
+def test_truncated_and_missing_files_are_seen(saved, name):
+    content = (saved / name).read_bytes()
+    for length in {0, 1, 7, len(content) // 2, len(content) - 1}:
+        (saved / name).write_bytes(content[:length])
+        with pytest.raises(DamagedCheckpoint, match=name):
+            read_folder(saved)
+    (saved / name).write_bytes(content + b"\n")
+    with pytest.raises(DamagedCheckpoint, match=name):
+        read_folder(saved)
+    (saved / name).unlink()
+    with pytest.raises(DamagedCheckpoint, match=f"{name}: No such file"):
+        read_folder(saved)
+
+
+def forge(folder, **changes):
+    """Rewrite meta.json as an attacker would who knows its format: with a correct hash of itself."""
+    content = json.loads((folder / "meta.json").read_text())
+    del content["sha256"]
+    content.update(changes)
+    digest = hashlib.sha256((json.dumps(content, indent=1) + "\n").encode()).hexdigest()
+    (folder / "meta.json").write_text(json.dumps({**content, "sha256": digest}, indent=1) + "\n")
+
+
+def test_the_forger_of_these_tests_is_a_good_one(saved):
+    forge(saved, step=1000, facts={"changed": True})
+    assert read_folder(saved).facts == {"changed": True}
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "x.pt", "..", "", "x.safetensors\n", ".safetensors"]
+)
+def test_names_that_lead_elsewhere_are_refused(saved, name):
+    target = saved / name
+    if name == "../x.safetensors":
+        target.write_bytes((saved / "model.safetensors").read_bytes())
+    good = json.loads((saved / "meta.json").read_text())["files"]["model.safetensors"]
+    forge(saved, files={name: good})
+    with pytest.raises(DamagedCheckpoint, match="files"):
+        read_folder(saved)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": -1},
+        {"step": "1000"},
+        {"step": 1000.0},
+        {"version": 2},
+        {"format": "other"},
+        {"extra": 1},
+        {"files": []},
+        {"score": "low"},
+    ],
+)
+def test_facts_of_another_kind_are_refused(saved, changes):
+    forge(saved, **changes)
+    with pytest.raises(DamagedCheckpoint, match=f"meta.json.*{next(iter(changes))}"):
+        read_folder(saved)
+
+
+def test_a_renamed_folder_is_refused(saved):
+    with pytest.raises(DamagedCheckpoint, match="step 1000"):
+        read_folder(saved.rename(saved.with_name("step_00002000")))
+    assert read_folder((saved.with_name("step_00002000")).rename(saved.with_name("chosen"))).step == 1000
+
+
+@pytest.mark.parametrize("name", ["meta.json", "model.safetensors"])
+def test_links_and_pipes_are_refused(saved, name):
+    kept = (saved / name).rename(saved / "elsewhere")
+    (saved / name).symlink_to(kept)
+    with pytest.raises(DamagedCheckpoint, match=f"{name}: is a symbolic link"):
+        read_folder(saved)
+    (saved / name).unlink()
+    os.mkfifo(saved / name)
+    with pytest.raises(DamagedCheckpoint, match=f"{name}: not a regular file"):
+        read_folder(saved)
+
+
+def test_a_linked_folder_is_no_checkpoint(checkpoints, saved):
+    (checkpoints.folder / "step_00009000").symlink_to(saved)
+    assert checkpoints.steps() == [1000]
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, ("exploded",))
+
+
+def test_a_pickle_is_not_run_even_with_the_right_hash(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = pickle.dumps(Bomb())
+    (saved / "model.safetensors").write_bytes(content)
+    forge(saved, files={"model.safetensors": {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}})
+    with pytest.raises(DamagedCheckpoint, match="not a safetensors file"):
+        read_folder(saved)
+    assert not (tmp_path / "exploded").exists()
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_there_is_none(checkpoints):
+    assert checkpoints.latest() is None
+    assert checkpoints.best() is None
+    with pytest.raises(ValueError, match="no checkpoint that could be its latest"):
+        checkpoints.load("latest")
+    with pytest.raises(ValueError, match="no checkpoint at .*step_00000009.*name a folder such as"):
+        checkpoints.load(checkpoints.path(9))
+
+
+def test_the_last_good_one_is_taken_and_it_says_so(checkpoints, caplog):
+    checkpoints.keep = None
+    for step in (1, 2, 3, 4):
+        checkpoints.save(step, small(step), {"step": step}, score=-step)
+    damage(checkpoints.path(4))
+    (checkpoints.path(3) / "meta.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        found = checkpoints.load("latest")
+    assert found.step == 2
+    assert found.path == checkpoints.path(2)
+    assert_same(small(2), found.tensors)
+    assert ["step_00000004" in found.passed_over[0], "step_00000003" in found.passed_over[1]] == [True, True]
+    assert "step 4 passed over" in caplog.text
+    assert "sha256 differs" in caplog.text
+    assert checkpoints.load("best").step == 2
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "meta.json"])
+@pytest.mark.parametrize("harm", ["flipped bit", "truncated", "missing"])
+def test_harm_to_any_one_file_falls_back_to_the_checkpoint_before(checkpoints, caplog, name, harm):
+    checkpoints.save(1, small(1), {})
+    file = checkpoints.save(2, small(2), {}) / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    if harm == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content if harm == "flipped bit" else content[:-1])
+    found = checkpoints.latest()
+    assert found.step == 1
+    assert_same(small(1), found.tensors)
+    assert f"checkpoint of step 2 passed over: {file}" in caplog.text
+
+
+def test_all_damaged_is_an_error_not_a_fresh_start(checkpoints):
+    damage(checkpoints.save(1, small(), {}))
+    damage(checkpoints.save(2, small(), {}))
+    with pytest.raises(DamagedCheckpoint, match="(?s)every checkpoint.*step_00000002.*step_00000001.*start afresh"):
+        checkpoints.latest()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.one_of(st.none(), st.integers(-3, 3), st.just(float("nan")), st.just(float("inf"))), max_size=6),
+    st.integers(0, 3),
+)
+def test_the_last_and_the_best_are_kept(tmp_path_factory, scores, keep):
+    checkpoints = Checkpoints(tmp_path_factory.mktemp("kept"), keep)
+    present = set()
+    for step, score in enumerate(scores):
+        checkpoints.save(step, {"model": {"x": torch.tensor(step)}}, {}, score)
+        present.add(step)
+        finite = [each for each in sorted(present) if scores[each] is not None and abs(scores[each]) < 9]
+        best = {min(finite, key=lambda each: scores[each])} if finite else set()
+        if keep:
+            present = set(sorted(present)[-keep:]) | best
+        assert set(checkpoints.steps()) == present
+        assert {checkpoints.best().step} == best if best else checkpoints.best() is None
+        assert checkpoints.latest().step == step
+    assert set(os.listdir(checkpoints.folder)) == {checkpoints.path(step).name for step in present}
+
+
+def test_after_a_return_to_an_older_one_the_new_ones_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    Checkpoints(tmp_path).save(2000, small(), {})
+    damage(Checkpoints(tmp_path).save(3000, small(), {}))
+    assert checkpoints.latest().step == 2000
+    checkpoints.save(2500, small(1), {})
+    assert checkpoints.latest().step == 2500
+    checkpoints.save(3000, small(2), {})
+    assert checkpoints.steps() == [3000]
+    assert_same(small(2), checkpoints.latest().tensors)
+
+
+def test_saving_a_step_again_is_harmless(checkpoints):
+    path = checkpoints.save(10, small(1), {"first": True})
+    written = (path / "meta.json").stat()
+    assert checkpoints.save(10, small(1), {"first": True}) == path
+    assert (path / "meta.json").stat() == written
+    assert os.listdir(checkpoints.folder) == [path.name]

@@ -1,0 +1,56 @@
+"""status.json: the mark that tells a stopped run from a finished and from a failed one."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.storage.status import FILE, Status, StatusFile, read_status
+
+
+def printed(folder: Path) -> str:
+    command = [sys.executable, "-m", "pipeline.status", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout
+
+
+def test_attempts_are_counted_over_restarts_and_the_end_is_told(tmp_path):
+    assert read_status(tmp_path) == Status()
+    first = StatusFile(tmp_path)
+    assert first.begin(0, 100) == 1
+    first.saved(40)
+    assert read_status(tmp_path).state == "running"
+    second = StatusFile(tmp_path)  # the first was killed
+    assert second.begin(40, 100) == 2
+    second.end("preempted", "SIGUSR1")
+    told = read_status(tmp_path)
+    assert (told.state, told.step, told.total_steps, told.attempt, told.reason) == ("preempted", 40, 100, 2, "SIGUSR1")
+
+
+def test_scripts_read_one_word(tmp_path):
+    assert printed(tmp_path) == "none\n"
+    file = StatusFile(tmp_path)
+    file.begin(0, 10)
+    file.end("finished")
+    assert printed(tmp_path) == "finished\n"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"state": "rm -rf"}', '{"state": "running", "step": "1"}', '{"x": 1}']
+)
+def test_a_damaged_file_tells_nothing(tmp_path, content):
+    (tmp_path / FILE).write_text(content)
+    assert read_status(tmp_path) == Status()
+    assert StatusFile(tmp_path).begin(3, 10) == 1
+    assert json.loads((tmp_path / FILE).read_text())["step"] == 3
+
+
+def test_a_disk_that_refuses_is_logged_and_borne(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("pipeline"), "propagate", True)
+    (tmp_path / "run").write_text("a file where the folder should be")
+    file = StatusFile(tmp_path / "run")
+    assert file.begin(0, 10) == 1
+    assert file.status.state == "running"
+    assert "status.json could not be written" in caplog.text

@@ -1,0 +1,69 @@
+"""A NaN on one process is skipped by all of them, and leaves no trace on any."""
+
+import json
+
+from tests.distributed.test_watchdog import run, write_script
+from tests.helpers.model_cases import write_data
+
+PLACES = ("data", "activation", "loss", "gradient")
+
+SCRIPT = """
+import hashlib, json, sys
+from pathlib import Path
+import torch
+from pipeline.distributed.runtime import Runtime
+from tests.helpers.model_cases import make_recipe, make_trainer
+
+folder = Path(sys.argv[1])
+runtime = Runtime("fp32", cpu_threads=1)
+told = {}
+
+
+def digest(trainer):
+    parts = trainer.state.tensors()
+    content = [tensor.numpy().tobytes() for part in parts.values() for tensor in part.values()]
+    return hashlib.sha256(b"".join(content)).hexdigest()
+
+
+def poison(trainer, place):
+    \"\"\"Puts a NaN in one place of the next step; returns what takes it away.\"\"\"
+    model = trainer.model
+    if place == "data":
+        inputs = trainer.inputs
+        trainer.inputs = lambda batch: (inputs(batch)[0] * torch.nan, inputs(batch)[1])
+        return lambda: setattr(trainer, "inputs", inputs)
+    if place == "activation":
+        return model.postprocess[0].register_forward_hook(lambda *args: args[2] * torch.nan).remove
+    if place == "gradient":
+        return next(model.parameters()).register_hook(lambda gradient: gradient * torch.inf).remove
+    loss = trainer._loss
+    trainer._loss = lambda step, batch: loss(step, batch) * torch.nan
+    return lambda: setattr(trainer, "_loss", loss)
+
+
+for place in ("data", "activation", "loss", "gradient"):
+    trainer = make_trainer(make_recipe("nvae", folder / "labelled"), runtime)
+    stream = iter(trainer.batches(0))
+    steps, digests = [], []
+    for step in range(3):
+        clean = poison(trainer, place) if step == 1 and runtime.rank == 1 else lambda: None
+        steps.append(trainer.train_step(step, [next(stream)]))
+        clean()
+        digests.append(digest(trainer))
+    told[place] = [steps, digests]
+(folder / f"{runtime.rank}.json").write_text(json.dumps(told))
+runtime.close()
+"""
+
+
+def test_a_nan_on_one_rank_is_skipped_by_both(tmp_path):
+    write_data(tmp_path)
+    result = run(2, write_script(tmp_path, SCRIPT))
+    assert result.returncode == 0, result.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert list(first) == list(PLACES)
+    for place in PLACES:
+        steps, digests = first[place]
+        assert steps == second[place][0] == [True, False, True], place
+        assert digests == second[place][1], place
+        assert digests[0] == digests[1] != digests[2], place  # the skipped step changed no bit
