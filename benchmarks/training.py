@@ -143,7 +143,7 @@ def build_ours(case: str, **train) -> Callable[[int], None]:
         clip=None,
         total_steps=TOTAL_STEPS,
         batches=lambda step: (),
-        settle_damage=lambda *_: 0,
+        report_unreadable=lambda *_: 0,
         inputs=lambda batch: (to_model_input(batch.images.to(runtime.device)).contiguous(memory_format=layout), None),
     )
     images = random_images(case, batch_size)

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.inference.trained import Trained
+    from pipeline.inference.trained import TrainedModel
 
 
-def load(run: Path | str, checkpoint: Path | str = "latest", device: "torch.device | str | None" = None) -> "Trained":
+def load(
+    run: Path | str, checkpoint: Path | str = "latest", device: "torch.device | str | None" = None
+) -> "TrainedModel":
     """The trained model of a run folder; see pipeline.inference.trained.load."""
-    from pipeline.inference.trained import (
-        load as load_trained,  # torch takes seconds to import, and not all of us need it
-    )
+    from pipeline.inference.trained import load as load_trained  # importing torch takes seconds
 
     return load_trained(run, checkpoint, device)

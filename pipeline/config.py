@@ -63,7 +63,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def parse_word(word: str) -> tuple[list[str], Any]:
+def parse_override(word: str) -> tuple[list[str], Any]:
     """`train.batch_size=64`, with or without a leading `--`, to (["train", "batch_size"], 64)."""
     name, equals, value = word.removeprefix("--").partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", name):
@@ -75,7 +75,7 @@ def overlay(data: Mapping[str, Any], words: Iterable[str]) -> dict[str, Any]:
     """A copy of `data` with each word's value set at its dotted path."""
     result = json.loads(json.dumps(data, default=str))
     for word in words:
-        path, value = parse_word(word)
+        path, value = parse_override(word)
         place = result
         for depth, key in enumerate(path[:-1], start=1):
             place = place.setdefault(key, {})

@@ -29,7 +29,7 @@ from pipeline.inference import editing  # noqa: E402
 from pipeline.inference.editing import Subject  # noqa: E402
 from pipeline.inference.parse_condition import parse_settings  # noqa: E402
 from pipeline.inference.read_image import open_picture  # noqa: E402
-from pipeline.inference.trained import Trained, load  # noqa: E402
+from pipeline.inference.trained import TrainedModel, load  # noqa: E402
 
 log = logging.getLogger("pipeline")
 
@@ -101,7 +101,7 @@ def check_wish(parsed: argparse.Namespace) -> None:
         raise ValueError(f"--images {parsed.images}: at least 1")
 
 
-def find_subjects(trained: Trained, shards: TarShards | None, parsed: argparse.Namespace) -> list[Subject]:
+def find_subjects(trained: TrainedModel, shards: TarShards | None, parsed: argparse.Namespace) -> list[Subject]:
     """The pictures of the command line, with what the model is told of each."""
     subjects = []
     transform = shards.manifest.transform if shards else None
@@ -113,12 +113,12 @@ def find_subjects(trained: Trained, shards: TarShards | None, parsed: argparse.N
     for key in parsed.key:
         index = editing.find_sample(shards, key)
         image = torch.from_numpy(shards.images([index]).transpose(0, 3, 1, 2).copy())
-        subjects.append(Subject(shards.keys([index])[0], image, editing.told_of(trained, shards, index)))
+        subjects.append(Subject(shards.keys([index])[0], image, editing.condition_of(trained, shards, index)))
     return subjects
 
 
 def strips(
-    trained: Trained, shards: TarShards | None, subjects: list[Subject], parsed: argparse.Namespace
+    trained: TrainedModel, shards: TarShards | None, subjects: list[Subject], parsed: argparse.Namespace
 ) -> tuple[Tensor, int]:
     """A row for each picture: original, reconstruction, and the edit at each strength."""
     strengths = parse_strengths(parsed.strength, parsed.steps)
@@ -136,7 +136,7 @@ def strips(
     return torch.cat(rows), 2 + len(strengths)
 
 
-def interpolation(trained: Trained, subjects: list[Subject], steps: int) -> tuple[Tensor, int]:
+def interpolation(trained: TrainedModel, subjects: list[Subject], steps: int) -> tuple[Tensor, int]:
     """Two rows, linear and spherical, between the originals."""
     start, end = subjects
     ways = editing.interpolate(trained, start, end, steps)
@@ -144,7 +144,7 @@ def interpolation(trained: Trained, subjects: list[Subject], steps: int) -> tupl
     return torch.cat(rows), steps + 2
 
 
-def reconstruction(trained: Trained, subject: Subject) -> Tensor:
+def reconstruction(trained: TrainedModel, subject: Subject) -> Tensor:
     """uint8 (1, C, H, W)."""
     return to_uint8(trained.reconstruct(subject.image, subject.condition, seed=None))
 

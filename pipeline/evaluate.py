@@ -31,7 +31,7 @@ from pipeline.inference.report import (  # noqa: E402
     save_report,
     table,
 )
-from pipeline.inference.trained import Trained, find_checkpoint, load  # noqa: E402
+from pipeline.inference.trained import TrainedModel, find_checkpoint, load  # noqa: E402
 from pipeline.recipe import Recipe  # noqa: E402
 from pipeline.run.data import Data  # noqa: E402
 
@@ -91,9 +91,9 @@ def run(parsed: argparse.Namespace) -> None:
 def evaluate(parsed: argparse.Namespace, runtime: Runtime) -> None:
     """From the command line to the report."""
     # One chooses for all: a run that is being trained may have a newer checkpoint any moment.
-    chosen = runtime.on_main(lambda: str(find_checkpoint(parsed.run, parsed.checkpoint).path))
+    chosen = runtime.run_on_main(lambda: str(find_checkpoint(parsed.run, parsed.checkpoint).path))
     path = runtime.from_main(chosen)
-    trained, recipe = runtime.together(lambda: prepare(parsed, path, runtime))
+    trained, recipe = runtime.run_on_all(lambda: prepare(parsed, path, runtime))
     seed = recipe.train.seed if parsed.seed is None else parsed.seed
     log.info("%s at step %d on %s, split %s", recipe.model.name, trained.step, recipe.data.root, parsed.split)
     data = Data(recipe, runtime)
@@ -107,13 +107,13 @@ def evaluate(parsed: argparse.Namespace, runtime: Runtime) -> None:
             "temperature": parsed.temperature,
         }
     out = parsed.out or report_path(parsed.run, parsed.split, trained.step, parsed.metrics)
-    runtime.on_main(lambda: save_report(out, report))
+    runtime.run_on_main(lambda: save_report(out, report))
     if runtime.is_main:
         print(table(figures))
         log.info("written to %s", out)
 
 
-def prepare(parsed: argparse.Namespace, path: str, runtime: Runtime) -> tuple[Trained, Recipe]:
+def prepare(parsed: argparse.Namespace, path: str, runtime: Runtime) -> tuple[TrainedModel, Recipe]:
     """The model, and the recipe of what it is measured on. Raises ValueError for what cannot be measured."""
     trained = load(parsed.run, path, runtime.device, runtime.dtype)
     check_metrics(parsed.metrics, trained, parsed.classifier)
@@ -121,7 +121,9 @@ def prepare(parsed: argparse.Namespace, path: str, runtime: Runtime) -> tuple[Tr
     return trained, evaluation_recipe(trained.recipe, parsed.data, parsed.split, *asked)
 
 
-def measure(parsed: argparse.Namespace, trained: Trained, data: Data, runtime: Runtime, seed: int) -> dict[str, float]:
+def measure(
+    parsed: argparse.Namespace, trained: TrainedModel, data: Data, runtime: Runtime, seed: int
+) -> dict[str, float]:
     """The figures asked for with --metrics."""
     figures = {}
     if "elbo" in parsed.metrics:

@@ -19,7 +19,7 @@ from pipeline.cli import run_python, run_tool  # noqa: E402
 from pipeline.evaluation.images import save_png  # noqa: E402
 from pipeline.inference import draw_samples  # noqa: E402
 from pipeline.inference.parse_condition import parse_classes, parse_settings  # noqa: E402
-from pipeline.inference.trained import Trained, load  # noqa: E402
+from pipeline.inference.trained import TrainedModel, load  # noqa: E402
 
 log = logging.getLogger("pipeline")
 COUNT, PER_CLASS = 64, 10
@@ -93,7 +93,7 @@ def sample(parsed: argparse.Namespace) -> None:
                 )
 
 
-def make_plan(trained: Trained, parsed: argparse.Namespace) -> draw_samples.Plan:
+def make_plan(trained: TrainedModel, parsed: argparse.Namespace) -> draw_samples.Plan:
     """What the command line asks for. Raises ValueError where the model cannot be asked that."""
     if parsed.count is not None and parsed.count < 1:
         raise ValueError(f"--count {parsed.count}: ask for at least one sample")

@@ -135,14 +135,14 @@ def run(parsed: argparse.Namespace) -> int:
         runtime = Runtime(train.precision, train.cpu_threads, train.expect_processes, train.collective_timeout)
         runtime.watchdog.stacks = folder / "stacks"
         with runtime.closing():
-            runtime.together(lambda: check_batch(recipe, runtime.world_size))
+            runtime.run_on_all(lambda: check_batch(recipe, runtime.world_size))
             train_in(folder, recipe, runtime, parsed, stop)
     return 0
 
 
 def train_in(folder: Path, recipe: Recipe, runtime: Runtime, parsed: argparse.Namespace, stop: StopRequest) -> None:
     """Trains in a run folder that no other process uses, and leaves word of how that ended."""
-    lock = runtime.on_main(lambda: RunLock(folder, parsed.wait))  # held by the main process until it ends
+    lock = runtime.run_on_main(lambda: RunLock(folder, parsed.wait))  # held by the main process until it ends
     try:
         start_logging(folder / "log.txt" if runtime.is_main else None, runtime.is_main)
         log.info("%s on %s in %s", recipe.model.name, runtime.describe(), folder)
@@ -171,7 +171,7 @@ def open_session(folder: Path, recipe: Recipe, runtime: Runtime, parsed: argpars
             "processes": str(runtime.world_size),
         }
     )
-    runtime.on_main(lambda: provide(recipe, may_make=parsed.data is None))
+    runtime.run_on_main(lambda: provide(recipe, may_make=parsed.data is None))
     session = Session(recipe, runtime, folder)
     runtime.check_agreement({"training data": session.data.train.fingerprint})
     checkpoint = find_checkpoint(runtime, Checkpoints(folder / "checkpoints"), parsed.resume)
@@ -182,7 +182,7 @@ def open_session(folder: Path, recipe: Recipe, runtime: Runtime, parsed: argpars
 
 def find_checkpoint(runtime: Runtime, checkpoints: Checkpoints, resume: str) -> Checkpoint | None:
     """The main process chooses; every rank reads what it chose."""
-    chosen = runtime.on_main(lambda: choose_checkpoint(checkpoints, resume))
+    chosen = runtime.run_on_main(lambda: choose_checkpoint(checkpoints, resume))
     path = runtime.from_main(chosen.path if chosen is not None else None)
     if path is None or chosen is not None:
         return chosen
@@ -200,7 +200,10 @@ def train_with_tracker(session: Session, recipe: Recipe, runtime: Runtime) -> No
         )
 
     # Within the tracker, whose last words to W&B must not hold up what the other processes are told.
-    with runtime.on_main(lambda: tracker(is_main=True)) or tracker(is_main=False) as listening, runtime.shared_fate():
+    with (
+        runtime.run_on_main(lambda: tracker(is_main=True)) or tracker(is_main=False) as listening,
+        runtime.propagate_failure(),
+    ):
         session.run(listening)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
-from pipeline.config import ConfigError, build, dump, flatten, load_yaml, overlay, parse_word, parse_yaml
+from pipeline.config import ConfigError, build, dump, flatten, load_yaml, overlay, parse_override, parse_yaml
 from pipeline.schema import Section
 
 
@@ -132,5 +132,5 @@ def test_dump_reads_back_to_the_same(section):
 
 @given(st.from_regex(r"[a-z_]{1,8}(\.[a-z_]{1,8}){0,3}", fullmatch=True), st.integers())
 def test_a_word_is_a_path_and_a_value(path, value):
-    assert parse_word(f"{path}={value}") == (path.split("."), value)
+    assert parse_override(f"{path}={value}") == (path.split("."), value)
     assert flatten(overlay({}, [f"{path}={value}"])) == {path: value}

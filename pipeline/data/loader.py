@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Binarise, Preprocess
-from pipeline.data.shards import DamagedShard, TarShards
-from pipeline.data.unreadable import LeftOut, drop_damaged, replace_damaged
+from pipeline.data.shards import TarShards, UnreadableShard
+from pipeline.data.unreadable import SkippedSample, drop_damaged, replace_damaged
 from pipeline.schema import Section
 
 OnError = Literal["raise", "skip"]
@@ -83,7 +83,7 @@ class Batch(NamedTuple):
     """(b,) int64; -1 where there is none."""
     attributes: Tensor
     """(b, A) int8: 1 present, 0 absent, -1 unknown; A = 0 in a set without attributes."""
-    left_out: Sequence[LeftOut] = ()
+    skipped: Sequence[SkippedSample] = ()
     """What could not be read of this batch; its columns are without it."""
 
 
@@ -111,9 +111,9 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         for item in start_workers(self._loader):
-            if isinstance(item, DamagedShard):
+            if isinstance(item, UnreadableShard):
                 raise item
-            yield Batch(item.images, *map(torch.from_numpy, item[1:6]), item.left_out)
+            yield Batch(item.images, *map(torch.from_numpy, item[1:6]), item.skipped)
 
 
 def check_data(config: DataConfig, shards: TarShards) -> None:
@@ -191,17 +191,17 @@ class _WholeBatches(Dataset):
         self.preprocess = preprocess
         self.on_error = on_error
 
-    def __getitem__(self, number: int) -> Batch | DamagedShard:
+    def __getitem__(self, number: int) -> Batch | UnreadableShard:
         try:
             return self._item(number)
-        except DamagedShard as error:
-            return DamagedShard(str(error))  # without the traceback, which does not travel
+        except UnreadableShard as error:
+            return UnreadableShard(str(error))  # without the traceback, which does not travel
 
     def _item(self, number: int) -> Batch:
         positions, epochs, indices = self._plan(number)
         try:
             return self._read(positions, epochs, indices)
-        except DamagedShard:
+        except UnreadableShard:
             if self.on_error == "raise":
                 raise
             return self._read_around(positions, epochs, indices)
@@ -234,8 +234,8 @@ class _TrainBatches(_WholeBatches):
         return positions, *self.order.at(positions)
 
     def _read_around(self, positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> Batch:
-        indices, left_out = replace_damaged(self.shards, self.order.seed, positions, epochs, indices)
-        return self._read(positions, epochs, indices)._replace(left_out=left_out)
+        indices, skipped = replace_damaged(self.shards, self.order.seed, positions, epochs, indices)
+        return self._read(positions, epochs, indices)._replace(skipped=skipped)
 
 
 class _EvalBatches(_WholeBatches):
@@ -254,8 +254,8 @@ class _EvalBatches(_WholeBatches):
         return indices, np.zeros_like(indices), indices
 
     def _read_around(self, _positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> Batch:
-        kept, left_out = drop_damaged(self.shards, indices)
-        return self._read(kept, epochs[: len(kept)], kept)._replace(left_out=left_out)
+        kept, skipped = drop_damaged(self.shards, indices)
+        return self._read(kept, epochs[: len(kept)], kept)._replace(skipped=skipped)
 
 
 def _as_it_is(item):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 
-class Recent:
+class LRUCache:
     """Keeps the `limit` values used last. Travels to another process empty: what it holds can be made again there."""
 
     def __init__(self, limit: int):
@@ -26,4 +26,4 @@ class Recent:
         return len(self._values)
 
     def __reduce__(self):
-        return Recent, (self.limit,)
+        return LRUCache, (self.limit,)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.data.lru_cache import Recent
+from pipeline.data.lru_cache import LRUCache
 from pipeline.data.random_hash import Stream, hash64
 
 
@@ -43,8 +43,8 @@ class Order:
         self.window = window
         self._sizes = np.asarray(shard_sizes, np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
-        self._plans = Recent(2)
-        self._windows = Recent(4)
+        self._plans = LRUCache(2)
+        self._windows = LRUCache(4)
 
     @property
     def epoch_size(self) -> int:

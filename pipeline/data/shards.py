@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.data.lru_cache import Recent
+from pipeline.data.lru_cache import LRUCache
 from pipeline.data.manifest import Manifest, ShardEntry, load_manifest
 
 # Two files each, and a process may commonly hold 1,024.
@@ -26,7 +26,7 @@ PNG_MODES = {1: "L", 3: "RGB"}
 Indices = Sequence[int] | np.ndarray
 
 
-class DamagedShard(ValueError):
+class UnreadableShard(ValueError):
     """A shard that is not what its manifest says. The message names the shard, the sample and the offset in the tar."""
 
 
@@ -34,7 +34,7 @@ class TarShards:
     """One split of a shard set. Samples are numbered through its shards in the manifest's order, from 0.
 
     Safe to hand to worker processes, forked or spawned: open files stay behind and are opened again there. Every method
-    that takes indices (n,) raises IndexError outside 0..len-1, and DamagedShard where the files are not what the
+    that takes indices (n,) raises IndexError outside 0..len-1, and UnreadableShard where the files are not what the
     manifest says.
     """
 
@@ -57,8 +57,8 @@ class TarShards:
             raise ValueError(f"{self.root}: no split '{split}'; it has: {', '.join(self.manifest.splits)}")
         self.shard_sizes = tuple(shard.count for shard in self._entries)
         self._starts = np.cumsum((0, *self.shard_sizes))  # (S + 1,)
-        self._indexes = Recent(MAX_OPEN_SHARDS)
-        self._tars = Recent(MAX_OPEN_SHARDS)
+        self._indexes = LRUCache(MAX_OPEN_SHARDS)
+        self._tars = LRUCache(MAX_OPEN_SHARDS)
         self._sound: dict[int, bool] = {}  # of the tars that were hashed: whether the hash is the manifest's
 
     @property
@@ -170,7 +170,7 @@ def _load_index(root: Path, entry: ShardEntry, num_attributes: int, remedy: str)
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or error
         lost = f"so the {entry.count} samples of {entry.file} cannot be found"
-        raise DamagedShard(f"{path}: {problem}, {lost}. {remedy}") from error
+        raise UnreadableShard(f"{path}: {problem}, {lost}. {remedy}") from error
     return index
 
 
@@ -290,7 +290,7 @@ class _Tar:
         except Exception as error:  # broken files make Pillow's decoder raise many kinds; each of them means damage
             raise self.damaged(row, f"not the PNG that it should be ({error})") from error
 
-    def damaged(self, row: int, problem: str) -> DamagedShard:
+    def damaged(self, row: int, problem: str) -> UnreadableShard:
         """The error that names this shard, the sample in this row and its offset."""
         path, key, offset = self.root / self.entry.file, self.index["key"][row].decode(), self.index["offset"][row]
-        return DamagedShard(f"{path}: sample '{key}' at offset {offset}: {problem}. {self.remedy}")
+        return UnreadableShard(f"{path}: sample '{key}' at offset {offset}: {problem}. {self.remedy}")

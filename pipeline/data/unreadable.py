@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.data.random_hash import Stream, hash64
-from pipeline.data.shards import DamagedShard, TarShards
+from pipeline.data.shards import TarShards, UnreadableShard
 
 MAX_DRAWS = 100
 """Samples drawn in the place of a damaged one before the set is given up."""
 
 
-class LeftOut(NamedTuple):
+class SkippedSample(NamedTuple):
     """A sample that could not be read."""
 
     position: int
@@ -35,36 +35,36 @@ def problem(shards: TarShards, index: int) -> str | None:
     try:
         for read in (shards.images, shards.labels, shards.attributes):
             read([index])
-    except DamagedShard as error:
+    except UnreadableShard as error:
         return str(error)
     return None
 
 
 def replace_damaged(
     shards: TarShards, seed: int, positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray
-) -> tuple[np.ndarray, list[LeftOut]]:
+) -> tuple[np.ndarray, list[SkippedSample]]:
     """The indices (n,) with others in the place of damaged ones, and what was left out.
 
-    Raises DamagedShard when too many of the set are damaged to find others.
+    Raises UnreadableShard when too many of the set are damaged to find others.
     """
-    indices, left_out = indices.copy(), []
+    indices, skipped = indices.copy(), []
     for place, index in enumerate(indices.tolist()):
         found = problem(shards, index)
         if found is not None:
             indices[place] = _another(shards, seed, int(epochs[place]), index, found)
-            left_out.append(LeftOut(int(positions[place]), index, found, int(indices[place])))
-    return indices, left_out
+            skipped.append(SkippedSample(int(positions[place]), index, found, int(indices[place])))
+    return indices, skipped
 
 
-def drop_damaged(shards: TarShards, indices: np.ndarray) -> tuple[np.ndarray, list[LeftOut]]:
+def drop_damaged(shards: TarShards, indices: np.ndarray) -> tuple[np.ndarray, list[SkippedSample]]:
     """The readable ones of the indices (n,), and what was left out."""
     problems = [problem(shards, index) for index in indices.tolist()]
-    left_out = [
-        LeftOut(index, index, found, None)
+    skipped = [
+        SkippedSample(index, index, found, None)
         for index, found in zip(indices.tolist(), problems, strict=True)
         if found is not None
     ]
-    return indices[[found is None for found in problems]], left_out
+    return indices[[found is None for found in problems]], skipped
 
 
 def _another(shards: TarShards, seed: int, epoch: int, index: int, found: str) -> int:
@@ -72,4 +72,4 @@ def _another(shards: TarShards, seed: int, epoch: int, index: int, found: str) -
     for candidate in draws.tolist():
         if problem(shards, candidate) is None:
             return candidate
-    raise DamagedShard(f"{found} ({MAX_DRAWS} samples drawn in its place were damaged as well)")
+    raise UnreadableShard(f"{found} ({MAX_DRAWS} samples drawn in its place were damaged as well)")

@@ -65,7 +65,7 @@ class Runtime:
         # What the host knows is agreed among hosts: the devices go on working meanwhile. None is the default group.
         on_gpus = self.device.type == "cuda" and self.world_size > 1
         self._hosts = dist.new_group(backend="gloo", timeout=timeout) if on_gpus else None
-        self._meetings = 0
+        self._num_rendezvous = 0
         if self.world_size > 1:
             self._watch_others(collective_timeout)
 
@@ -130,39 +130,39 @@ class Runtime:
         """Equal-sized tensors of all ranks, joined along dimension 0 in rank order, on every rank."""
         return self.accelerator.gather(value)
 
-    def on_main(self, work: Callable[[], Result]) -> Result | None:
+    def run_on_main(self, work: Callable[[], Result]) -> Result | None:
         """Runs `work` on the main process while the others wait, for as long as that takes.
 
         Its result stays there; its ValueError or OSError reaches every rank.
         """
-        return self._settled(work if self.is_main else lambda: None, workers=1)
+        return self._run(work if self.is_main else lambda: None, workers=1)
 
-    def together(self, work: Callable[[], Result]) -> Result:
+    def run_on_all(self, work: Callable[[], Result]) -> Result:
         """Runs `work` on every rank; the quick wait for the slow, for as long as that takes. A ValueError or OSError of
         any rank reaches every rank, the first rank's first.
         """
-        return self._settled(work, workers=self.world_size)
+        return self._run(work, workers=self.world_size)
 
-    def _settled(self, work: Callable[[], Result], workers: int) -> Result:
+    def _run(self, work: Callable[[], Result], workers: int) -> Result:
         result, failure = None, None
         try:
             result = work()
         except (ValueError, OSError) as error:
             failure = error
-        self._meet(workers)
+        self._rendezvous(workers)
         failures = [failure for failure in self.gather_objects(failure) if failure is not None]
         if failures:
-            raise alike(failures[0])
+            raise raised_on_all_ranks(failures[0])
         return result
 
-    def _meet(self, workers: int) -> None:
+    def _rendezvous(self, workers: int) -> None:
         """Until the first `workers` ranks have come here. No collective, which would time out: whether those who are
         awaited live is the watchdog's matter.
         """
         if self.world_size == 1:
             return
-        self._meetings += 1
-        count, opened = f"meeting/{self._meetings}/count", f"meeting/{self._meetings}/open"
+        self._num_rendezvous += 1
+        count, opened = f"meeting/{self._num_rendezvous}/count", f"meeting/{self._num_rendezvous}/open"
         if self.rank < workers and self._store.add(count, 1) == workers:
             self._store.set(opened, "")
         wait_until(lambda: self._store.check([opened]))
@@ -190,30 +190,31 @@ class Runtime:
         """Raises ValueError on every rank where any fact differs between ranks; it says who has what."""
         problem = disagreement(self.gather_objects(dict(facts)))
         if problem is not None:
-            raise alike(ValueError(problem))
+            raise raised_on_all_ranks(ValueError(problem))
 
     def barrier(self) -> None:
         """Every rank has come here; the quick wait for the slow, for as long as that takes."""
-        self._meet(self.world_size)
+        self._rendezvous(self.world_size)
 
     @contextmanager
-    def shared_fate(self) -> Iterator[None]:
+    def propagate_failure(self) -> Iterator[None]:
         """An error inside, unless every rank raises it alike, ends the other processes too, with its message."""
         try:
             yield
         except Exception as error:
-            if not is_alike(error):
+            if not is_raised_on_all_ranks(error):
                 self.watchdog.report_failure(error)
             raise
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """A script's whole work among processes: `shared_fate`, and `close` at the end of it."""
+        """A script's whole work among processes: `propagate_failure`, and `close` at the end of it."""
         try:
-            with self.shared_fate():
+            with self.propagate_failure():
                 yield
         except Exception as error:
-            if is_alike(error):  # a launcher ends all processes when the first leaves: wait until the main one is ready
+            if is_raised_on_all_ranks(error):
+                # The launcher ends all processes when the first one exits: wait until the main process has reported.
                 self.barrier()
             raise
         finally:
@@ -269,13 +270,13 @@ def check_process_count(world_size: int, expected: int | None) -> None:
         )
 
 
-def alike(error: Exception) -> Exception:
+def raised_on_all_ranks(error: Exception) -> Exception:
     """Marks an error as one that every rank raises at the same place."""
     error.on_every_rank = True
     return error
 
 
-def is_alike(error: Exception) -> bool:
+def is_raised_on_all_ranks(error: Exception) -> bool:
     """Whether every rank raises this error, so that a collective can still be had."""
     return getattr(error, "on_every_rank", False)
 

@@ -5,7 +5,8 @@ many collectives it has entered, and where its main thread is. The first and the
 others wait for in a collective, or that gives no heartbeat, for longer than the timeout is missing. Whoever finds that,
 or fails itself, puts one verdict into the store; the first one stands, and every process acts on it.
 
-A process that waits for another's long work without a collective (see `Runtime.on_main`) is not behind: it may wait as
+A process that waits for another's long work without a collective (see `Runtime.run_on_main`) is not behind: it may
+wait as
 long as heartbeats come.
 """
 

@@ -19,9 +19,8 @@ def image_grid(images: Tensor, columns: int) -> np.ndarray:
     C is 1 or 3. Values outside [0, 1] are clipped; non-finite ones become black. Small images are enlarged by repeating
     pixels. Two black pixels lie between images.
     """
-    from pipeline.evaluation.torchvision_guard import (
-        torchvision,  # a second to import, and needed by the main process alone
-    )
+    # Imported here: it takes a second, and only the main process needs it.
+    from pipeline.evaluation.torchvision_guard import torchvision
 
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images have shape {tuple(images.shape)}, which is not (B, 1 or 3, H, W)")

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.data.loader import Batch
-from pipeline.data.shards import DamagedShard
-from pipeline.data.unreadable import LeftOut
+from pipeline.data.shards import UnreadableShard
+from pipeline.data.unreadable import SkippedSample
 from pipeline.models.base import VAE, VAEOutput, evaluating
 from pipeline.models.noise import draw_noise
 from pipeline.schema import Section
@@ -50,10 +50,11 @@ class Evaluator:
         device: torch.device,
         autocast: Callable,
         sum_over_ranks: Callable[[Tensor], Tensor],
-        settle_damage: Callable[[Sequence[LeftOut], DamagedShard | None], int],
+        report_unreadable: Callable[[Sequence[SkippedSample], UnreadableShard | None], int],
         by_group: bool = False,
     ):
-        """`settle_damage` is told on every rank what could not be read; it gives the number of samples left out on all
+        """`report_unreadable` is told on every rank what could not be read; it gives the number of samples left out
+        on all
         ranks, or raises on all. `by_group`: also KL and active units of each latent group.
         """
         self.config = config
@@ -63,7 +64,7 @@ class Evaluator:
         self.device = device
         self.autocast = autocast
         self.sum_over_ranks = sum_over_ranks
-        self.settle_damage = settle_damage
+        self.report_unreadable = report_unreadable
         self.by_group = by_group
 
     @torch.no_grad()
@@ -79,16 +80,16 @@ class Evaluator:
         active.add([torch.zeros(group.shape[0], device=self.device) for group in model.groups], count=0)
         world_size = int(self.sum_over_ranks(torch.ones((), device=self.device)))
         rows = max(1, self.config.batch_size // world_size)
-        left_out, error = [], None
+        skipped, error = [], None
         try:
             with evaluating(model):
                 for batch in self.batches():
-                    left_out += batch.left_out
+                    skipped += batch.skipped
                     if len(batch.images):
                         self._add(meter, active, model, batch, rows)
-        except DamagedShard as damaged:
+        except UnreadableShard as damaged:
             error = damaged
-        skipped = self.settle_damage(left_out, error)
+        skipped = self.report_unreadable(skipped, error)
         figures = self._figures(meter.reduce(self.sum_over_ranks), model.num_dimensions)
         if self.by_group:
             figures |= {f"val/{name}": number for name, number in active.reduce(self.sum_over_ranks).items()}

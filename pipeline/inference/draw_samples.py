@@ -19,7 +19,7 @@ from pipeline.data.shards import TarShards
 from pipeline.evaluation.images import image_grid, to_uint8
 from pipeline.evaluation.sample_grids import readjust_batch_norm
 from pipeline.inference.parse_condition import check_attributes
-from pipeline.inference.trained import IMAGES_PER_PASS, Trained
+from pipeline.inference.trained import IMAGES_PER_PASS, TrainedModel
 from pipeline.models.conditions import UNKNOWN, AttributeCondition, ClassCondition
 from pipeline.models.noise import draw_noise
 from pipeline.storage.atomic import replacing
@@ -42,12 +42,12 @@ class Plan(NamedTuple):
     """(n, K) 1, 0, or -1 for unknown, where the model is told attributes."""
 
 
-def plan_count(trained: Trained, count: int) -> Plan:
+def plan_count(trained: TrainedModel, count: int) -> Plan:
     """`count` samples of a model that is told nothing. Raises ValueError for one that is told something."""
     return Plan(count, trained.condition(None, count), picture_columns(count))
 
 
-def plan_classes(trained: Trained, classes: Sequence[int] | None, per_class: int) -> Plan:
+def plan_classes(trained: TrainedModel, classes: Sequence[int] | None, per_class: int) -> Plan:
     """`per_class` samples of each class (default: all), class by class, so that each is a row of the picture."""
     if not isinstance(trained.recipe.condition, ClassCondition):
         raise ValueError("the model was not trained with classes; leave --classes and --per-class out")
@@ -58,7 +58,7 @@ def plan_classes(trained: Trained, classes: Sequence[int] | None, per_class: int
     return Plan(len(labels), trained.condition(torch.from_numpy(labels), len(labels)), per_class, labels=labels)
 
 
-def plan_attributes(trained: Trained, asked: Mapping[str, float], count: int, given: Tensor | None = None) -> Plan:
+def plan_attributes(trained: TrainedModel, asked: Mapping[str, float], count: int, given: Tensor | None = None) -> Plan:
     """`count` samples with the attributes asked for; the others as in `given` (m, K), in turns, or unknown."""
     condition = trained.recipe.condition
     if not isinstance(condition, AttributeCondition):
@@ -73,7 +73,7 @@ def plan_attributes(trained: Trained, asked: Mapping[str, float], count: int, gi
     return Plan(count, told, picture_columns(count), attributes=known.to(torch.int8).numpy())
 
 
-def conditions_of(trained: Trained, root: str, split: str, count: int) -> Tensor:
+def conditions_of(trained: TrainedModel, root: str, split: str, count: int) -> Tensor:
     """(m, K): what a model is told of the first images of a shard set, at most `count` of them."""
     condition, shards = trained.recipe.condition, TarShards(root, split)
     if condition is None:
@@ -89,7 +89,7 @@ def picture_columns(count: int) -> int:
     return max(8, math.isqrt(min(count, MOST_SHOWN)))
 
 
-def draw(trained: Trained, plan: Plan, temperature: float, seed: int) -> np.ndarray:
+def draw(trained: TrainedModel, plan: Plan, temperature: float, seed: int) -> np.ndarray:
     """uint8 (n, H, W, C)."""
     if not temperature >= 0:
         raise ValueError(f"--temperature {temperature}: must not be negative")
@@ -103,7 +103,7 @@ def draw(trained: Trained, plan: Plan, temperature: float, seed: int) -> np.ndar
     return images
 
 
-def readjusted(trained: Trained, plan: Plan, temperature: float, seed: int, iterations: int) -> Trained:
+def readjusted(trained: TrainedModel, plan: Plan, temperature: float, seed: int, iterations: int) -> TrainedModel:
     """The model with batch norm's running statistics moved to those of samples at this temperature; a copy."""
     model = copy.deepcopy(trained.model)
     count = min(plan.count, IMAGES_PER_PASS)
@@ -129,7 +129,7 @@ def picture(plan: Plan, images: np.ndarray) -> np.ndarray:
     return image_grid(torch.from_numpy(images[:MOST_SHOWN]).permute(0, 3, 1, 2), columns)
 
 
-def save_npz(path: Path, trained: Trained, plan: Plan, images: np.ndarray, settings: Mapping[str, Any]) -> None:
+def save_npz(path: Path, trained: TrainedModel, plan: Plan, images: np.ndarray, settings: Mapping[str, Any]) -> None:
     """What `python -m shard_data npz` reads: images, and labels or attributes with their names. Whole or not at all."""
     arrays = {"images": images, "settings": np.array(json.dumps(settings))}
     if plan.labels is not None:

@@ -11,7 +11,7 @@ from pipeline.data.shards import TarShards
 from pipeline.inference.infer_condition import infer_attributes, infer_class
 from pipeline.inference.latents import Latents, MeanDifference, added, linear, moved, spherical
 from pipeline.inference.parse_condition import check_attributes, class_number, parse_settings
-from pipeline.inference.trained import IMAGES_PER_PASS, Trained
+from pipeline.inference.trained import IMAGES_PER_PASS, TrainedModel
 from pipeline.models.conditions import ClassCondition, find_name
 
 
@@ -26,7 +26,7 @@ class Subject:
     """(1, K): what the model is told of it as it is; None for a model that is told nothing."""
 
 
-def know(trained: Trained, image: Tensor, words: Sequence[str]) -> tuple[Tensor | None, str]:
+def know(trained: TrainedModel, image: Tensor, words: Sequence[str]) -> tuple[Tensor | None, str]:
     """What the model is told of an image (1, C, H, W), (1, K), from what the user knows; the rest is inferred.
 
     The second is what was inferred, for people. `words`: `Smiling=1`, or a class. Raises ValueError for what is not
@@ -50,7 +50,7 @@ def know(trained: Trained, image: Tensor, words: Sequence[str]) -> tuple[Tensor 
     return trained.condition(row, 1), f"{told} of {len(inferred)}" if inferred else ""
 
 
-def aim(trained: Trained, start: Tensor, words: Sequence[str]) -> Tensor:
+def aim(trained: TrainedModel, start: Tensor, words: Sequence[str]) -> Tensor:
     """The condition (1, K) that `--set` asks for, from what a picture is now. Raises ValueError for unknown names."""
     condition = trained.recipe.condition
     if isinstance(condition, ClassCondition):
@@ -60,14 +60,14 @@ def aim(trained: Trained, start: Tensor, words: Sequence[str]) -> Tensor:
     return condition.changed(start, settings)
 
 
-def the_class(trained: Trained, words: Sequence[str]) -> int:
+def the_class(trained: TrainedModel, words: Sequence[str]) -> int:
     """The number of the one class that the words name."""
     if len(words) != 1:
         raise ValueError(f"{', '.join(words)}: a picture has one class; give one")
     return class_number(words[0], trained.classes)
 
 
-def edit_by_condition(trained: Trained, subject: Subject, words: Sequence[str], strengths: Tensor) -> Tensor:
+def edit_by_condition(trained: TrainedModel, subject: Subject, words: Sequence[str], strengths: Tensor) -> Tensor:
     """(n, C, H, W): the picture's latents decoded with the condition on the way to the one asked for.
 
     Strength 0 is the picture as it is, 1 the edit. Raises ValueError for strengths outside [0, 1].
@@ -79,12 +79,14 @@ def edit_by_condition(trained: Trained, subject: Subject, words: Sequence[str], 
     return trained.decode([group.expand(len(strengths), *group.shape[1:]) for group in latents], told)
 
 
-def edit_by_direction(trained: Trained, subject: Subject, direction: Latents, strengths: Tensor) -> Tensor:
+def edit_by_direction(trained: TrainedModel, subject: Subject, direction: Latents, strengths: Tensor) -> Tensor:
     """(n, C, H, W): the picture's latents moved along a direction by each strength, of any value."""
     return trained.decode(moved(trained.encode(subject.image, seed=None), direction, strengths))
 
 
-def find_direction(trained: Trained, shards: TarShards, settings: Mapping[str, float], images: int) -> list[Tensor]:
+def find_direction(
+    trained: TrainedModel, shards: TarShards, settings: Mapping[str, float], images: int
+) -> list[Tensor]:
     """The sum over attributes of the mean latent with minus without, from the first images of a set; reversed for those
     set to 0.
 
@@ -108,7 +110,7 @@ def find_direction(trained: Trained, shards: TarShards, settings: Mapping[str, f
     return [group.to(trained.dtype) for group in added(directions)]
 
 
-def interpolate(trained: Trained, start: Subject, end: Subject, steps: int) -> tuple[Tensor, Tensor]:
+def interpolate(trained: TrainedModel, start: Subject, end: Subject, steps: int) -> tuple[Tensor, Tensor]:
     """The linear and the spherical way between two pictures, (steps, C, H, W) each, ends included. The condition goes
     along in a straight line.
     """
@@ -120,7 +122,7 @@ def interpolate(trained: Trained, start: Subject, end: Subject, steps: int) -> t
     return trained.decode(linear(*ends, weights), told), trained.decode(spherical(*ends, weights), told)
 
 
-def told_of(trained: Trained, shards: TarShards, index: int) -> Tensor | None:
+def condition_of(trained: TrainedModel, shards: TarShards, index: int) -> Tensor | None:
     """What the model is told of a sample of a set, (1, K); where an attribute is not known there, 1/2."""
     condition = trained.recipe.condition
     if condition is None:

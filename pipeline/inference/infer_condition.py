@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation.likelihood_bounds import Draws
-from pipeline.inference.trained import IMAGES_PER_PASS, Trained
+from pipeline.inference.trained import IMAGES_PER_PASS, TrainedModel
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.models.noise import draw_noise
 
@@ -18,7 +18,7 @@ DRAWS = 16
 SWEEPS = 4
 
 
-def infer_class(trained: Trained, image: Tensor) -> int:
+def infer_class(trained: TrainedModel, image: Tensor) -> int:
     """The class under which an image (1, C, H, W) is likeliest."""
     condition = trained.recipe.condition
     assert isinstance(condition, ClassCondition)
@@ -26,7 +26,7 @@ def infer_class(trained: Trained, image: Tensor) -> int:
     return int(log_likelihoods(trained, image, candidates).argmax())
 
 
-def infer_attributes(trained: Trained, image: Tensor, known: Mapping[str, float]) -> dict[str, float]:
+def infer_attributes(trained: TrainedModel, image: Tensor, known: Mapping[str, float]) -> dict[str, float]:
     """All attributes that the model is told, for an image (1, C, H, W): those known, and 1 or 0 for each other."""
     condition = trained.recipe.condition
     assert isinstance(condition, AttributeCondition)
@@ -57,7 +57,7 @@ def alternatives(condition: AttributeCondition, current: Tensor, known: Mapping[
 
 
 @torch.no_grad()
-def log_likelihoods(trained: Trained, image: Tensor, candidates: Tensor) -> Tensor:
+def log_likelihoods(trained: TrainedModel, image: Tensor, candidates: Tensor) -> Tensor:
     """(n,) float64 log p(image | candidate) for candidates (n, K), nats, with one noise for all."""
     count = len(candidates)
     x = trained.input(image).expand(count, -1, -1, -1)

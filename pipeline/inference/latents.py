@@ -1,6 +1,6 @@
 """Ways between latents: interpolation, and directions that stand for an attribute.
 
-Latents are lists with one tensor (B, *group.shape) per group, as `Trained.encode` gives them.
+Latents are lists with one tensor (B, *group.shape) per group, as `TrainedModel.encode` gives them.
 """
 
 from collections.abc import Iterable, Sequence

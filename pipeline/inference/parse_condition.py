@@ -12,10 +12,12 @@ from torch import Tensor
 
 from pipeline.models.conditions import UNKNOWN, AttributeCondition, ClassCondition, Condition, find_name
 
-Asked = int | str | Sequence[int | str] | Mapping[str, float] | Tensor | None
+ConditionLike = int | str | Sequence[int | str] | Mapping[str, float] | Tensor | None
 
 
-def to_condition(asked: Asked, condition: Condition | None, classes: Sequence[str], count: int) -> Tensor | None:
+def to_condition(
+    asked: ConditionLike, condition: Condition | None, classes: Sequence[str], count: int
+) -> Tensor | None:
     """(count, K) float32, or None for a model that takes no condition.
 
     `asked`: a class for all images or one for each, by number or name; {attribute: strength} for all images, where
@@ -77,7 +79,7 @@ def _as_given(asked: Tensor, size: int, count: int) -> Tensor:
     return asked.float().expand(count, -1)
 
 
-def _one_hot(asked: Asked, condition: ClassCondition, classes: Sequence[str], count: int) -> Tensor:
+def _one_hot(asked: ConditionLike, condition: ClassCondition, classes: Sequence[str], count: int) -> Tensor:
     if asked is None or isinstance(asked, Mapping):
         known = ", ".join(classes)
         raise ValueError(f"the model is told a class, and none was given; known: {known}")
@@ -90,7 +92,7 @@ def _one_hot(asked: Asked, condition: ClassCondition, classes: Sequence[str], co
     return F.one_hot(torch.tensor(numbers, dtype=torch.int64), condition.num_classes).float()
 
 
-def _attributes(asked: Asked, condition: AttributeCondition) -> Tensor:
+def _attributes(asked: ConditionLike, condition: AttributeCondition) -> Tensor:
     """(1, K)."""
     if not isinstance(asked, Mapping | None):
         raise ValueError(

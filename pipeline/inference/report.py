@@ -16,7 +16,7 @@ from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.class_recognition import recognition
 from pipeline.evaluation.edit_metric import edit_figures, held_out_faces, hidden_by
 from pipeline.evaluation.likelihood_bounds import Evaluator
-from pipeline.inference.trained import Trained
+from pipeline.inference.trained import TrainedModel
 from pipeline.models.classifier import load_classifier
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.recipe import Recipe
@@ -49,7 +49,7 @@ def evaluation_recipe(
     return build(Recipe, settings)
 
 
-def check_metrics(metrics: Sequence[str], trained: Trained, classifier: Path | None) -> None:
+def check_metrics(metrics: Sequence[str], trained: TrainedModel, classifier: Path | None) -> None:
     """Raises ValueError for metrics that a model does not have, or that need a judge where there is none."""
     condition = trained.recipe.condition
     if "edit" in metrics and not isinstance(condition, AttributeCondition):
@@ -60,16 +60,16 @@ def check_metrics(metrics: Sequence[str], trained: Trained, classifier: Path | N
         raise ValueError("--metrics edit and recognition need a judge: --classifier FOLDER, of train_classifier.py")
 
 
-def bound_figures(trained: Trained, data: Data, runtime: Runtime, seed: int) -> dict[str, float]:
+def bound_figures(trained: TrainedModel, data: Data, runtime: Runtime, seed: int) -> dict[str, float]:
     """`elbo`, `log_px`, `kl`, `nll` in nats per image, `bpd` and `bpd_nll` in bits per dimension, and for each group
     `kl/GROUP` in nats and `active_units/GROUP`: means over the split, the same for any number of processes.
 
     With the seed that the model was trained with, `elbo` is `val/elbo` of the training's validation.
     """
 
-    def settle(left_out: Sequence, error: Exception | None) -> int:
-        runtime.barrier()  # as in patient_sum
-        return data.damage.settle(trained.step, data.held_out.split, left_out, error)
+    def report(skipped: Sequence, error: Exception | None) -> int:
+        runtime.barrier()  # as in sum_after_barrier
+        return data.damage.report(trained.step, data.held_out.split, skipped, error)
 
     evaluator = Evaluator(
         data.recipe.validation,
@@ -79,7 +79,7 @@ def bound_figures(trained: Trained, data: Data, runtime: Runtime, seed: int) -> 
         device=runtime.device,
         autocast=runtime.autocast,
         sum_over_ranks=runtime.sum,
-        settle_damage=settle,
+        report_unreadable=report,
         by_group=True,
     )
     figures = {name.removeprefix("val/"): value for name, value in evaluator.run(trained.model).items()}
@@ -88,9 +88,11 @@ def bound_figures(trained: Trained, data: Data, runtime: Runtime, seed: int) -> 
     return {name: figures[name] for name in (*HEADLINES, *order, "skipped_samples") if name in figures}
 
 
-def edit_measurement(trained: Trained, data: Data, runtime: Runtime, classifier: Path, seed: int) -> dict[str, float]:
+def edit_measurement(
+    trained: TrainedModel, data: Data, runtime: Runtime, classifier: Path, seed: int
+) -> dict[str, float]:
     """See pipeline.evaluation.edit_metric.edit_figures."""
-    judge = runtime.together(lambda: load_classifier(classifier))
+    judge = runtime.run_on_all(lambda: load_classifier(classifier))
     batches = with_progress(data.held_out_batches(), shown=runtime.is_main)
     return edit_figures(
         trained.model,
@@ -99,20 +101,20 @@ def edit_measurement(trained: Trained, data: Data, runtime: Runtime, classifier:
         judge,
         seed,
         hidden_by(data.held_out, judge),
-        patient_sum(runtime),
+        sum_after_barrier(runtime),
     )
 
 
 def recognition_measurement(
-    trained: Trained, runtime: Runtime, classifier: Path, per_class: int, temperature: float, seed: int
+    trained: TrainedModel, runtime: Runtime, classifier: Path, per_class: int, temperature: float, seed: int
 ) -> dict[str, float]:
     """See pipeline.evaluation.class_recognition."""
-    judge = runtime.together(lambda: load_classifier(classifier))
-    place = runtime.rank, runtime.world_size, patient_sum(runtime)
+    judge = runtime.run_on_all(lambda: load_classifier(classifier))
+    place = runtime.rank, runtime.world_size, sum_after_barrier(runtime)
     return recognition(trained.model, judge, per_class, temperature, seed, *place)
 
 
-def patient_sum(runtime: Runtime) -> Callable[[Tensor], Tensor]:
+def sum_after_barrier(runtime: Runtime) -> Callable[[Tensor], Tensor]:
     """The sum over ranks that may end minutes apart, for which collectives alone have no patience."""
 
     def total(values: Tensor) -> Tensor:
@@ -128,7 +130,7 @@ def with_progress(batches: Iterable[Batch], shown: bool) -> Iterator[Batch]:
 
 
 def describe_measurement(
-    trained: Trained, data: Data, runtime: Runtime, seed: int, figures: dict[str, Any]
+    trained: TrainedModel, data: Data, runtime: Runtime, seed: int, figures: dict[str, Any]
 ) -> dict[str, Any]:
     """The figures with everything that they depend on."""
     recipe, shards = data.recipe, data.held_out

@@ -21,7 +21,7 @@ from pipeline.config import ConfigError, build
 from pipeline.data.preprocess import to_model_input
 from pipeline.evaluation.images import to_uint8
 from pipeline.evaluation.likelihood_bounds import Draws
-from pipeline.inference.parse_condition import Asked, to_condition
+from pipeline.inference.parse_condition import ConditionLike, to_condition
 from pipeline.models.base import VAE, without_border
 from pipeline.models.conditions import ClassCondition
 from pipeline.models.noise import draw_noise
@@ -39,7 +39,7 @@ def load(
     checkpoint: Path | str = "latest",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> "Trained":
+) -> "TrainedModel":
     """The trained model of a run folder, with the moving average of its weights where there is one.
 
     `checkpoint`: "latest", "best" by validation, or a checkpoint's folder. `device`: a GPU by default, where there is
@@ -58,7 +58,7 @@ def load(
     averaged = "ema" in found.tensors
     load_model(model, found.tensors["ema" if averaged else "model"])
     model.requires_grad_(False).eval().to(device)
-    return Trained(
+    return TrainedModel(
         model, recipe, found.step, found.path, found.facts, averaged, class_names(recipe, found), device, dtype
     )
 
@@ -105,7 +105,7 @@ def class_names(recipe: Recipe, checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A trained model. Images go in as uint8 or as floats in [0, 1], and come out as floats in [0, 1], on `device`.
 
     Where a model was trained with a condition, the methods want one: a class for all images or for each, by number or
@@ -136,7 +136,7 @@ class Trained:
         return data.channels, data.size, data.size
 
     @torch.no_grad()
-    def encode(self, x: Tensor, condition: Asked = None, seed: int | None = 0) -> list[Tensor]:
+    def encode(self, x: Tensor, condition: ConditionLike = None, seed: int | None = 0) -> list[Tensor]:
         """Latents drawn from the posteriors, one (B, *group.shape) per group.
 
         With `seed` None no noise is added: the posteriors' means, each given the means of the groups before it.
@@ -149,7 +149,7 @@ class Trained:
         return [torch.cat(group) for group in zip(*parts, strict=True)]
 
     @torch.no_grad()
-    def decode(self, latents: Sequence[Tensor], condition: Asked = None) -> Tensor:
+    def decode(self, latents: Sequence[Tensor], condition: ConditionLike = None) -> Tensor:
         """Images (B, C, H, W): the decoder's mean for these latents, one (B, *group.shape) per group."""
         count = self._check_latents(latents)
         told = self.condition(condition, count)
@@ -161,7 +161,7 @@ class Trained:
 
     @torch.no_grad()
     def sample(
-        self, count: int, temperature: float = 1.0, seed: int = 0, condition: Asked = None, first: int = 0
+        self, count: int, temperature: float = 1.0, seed: int = 0, condition: ConditionLike = None, first: int = 0
     ) -> Tensor:
         """Images (count, C, H, W) from the prior, whose sigmas are scaled by `temperature`: the decoder's mean.
 
@@ -178,12 +178,14 @@ class Trained:
         ]
         return self._output(parts)
 
-    def reconstruct(self, x: Tensor, condition: Asked = None, seed: int | None = 0) -> Tensor:
+    def reconstruct(self, x: Tensor, condition: ConditionLike = None, seed: int | None = 0) -> Tensor:
         """Images (B, C, H, W): `decode` of `encode`."""
         return self.decode(self.encode(x, condition, seed), condition)
 
     @torch.no_grad()
-    def log_likelihood(self, x: Tensor, condition: Asked = None, importance_samples: int = 1, seed: int = 0) -> Tensor:
+    def log_likelihood(
+        self, x: Tensor, condition: ConditionLike = None, importance_samples: int = 1, seed: int = 0
+    ) -> Tensor:
         """(B,) float64 estimate of log p(x | condition), nats: a lower bound on average, tighter with more samples.
 
         Burda et al. 2016, eq. 8; with one sample an estimate of the evidence lower bound. Discrete likelihoods expect
@@ -203,7 +205,7 @@ class Trained:
             parts.append(draws.log_likelihood(importance_samples, rows=IMAGES_PER_PASS))
         return torch.cat(parts)
 
-    def condition(self, asked: Asked, count: int) -> Tensor | None:
+    def condition(self, asked: ConditionLike, count: int) -> Tensor | None:
         """What the model is told: (count, K) on the device, or None. Raises as the class says."""
         told = to_condition(asked, self.recipe.condition, self.classes, count)
         return None if told is None else told.to(self.device, self.dtype)

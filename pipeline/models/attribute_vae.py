@@ -37,7 +37,7 @@ from pipeline.models.classifier import (
 )
 from pipeline.models.conditions import AttributeCondition, Condition
 from pipeline.models.likelihoods import DiscretizedLogisticLikelihood, Likelihood
-from pipeline.models.vector_vae import Count, FlatConfig, FlatVAE, check_divisible, joined
+from pipeline.models.vector_vae import Count, VectorVAE, VectorVAEConfig, check_divisible, joined
 from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.nn.conditional_norm import ConditionalBatchNorm2d
 from pipeline.nn.distributions import at_least_float32
@@ -50,7 +50,7 @@ WIDEST = 8
 Weight = Annotated[float, Field(ge=0)]
 
 
-class AttributeVAEConfig(FlatConfig):
+class AttributeVAEConfig(VectorVAEConfig):
     """Architecture of an attribute VAE, and the terms of its loss."""
 
     name: Literal["attribute_vae"] = "attribute_vae"
@@ -103,7 +103,7 @@ class AttributeVAEConfig(FlatConfig):
         return AttributeVAE(self, image_shape, border, bits, condition)
 
 
-class AttributeVAE(FlatVAE):
+class AttributeVAE(VectorVAE):
     """See the module's docstring. Raises ValueError for sizes that the halvings down to a map of 4 to 7 pixels do not
     divide.
     """
@@ -158,7 +158,8 @@ class AttributeVAE(FlatVAE):
         channels, height, width = self.image_shape
         return channels, height - 2 * self.border, width - 2 * self.border
 
-    # ---- what FlatVAE asks for --------------------------------------------------------------------------------------
+    # ---- what VectorVAE asks for
+    # --------------------------------------------------------------------------------------
 
     def _encode(self, x: Tensor, condition: Tensor | None) -> Tensor:
         summary = self.summary(self.encoder(2 * x - 1).flatten(1))  # (B, features)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.models.conditions import Condition
 from pipeline.models.likelihoods import Likelihood, SquaredErrorLikelihood
-from pipeline.models.vector_vae import Count, FlatConfig, FlatVAE, check_divisible, joined
+from pipeline.models.vector_vae import Count, VectorVAE, VectorVAEConfig, check_divisible, joined
 from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.nn.posterior import Posterior
 
@@ -24,7 +24,7 @@ MOMENTUM = 0.1  # of running statistics, as in torch and so in the tutorials
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}
 
 
-class ConvVAEConfig(FlatConfig):
+class ConvVAEConfig(VectorVAEConfig):
     """Architecture of a convolutional VAE. The defaults are the tutorials' 3-32-64-128, 8192-(128, 128) at 64 px."""
 
     name: Literal["conv_vae"] = "conv_vae"
@@ -46,7 +46,7 @@ class ConvVAEConfig(FlatConfig):
         return ConvVAE(self, image_shape, border, bits, condition.size if condition else 0)
 
 
-class ConvVAE(FlatVAE):
+class ConvVAE(VectorVAE):
     """See the module's docstring. Raises ValueError unless height and width are multiples of 8."""
 
     config: ConvVAEConfig

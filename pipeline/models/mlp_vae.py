@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.conditions import Condition
-from pipeline.models.vector_vae import Count, FlatConfig, FlatVAE, joined
+from pipeline.models.vector_vae import Count, VectorVAE, VectorVAEConfig, joined
 from pipeline.nn.posterior import Posterior
 
 
-class MLPVAEConfig(FlatConfig):
+class MLPVAEConfig(VectorVAEConfig):
     """Architecture of an MLP VAE. The defaults are the tutorials' 784-400-(20, 20), 20-400-784."""
 
     name: Literal["mlp_vae"] = "mlp_vae"
@@ -30,7 +30,7 @@ class MLPVAEConfig(FlatConfig):
         return MLPVAE(self, image_shape, border, bits, condition.size if condition else 0)
 
 
-class MLPVAE(FlatVAE):
+class MLPVAE(VectorVAE):
     """See the module's docstring. Images of any shape; pixels in the order (C, H, W)."""
 
     config: MLPVAEConfig

@@ -24,7 +24,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from pipeline.models.conditions import Condition
 from pipeline.models.likelihoods import Likelihood, SquaredErrorLikelihood
-from pipeline.models.vector_vae import Count, FlatConfig, FlatVAE, check_divisible, joined
+from pipeline.models.vector_vae import Count, VectorVAE, VectorVAEConfig, check_divisible, joined
 from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.nn.posterior import Posterior
 
@@ -33,7 +33,7 @@ MOMENTUM = 0.1  # of running statistics, as in torch and so in the tutorials
 Resize = Literal["same", "down", "up"]
 
 
-class ResNetVAEConfig(FlatConfig):
+class ResNetVAEConfig(VectorVAEConfig):
     """Architecture of a residual VAE."""
 
     name: Literal["resnet_vae"] = "resnet_vae"
@@ -102,7 +102,7 @@ class ResidualBlock(nn.Module):
         return F.relu(branch + (x if self.skip is None else self.skip(x)))
 
 
-class ResNetVAE(FlatVAE):
+class ResNetVAE(VectorVAE):
     """See the module's docstring. Raises ValueError unless the stages can halve height and width."""
 
     config: ResNetVAEConfig

@@ -21,7 +21,7 @@ from pipeline.schema import Section
 Count = Annotated[int, Field(ge=1, strict=True)]
 
 
-class FlatConfig(Section):
+class VectorVAEConfig(Section):
     """What the sections of all models with one latent vector have in common."""
 
     name: str
@@ -34,7 +34,7 @@ class FlatConfig(Section):
     """p(x | z)."""
 
 
-class FlatVAE(VAE):
+class VectorVAE(VAE):
     """See the module's docstring. A subclass sets `posterior` and provides `_encode` and `_decode`.
 
     `border` pixels on every side are padding: the network sees them, the likelihood and `num_dimensions` do not count
@@ -45,7 +45,7 @@ class FlatVAE(VAE):
 
     def __init__(
         self,
-        config: FlatConfig,
+        config: VectorVAEConfig,
         image_shape: tuple[int, int, int],
         border: int = 0,
         bits: int = 8,

@@ -40,7 +40,7 @@ def build_trainer(recipe: Recipe, runtime: Runtime, data: Data) -> Trainer:
         total_steps=data.total_steps,
         batches=data.batches,
         inputs=data.inputs,
-        settle_damage=data.settle_training,
+        report_unreadable=data.report_unreadable,
     )
 
 

@@ -10,11 +10,11 @@ from pipeline.data.loader import Batch, build_eval_loader, build_train_loader, c
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Preprocess, to_model_input
 from pipeline.data.remote import check_address, default_cache, fetch_manifest, fetch_set, is_address
-from pipeline.data.shards import DamagedShard, TarShards
-from pipeline.data.unreadable import LeftOut
+from pipeline.data.shards import TarShards, UnreadableShard
+from pipeline.data.unreadable import SkippedSample
 from pipeline.distributed.runtime import Runtime
 from pipeline.recipe import Recipe, total_steps
-from pipeline.run.unreadable_log import DamageLog
+from pipeline.run.unreadable_log import UnreadableLog
 
 
 class Data:
@@ -31,7 +31,7 @@ class Data:
         if recipe.condition is not None:
             recipe.condition.check(self.train.classes, self.train.attribute_names)
         self.order = Order(self.train.shard_sizes, recipe.train.seed, config.window)
-        self.damage = DamageLog(runtime)
+        self.damage = UnreadableLog(runtime)
         self._augment = Preprocess(recipe.train.seed, flip=config.flip, binarise=config.binarise, pad=config.pad)
         self._plain = Preprocess(recipe.train.seed, binarise=config.binarise, pad=config.pad)
 
@@ -41,11 +41,11 @@ class Data:
         verify = config.verify and config.on_error == "raise"  # a hash does not tell which sample to leave out
         splits = config.train_split, self.recipe.validation.split
         if not is_address(config.root):
-            return runtime.together(lambda: [TarShards(config.root, split, verify) for split in splits])
+            return runtime.run_on_all(lambda: [TarShards(config.root, split, verify) for split in splits])
         address = check_address(config.root)
-        manifest = runtime.from_main(runtime.on_main(lambda: fetch_manifest(address)))
+        manifest = runtime.from_main(runtime.run_on_main(lambda: fetch_manifest(address)))
         cache = Path(config.cache) if config.cache else default_cache()
-        folder = runtime.together(lambda: fetch_set(address, manifest, splits, cache, progress=runtime.is_main))
+        folder = runtime.run_on_all(lambda: fetch_set(address, manifest, splits, cache, progress=runtime.is_main))
         return [TarShards(folder, split, verify, origin=address) for split in splits]
 
     def batches(self, step: int) -> Iterable[Batch]:
@@ -84,11 +84,11 @@ class Data:
         """
         on_error = self.recipe.data.on_error
         batches = build_eval_loader(self.held_out, self._plain, batch_size=count, on_error=on_error)
-        return self.inputs(self.runtime.together(lambda: first_with_images(batches)))
+        return self.inputs(self.runtime.run_on_all(lambda: first_with_images(batches)))
 
-    def settle_training(self, step: int, left_out: Sequence[LeftOut], error: DamagedShard | None) -> int:
-        """See DamageLog.settle, of the training split."""
-        return self.damage.settle(step, self.train.split, left_out, error)
+    def report_unreadable(self, step: int, skipped: Sequence[SkippedSample], error: UnreadableShard | None) -> int:
+        """See UnreadableLog.settle, of the training split."""
+        return self.damage.report(step, self.train.split, skipped, error)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """What the model takes of a batch, on the device: (b, C, H, W) in [0, 1], and (b, K) or None."""
@@ -107,8 +107,8 @@ class Data:
 
 
 def first_with_images(batches: Iterable[Batch]) -> Batch:
-    """The first batch of which something could be read. Raises DamagedShard where there is none."""
+    """The first batch of which something could be read. Raises UnreadableShard where there is none."""
     for batch in batches:
         if len(batch.images):
             return batch
-    raise DamagedShard(f"no sample can be read; the last problem: {batch.left_out[-1].problem}")
+    raise UnreadableShard(f"no sample can be read; the last problem: {batch.left_out[-1].problem}")

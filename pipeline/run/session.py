@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from pipeline.config import dump
-from pipeline.data.shards import DamagedShard
-from pipeline.data.unreadable import LeftOut
+from pipeline.data.shards import UnreadableShard
+from pipeline.data.unreadable import SkippedSample
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.images import image_grid, reconstruction_grid, save_png
 from pipeline.evaluation.likelihood_bounds import Evaluator
@@ -53,7 +53,7 @@ class Session:
             device=runtime.device,
             autocast=runtime.autocast,
             sum_over_ranks=runtime.sum,
-            settle_damage=self._settle_validation,
+            report_unreadable=self._report_unreadable,
         )
         self.settings: dict[str, Any] = recipe.model_dump(mode="json")
         self.validated: tuple[int, float] | None = None  # step and its negative ELBO, nats
@@ -91,7 +91,7 @@ class Session:
             with replacing(self.folder / "config.yaml") as file:
                 file.write(dump(self.recipe).encode())
         recipe, trainer = self.recipe, self.trainer
-        self.runtime.on_main(lambda: self.data.damage.open(self.folder, trainer.step))
+        self.runtime.run_on_main(lambda: self.data.damage.open(self.folder, trainer.step))
         trainer.cadences = [
             Cadence(recipe.validation.every, self.validate),
             Cadence(recipe.tracking.log_every, self.report),
@@ -110,7 +110,7 @@ class Session:
         self.trainer.fit()
         if self.trainer.stopped:
             self.save(self.trainer.step)
-        self.runtime.on_main(lambda: self.writer.finish())  # the other ranks wait for the disk in patience
+        self.runtime.run_on_main(lambda: self.writer.finish())  # the other ranks wait for the disk in patience
 
     def _report_unsaved(self, step: int, message: str) -> None:
         self.tracker.alert(f"checkpoint of step {step} not written", f"{message}. Training goes on.")
@@ -145,8 +145,8 @@ class Session:
             "step %d validation: %s", step, "  ".join(f"{name[4:]} {value:.4f}" for name, value in figures.items())
         )
 
-    def _settle_validation(self, left_out: Sequence[LeftOut], error: DamagedShard | None) -> int:
-        return self.data.damage.settle(self.trainer.step, self.data.held_out.split, left_out, error)
+    def _report_unreadable(self, skipped: Sequence[SkippedSample], error: UnreadableShard | None) -> int:
+        return self.data.damage.report(self.trainer.step, self.data.held_out.split, skipped, error)
 
     def draw(self, step: int) -> None:
         """Prior samples and reconstructions, as PNG files and in W&B.

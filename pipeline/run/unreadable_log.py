@@ -5,16 +5,16 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.data.shards import DamagedShard
-from pipeline.data.unreadable import LeftOut
-from pipeline.distributed.runtime import Runtime, alike
+from pipeline.data.shards import UnreadableShard
+from pipeline.data.unreadable import SkippedSample
+from pipeline.distributed.runtime import Runtime, raised_on_all_ranks
 from pipeline.storage.metrics_file import cut_records
 
 FILE = "skipped_samples.jsonl"
 log = logging.getLogger("pipeline")
 
 
-class DamageLog:
+class UnreadableLog:
     """Counts what was left out, and lists it in the run's folder: one line per sample, when it is first met.
 
     A line: {"step", "split", "index", "position", "replaced_by", "problem"}; `problem` names shard, sample and offset.
@@ -33,22 +33,26 @@ class DamageLog:
             lines = [json.loads(line) for line in self._path.read_text().splitlines()]
             self._listed = {(line["split"], line["index"]) for line in lines}
 
-    def settle(self, step: int, split: str, left_out: Sequence[LeftOut], error: DamagedShard | None = None) -> int:
+    def report(
+        self, step: int, split: str, skipped: Sequence[SkippedSample], error: UnreadableShard | None = None
+    ) -> int:
         """How many samples were left out over all processes; every process calls it, at the same time.
 
         Raises on every process the error of the first that has one.
         """
-        if self.runtime.all_agree(error is None and not left_out):
+        if self.runtime.all_agree(error is None and not skipped):
             return 0
-        reports = self.runtime.gather_objects((list(left_out), error))
+        reports = self.runtime.gather_objects((list(skipped), error))
         errors = [error for _, error in reports if error is not None]
         if errors:
-            raise alike(errors[0])
-        found = sorted((LeftOut(*sample) for samples, _ in reports for sample in samples), key=lambda s: s.position)
+            raise raised_on_all_ranks(errors[0])
+        found = sorted(
+            (SkippedSample(*sample) for samples, _ in reports for sample in samples), key=lambda s: s.position
+        )
         self._list(step, split, found)
         return len(found)
 
-    def _list(self, step: int, split: str, found: list[LeftOut]) -> None:
+    def _list(self, step: int, split: str, found: list[SkippedSample]) -> None:
         new = {(split, sample.index): sample for sample in found if (split, sample.index) not in self._listed}
         self._listed |= new.keys()
         if not new or not self.runtime.is_main:

@@ -54,7 +54,7 @@ class CheckpointConfig(Section):
     """How many of the latest stay, beside the best by validation; null: all."""
 
 
-class DamagedCheckpoint(ValueError):
+class UnreadableCheckpoint(ValueError):
     """A checkpoint is incomplete, altered or not ours. The message names the file and what is wrong with it."""
 
 
@@ -129,17 +129,17 @@ def write_folder(folder: Path, snapshot: Snapshot, step: int, facts: Mapping[str
 
 
 def read_folder(folder: Path) -> Checkpoint:
-    """Read and verify one checkpoint. Raises DamagedCheckpoint."""
+    """Read and verify one checkpoint. Raises UnreadableCheckpoint."""
     meta = read_meta(folder)
     named = _VISIBLE.fullmatch(folder.name)
     if named and int(named[1]) != meta.step:
-        raise DamagedCheckpoint(f"{folder / META}: belongs to step {meta.step}, not to the folder that it lies in")
+        raise UnreadableCheckpoint(f"{folder / META}: belongs to step {meta.step}, not to the folder that it lies in")
     tensors = {name.removesuffix(".safetensors"): _read_tensors(folder / name, meta.files[name]) for name in meta.files}
     return Checkpoint(folder, meta.step, meta.score, meta.facts, tensors)
 
 
 def read_meta(folder: Path) -> Meta:
-    """Read and verify `meta.json` alone. Raises DamagedCheckpoint."""
+    """Read and verify `meta.json` alone. Raises UnreadableCheckpoint."""
     path = folder / META
     content = _read(path)
     try:
@@ -148,22 +148,22 @@ def read_meta(folder: Path) -> Meta:
         meta = Meta.model_validate(fields)
         intact = meta.render() == content  # no other spelling passes, so that a flip of any bit is seen
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path}: not the facts of a checkpoint ({_first_line(error)})") from error
+        raise UnreadableCheckpoint(f"{path}: not the facts of a checkpoint ({_first_line(error)})") from error
     if not intact:
-        raise DamagedCheckpoint(f"{path}: its content does not match its own hash {str(digest)[:12]}...")
+        raise UnreadableCheckpoint(f"{path}: its content does not match its own hash {str(digest)[:12]}...")
     return meta
 
 
 def _read_tensors(path: Path, facts: FileFacts) -> dict[str, Tensor]:
     content = _read(path)  # read once: what is hashed is what is used
     if len(content) != facts.bytes:
-        raise DamagedCheckpoint(f"{path}: {len(content)} bytes instead of {facts.bytes}")
+        raise UnreadableCheckpoint(f"{path}: {len(content)} bytes instead of {facts.bytes}")
     if hashlib.sha256(content).hexdigest() != facts.sha256:
-        raise DamagedCheckpoint(f"{path}: sha256 differs from the one in {META}")
+        raise UnreadableCheckpoint(f"{path}: sha256 differs from the one in {META}")
     try:
         return safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
-        raise DamagedCheckpoint(f"{path}: not a safetensors file ({_first_line(error)})") from error
+        raise UnreadableCheckpoint(f"{path}: not a safetensors file ({_first_line(error)})") from error
 
 
 def _read(path: Path) -> bytes:
@@ -172,11 +172,11 @@ def _read(path: Path) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise DamagedCheckpoint(f"{path}: not a regular file")
+                raise UnreadableCheckpoint(f"{path}: not a regular file")
             return file.read()
     except OSError as error:
         fault = "is a symbolic link, which is refused" if error.errno == errno.ELOOP else error.strerror
-        raise DamagedCheckpoint(f"{path}: {fault}") from error
+        raise UnreadableCheckpoint(f"{path}: {fault}") from error
 
 
 def _write_synced(path: Path, content: bytes) -> None:
@@ -249,7 +249,8 @@ class Checkpoints:
     def latest(self) -> Checkpoint | None:
         """The good checkpoint of the highest step, or None where there is no checkpoint.
 
-        Damaged ones are passed over, logged, and named in the result. Raises DamagedCheckpoint where all are damaged.
+        Damaged ones are passed over, logged, and named in the result. Raises UnreadableCheckpoint where all are
+        damaged.
         """
         return self._first_good(reversed(self.steps()))
 
@@ -260,7 +261,7 @@ class Checkpoints:
     def load(self, path: Path | str) -> Checkpoint:
         """The checkpoint in folder `path`, "latest" or "best".
 
-        Raises ValueError where nothing is there, DamagedCheckpoint where it is not intact.
+        Raises ValueError where nothing is there, UnreadableCheckpoint where it is not intact.
         """
         if path in ("latest", "best"):
             found = self.latest() if path == "latest" else self.best()
@@ -287,14 +288,14 @@ class Checkpoints:
         for step in steps:
             try:
                 found = read_folder(self.path(step))
-            except DamagedCheckpoint as damage:
+            except UnreadableCheckpoint as damage:
                 logger.warning("checkpoint of step %d passed over: %s", step, damage)
                 passed_over.append(str(damage))
             else:
                 return replace(found, passed_over=tuple(passed_over))
         if passed_over:
             faults = "\n  ".join(passed_over)
-            raise DamagedCheckpoint(
+            raise UnreadableCheckpoint(
                 f"every checkpoint in {self.folder} is damaged:\n  {faults}\n"
                 "To start afresh, use another run folder or move this one away."
             )
@@ -305,7 +306,7 @@ class Checkpoints:
         for step in steps:
             try:
                 score = read_meta(self.path(step)).score
-            except DamagedCheckpoint:
+            except UnreadableCheckpoint:
                 continue
             if score is not None:
                 scores[step] = score
@@ -316,7 +317,7 @@ class Checkpoints:
             return False
         try:
             read_folder(target)
-        except DamagedCheckpoint as damage:
+        except UnreadableCheckpoint as damage:
             logger.warning("damaged checkpoint: %s", damage)
             return False
         return True

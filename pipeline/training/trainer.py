@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.data.loader import Batch
-from pipeline.data.shards import DamagedShard
-from pipeline.data.unreadable import LeftOut
-from pipeline.distributed.runtime import Precision, Runtime, alike
+from pipeline.data.shards import UnreadableShard
+from pipeline.data.unreadable import SkippedSample
+from pipeline.distributed.runtime import Precision, Runtime, raised_on_all_ranks
 from pipeline.models.base import VAE
 from pipeline.models.noise import draw_noise
 from pipeline.schema import Section
@@ -105,10 +105,11 @@ class Trainer:
         total_steps: int,
         batches: Callable[[int], Iterable[Batch]],
         inputs: Callable[[Batch], tuple[Tensor, Tensor | None]],
-        settle_damage: Callable[[int, Sequence[LeftOut], DamagedShard | None], int],
+        report_unreadable: Callable[[int, Sequence[SkippedSample], UnreadableShard | None], int],
     ):
         """`batches(step)` yields this rank's micro-batches from that step on; `inputs` makes of one (b, C, H, W) floats
-        and the condition (b, K) or None, on the device. `settle_damage` is told, on every rank before each step, how
+        and the condition (b, K) or None, on the device. `report_unreadable` is told, on every rank before each step,
+        how
         far training will be after it, and what could not be read; it gives the number of samples left out on all
         ranks, or raises on all.
         """
@@ -123,7 +124,7 @@ class Trainer:
         self.total_steps = total_steps
         self.batches = batches
         self.inputs = inputs
-        self.settle_damage = settle_damage
+        self.report_unreadable = report_unreadable
         self.meter = Meter(runtime.device)
         self.active_units = ActiveUnits(group.name for group in model.groups)
         self._forget_statistics()
@@ -231,12 +232,12 @@ class Trainer:
         micro_batches, error = [], None
         try:
             micro_batches = list(islice(stream, self.config.micro_batches))
-        except DamagedShard as damaged:
+        except UnreadableShard as damaged:
             error = damaged
-        left_out = [sample for batch in micro_batches for sample in batch.left_out]
-        met_damage, self.stopped = self.runtime.any_of(bool(left_out or error), self.stop_asked())
+        skipped = [sample for batch in micro_batches for sample in batch.skipped]
+        met_damage, self.stopped = self.runtime.any_of(bool(skipped or error), self.stop_asked())
         if met_damage and not self.stopped:
-            self.skipped_samples += self.settle_damage(self.step + 1, left_out, error)
+            self.skipped_samples += self.report_unreadable(self.step + 1, skipped, error)
         return micro_batches
 
     def _progress_bar(self) -> tqdm:
@@ -266,7 +267,7 @@ class Trainer:
                 "sound: run the same command again with a lower optim.lr, with optim.clip set (for instance "
                 "optim.clip=200), or with train.precision=fp32; train.max_skipped_steps says how many are borne."
             )
-            raise alike(TrainingDiverged(advice))
+            raise raised_on_all_ranks(TrainingDiverged(advice))
 
     # -------------------------------------------------------------------------------------------- interval's end
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.data.loader import Batch, Batches, DataConfig, build_eval_loader, build_train_loader, check_data
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Preprocess
-from pipeline.data.shards import DamagedShard, TarShards
+from pipeline.data.shards import TarShards, UnreadableShard
 from tests.helpers.shard_sets import Samples, random_samples, write_set
 
 BATCH = 840  # divides among 1 to 8 ranks
@@ -46,7 +46,7 @@ def joined(batches: list[Batch]) -> Batch:
 
 
 def assert_equal(left: Batch, right: Batch) -> None:
-    assert list(left.left_out) == list(right.left_out)
+    assert list(left.skipped) == list(right.skipped)
     for name, a, b in zip(Batch._fields[:6], left[:6], right[:6], strict=True):
         assert a.dtype == b.dtype, name
         assert torch.equal(a, b), name
@@ -118,7 +118,7 @@ def test_a_damaged_shard_is_named_whichever_worker_meets_it(tmp_path, workers):
     root = write_set(tmp_path, {"train": random_samples(300, 3, 4, 1)}, [50])
     (root / "train-000003.tar").unlink()
     with pytest.raises(
-        DamagedShard, match=r"train-000003\.tar: sample 'train-s00\d+' at offset \d+: No such file"
+        UnreadableShard, match=r"train-000003\.tar: sample 'train-s00\d+' at offset \d+: No such file"
     ) as caught:
         list(train_loader(root, micro_batch=30, stop=10, workers=workers))
     assert "Traceback" not in str(caught.value)
@@ -137,7 +137,7 @@ def test_the_error_comes_in_its_turn(tmp_path):
 def positions_before_the_damage(root: Path, workers: int) -> list[int]:
     batches = iter(train_loader(root, micro_batch=2, stop=150, workers=workers))
     positions = []
-    with contextlib.suppress(DamagedShard):
+    with contextlib.suppress(UnreadableShard):
         while True:
             positions += next(batches).positions.tolist()
     return positions
@@ -247,15 +247,15 @@ def test_others_take_the_places_of_damaged_samples(made, straight, skipping):
     """All else is as in the whole set; what was left out is told with its place, in both epochs."""
     _, samples = made
     preprocess = Preprocess(seed=3, flip=True, binarise="dynamic", pad=1)
-    left_out = [sample for batch in skipping for sample in batch.left_out]
+    skipped = [sample for batch in skipping for sample in batch.skipped]
     drawn = [index for batch in straight for index in batch.indices.tolist()]
-    assert sorted(sample.index for sample in left_out) == sorted(index for index in drawn if index in DAMAGED)
-    assert len(left_out) >= 2 * len(DAMAGED)
+    assert sorted(sample.index for sample in skipped) == sorted(index for index in drawn if index in DAMAGED)
+    assert len(skipped) >= 2 * len(DAMAGED)
     for batch, expected in zip(skipping, straight, strict=True):
-        places = [int(sample.position - batch.positions[0]) for sample in batch.left_out]
+        places = [int(sample.position - batch.positions[0]) for sample in batch.skipped]
         assert set(expected.indices[places].tolist()) <= set(DAMAGED)
         assert not set(batch.indices.tolist()) & set(DAMAGED)
-        assert batch.indices[places].tolist() == [sample.replaced_by for sample in batch.left_out]
+        assert batch.indices[places].tolist() == [sample.replaced_by for sample in batch.skipped]
         indices, epochs = batch.indices.numpy(), batch.epochs.numpy()
         np.testing.assert_array_equal(batch.images, preprocess(samples.images[indices], epochs, indices))
         np.testing.assert_array_equal(batch.labels, samples.labels[indices])
@@ -263,7 +263,7 @@ def test_others_take_the_places_of_damaged_samples(made, straight, skipping):
         for name in Batch._fields[:6]:
             assert torch.equal(getattr(batch, name)[others], getattr(expected, name)[others])
         assert torch.equal(batch.positions, expected.positions)
-    for sample in left_out:
+    for sample in skipped:
         assert re.search(rf"train-0000\d\d\.tar: sample 'train-s{sample.index:05d}' at offset \d+: ", sample.problem)
 
 
@@ -274,8 +274,8 @@ def test_replacements_are_the_same_for_any_world_and_workers(damaged, skipping, 
         for rank in range(world_size)
     ]
     for expected, *shares in zip(skipping, *ranks, strict=True):
-        left_out = [sample for share in shares for sample in share.left_out]
-        assert_equal(joined(shares)._replace(left_out=left_out), expected)
+        skipped = [sample for share in shares for sample in share.skipped]
+        assert_equal(joined(shares)._replace(skipped=skipped), expected)
 
 
 def test_a_lost_shard_is_left_out_too(made, tmp_path):
@@ -286,7 +286,7 @@ def test_a_lost_shard_is_left_out_too(made, tmp_path):
     batches = list(train_loader(root, on_error="skip", stop=2))
     seen = {index for batch in batches for index in batch.indices.tolist()}
     assert seen <= set(range(1100)) - lost
-    assert {sample.index for batch in batches for sample in batch.left_out} == lost
+    assert {sample.index for batch in batches for sample in batch.skipped} == lost
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -294,7 +294,7 @@ def test_a_set_of_which_nothing_is_left_is_given_up(made, tmp_path, workers):
     root = damaged_copy(made[0], tmp_path / "set")
     for path in root.glob("train-*.tar"):
         path.unlink()
-    with pytest.raises(DamagedShard, match=r"at offset .*100 samples drawn in its place were damaged as well"):
+    with pytest.raises(UnreadableShard, match=r"at offset .*100 samples drawn in its place were damaged as well"):
         list(train_loader(root, on_error="skip", workers=workers))
 
 
@@ -305,8 +305,8 @@ def test_evaluation_leaves_damaged_samples_out(damaged, workers):
     batches = list(loader)
     assert [len(batch.images) for batch in batches] == [int(i not in DAMAGED) for i in range(100)]
     assert joined(batches).indices.tolist() == [i for i in range(100) if i not in DAMAGED]
-    left_out = [sample for batch in batches for sample in batch.left_out]
-    assert [(sample.index, sample.replaced_by) for sample in left_out] == [(0, None), (95, None), (96, None)]
+    skipped = [sample for batch in batches for sample in batch.skipped]
+    assert [(sample.index, sample.replaced_by) for sample in skipped] == [(0, None), (95, None), (96, None)]
 
 
 def test_a_batch_of_which_nothing_is_left_is_empty(damaged):
@@ -348,8 +348,8 @@ def test_random_damage_neither_hangs_nor_changes_a_sample(victim, data):
             )
             np.testing.assert_array_equal(batch.images, expected)
             np.testing.assert_array_equal(batch.labels, samples.labels[indices])
-            problems += [sample.problem for sample in batch.left_out]
-    except DamagedShard as error:
+            problems += [sample.problem for sample in batch.skipped]
+    except UnreadableShard as error:
         problems += [str(error)] if on_error == "raise" else ["given up"]
     finally:
         path.write_bytes(whole)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.lru_cache import Recent
+from pipeline.data.lru_cache import LRUCache
 from pipeline.data.order import Order
 from pipeline.data.random_hash import Stream, hash64, mix64
 
@@ -188,7 +188,7 @@ def test_negative_positions_are_refused():
 
 def test_recent_keeps_the_last_used_and_travels_empty():
     made = []
-    recent = Recent(2)
+    recent = LRUCache(2)
     for key in "aabacab":
         assert recent.get(key, lambda key=key: made.append(key) or key.upper()) == key.upper()
     assert made == ["a", "b", "c", "b"]

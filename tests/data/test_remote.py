@@ -15,7 +15,7 @@ import yaml
 
 from pipeline.data import remote
 from pipeline.data.remote import FetchError, check_address, default_cache, fetch_manifest, fetch_set, is_address
-from pipeline.data.shards import DamagedShard, TarShards
+from pipeline.data.shards import TarShards, UnreadableShard
 from tests.conftest import tiny_settings
 from tests.helpers.shard_server import ShardServer, answer
 from tests.helpers.shard_sets import edit_manifest, random_samples, write_set
@@ -414,7 +414,7 @@ def test_damage_in_the_cache_names_the_address(server, tmp_path):
     content[-2000] ^= 1
     (folder / "train-000001.tar").write_bytes(content)
     shards = TarShards(folder, "train", verify=True, origin=server.address)
-    with pytest.raises(DamagedShard, match=rf"Delete {folder}; it is fetched again from {server.address}"):
+    with pytest.raises(UnreadableShard, match=rf"Delete {folder}; it is fetched again from {server.address}"):
         shards.images([12])
 
 

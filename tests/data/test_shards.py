@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.data import shards as shards_module
-from pipeline.data.shards import DamagedShard, TarShards
+from pipeline.data.shards import TarShards, UnreadableShard
 from shard_data.source import Record, Sample
 from shard_data.writer import convert
 from tests.helpers.shard_sets import Samples, edit_manifest, random_samples, rewrite_index, write_set
@@ -126,7 +126,7 @@ def test_opening_reads_the_manifest_alone(small):
         if path.suffix == ".npy":
             path.write_bytes(content)
     assert shards.labels([3, 20]).tolist() == samples.labels[[3, 20]].tolist()  # needs no tar
-    with pytest.raises(DamagedShard):
+    with pytest.raises(UnreadableShard):
         shards.images([3])
 
 
@@ -225,11 +225,11 @@ def test_a_manifest_that_is_no_object(small, content):
 
 
 def assert_named(root: Path, index: int, message: str, asked=range(23)) -> None:
-    """Reading raises DamagedShard naming tar, key and offset of sample `index`, also the second time."""
+    """Reading raises UnreadableShard naming tar, key and offset of sample `index`, also the second time."""
     tar, key, offset = place_of(root, index)
     shards = TarShards(root, "train")
     for _ in range(2):
-        with pytest.raises(DamagedShard, match=message) as caught:
+        with pytest.raises(UnreadableShard, match=message) as caught:
             shards.images(asked)
         text = str(caught.value)
         assert f"{tar}: sample '{key}' at offset {offset}: " in text
@@ -260,7 +260,7 @@ def test_a_tar_cut_short_while_it_is_open(small):
     shards = TarShards(root, "train")
     shards.images(range(23))
     os.truncate(root / "train-000001.tar", 0)
-    with pytest.raises(DamagedShard, match=r"train-000001\.tar: sample 'train-s00017' .* the file has 0 bytes"):
+    with pytest.raises(UnreadableShard, match=r"train-000001\.tar: sample 'train-s00017' .* the file has 0 bytes"):
         shards.images([17])
 
 
@@ -270,7 +270,7 @@ def test_every_damaged_byte_of_an_npy_header_is_noticed(small):
         tar, _, offset = place_of(root, index)
         for place in range(offset, offset + 128):
             flip_byte(tar, place, mask=1)
-            with pytest.raises(DamagedShard):
+            with pytest.raises(UnreadableShard):
                 TarShards(root, "train").images(range(10, 18))
             flip_byte(tar, place, mask=1)
         np.testing.assert_array_equal(TarShards(root, "train").images(range(23)), samples.images)
@@ -345,14 +345,14 @@ def test_an_index_of_another_kind(small, change, message):
     root, _ = small
     rewrite_index(root, "train-000001", change)
     with pytest.raises(
-        DamagedShard, match=rf"train-000001\.index\.npy: .*{message}.* the 8 samples of train-000001\.tar"
+        UnreadableShard, match=rf"train-000001\.index\.npy: .*{message}.* the 8 samples of train-000001\.tar"
     ):
         TarShards(root, "train").images([12])
 
 
 def test_an_index_with_other_attributes(small):
     edit_manifest(small[0], _change("attributes", value=["One"]))
-    with pytest.raises(DamagedShard, match=r"attributes are \(2,\), the manifest's 1"):
+    with pytest.raises(UnreadableShard, match=r"attributes are \(2,\), the manifest's 1"):
         TarShards(small[0], "train").attributes([0])
 
 
@@ -369,7 +369,7 @@ def test_a_damaged_index(small, damage):
         flip_byte(path, path.stat().st_size - 7, mask=1)
     shards = TarShards(root, "train")
     for read in (shards.images, shards.keys, shards.labels, shards.attributes):
-        with pytest.raises(DamagedShard, match=r"train-000001\.index\.npy: .*the 8 samples of train-000001\.tar"):
+        with pytest.raises(UnreadableShard, match=r"train-000001\.index\.npy: .*the 8 samples of train-000001\.tar"):
             read([9, 10])
 
 
@@ -407,7 +407,7 @@ def test_changed_pixels_are_noticed_where_tars_are_verified(small):
     shards = TarShards(root, "train", verify=True)
     for wanted in (10, 13, 13):
         place = f"'train-s000{wanted}' at offset {place_of(root, wanted)[2]}: some bytes of the shard were changed"
-        with pytest.raises(DamagedShard, match=place):
+        with pytest.raises(UnreadableShard, match=place):
             shards.images([wanted])
     np.testing.assert_array_equal(shards.images([0, 22]), samples.images[[0, 22]])
 
@@ -475,7 +475,7 @@ def _try_reading(shards: TarShards, samples: Samples, rows: range) -> tuple[str 
         assert shards.labels(rows).tolist() == samples.labels[rows].tolist()
         assert shards.keys(rows) == [f"train-s{i:05d}" for i in rows]
         return None, shards.images(rows)
-    except DamagedShard as error:
+    except UnreadableShard as error:
         return str(error), None
 
 

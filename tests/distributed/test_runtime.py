@@ -27,9 +27,9 @@ def test_with_one_process_collectives_are_the_identity(make_runtime):
     assert runtime.from_main("x") == "x"
     runtime.check_agreement({"code": "a"})
     runtime.barrier()
-    assert runtime.on_main(lambda: 7) == 7
+    assert runtime.run_on_main(lambda: 7) == 7
     with pytest.raises(ValueError, match="spoiled"):
-        runtime.on_main(lambda: int("spoiled"))
+        runtime.run_on_main(lambda: int("spoiled"))
 
 
 def test_cores_are_shared_by_local_processes(monkeypatch):
@@ -55,7 +55,7 @@ def test_one_process_needs_no_thread(make_runtime):
     """Without a launcher there is nobody to watch."""
     runtime = make_runtime()
     assert not runtime.watchdog._thread.is_alive()
-    with pytest.raises(KeyError), runtime.shared_fate():
+    with pytest.raises(KeyError), runtime.propagate_failure():
         raise KeyError("x")
     runtime.close()
 
@@ -64,24 +64,24 @@ def test_one_process_needs_no_thread(make_runtime):
 
 TOGETHER = """
 import json
-from pipeline.distributed.runtime import is_alike
+from pipeline.distributed.runtime import is_raised_on_all_ranks
 rank, told = runtime.rank, {}
 def caught(work):
     try:
         return work()
     except ValueError as error:
-        return [is_alike(error), str(error)]
+        return [is_raised_on_all_ranks(error), str(error)]
 def slowly(seconds):
     time.sleep(seconds)
     return rank
 def bad(value):
     raise ValueError(value)
-told["on_main"] = runtime.on_main(lambda: slowly(9))
-told["together"] = runtime.together(lambda: slowly(4 * rank))
+told["run_on_main"] = runtime.run_on_main(lambda: slowly(9))
+told["together"] = runtime.run_on_all(lambda: slowly(4 * rank))
 time.sleep(4 * rank)
 runtime.barrier()
-told["bad on main"] = caught(lambda: runtime.on_main(lambda: bad(rank)))
-told["bad on one"] = caught(lambda: runtime.together(lambda: bad(rank) if rank == 1 else rank))
+told["bad on main"] = caught(lambda: runtime.run_on_main(lambda: bad(rank)))
+told["bad on one"] = caught(lambda: runtime.run_on_all(lambda: bad(rank) if rank == 1 else rank))
 told["any_of"] = runtime.any_of(rank == 0, False, rank == 1, True)
 told["all_agree"] = [runtime.all_agree(True), runtime.all_agree(rank == 0)]
 runtime.check_agreement({"code": "a", "data": "b"})
@@ -105,7 +105,7 @@ def told(tmp_path_factory) -> list[dict]:
 
 def test_long_work_of_one_rank_is_waited_for(told):
     """Three times the timeout on the first rank, and longer than it on the second."""
-    assert [rank["on_main"] for rank in told] == [0, None]
+    assert [rank["run_on_main"] for rank in told] == [0, None]
     assert [rank["together"] for rank in told] == [0, 1]
     assert [rank["keys left"] for rank in told] == [[], []]
 
@@ -121,8 +121,8 @@ def test_flags_travel_together(told):
 
 
 def test_disagreement_is_named_on_every_rank(told):
-    for alike, message in (rank["disagreement"] for rank in told):
-        assert alike
+    for raised_on_all_ranks, message in (rank["disagreement"] for rank in told):
+        assert raised_on_all_ranks
         assert "data: set 0 on rank 0; set 1 on rank 1" in message
         assert "code" not in message.splitlines()[-1]
 

@@ -152,7 +152,7 @@ def fail(step):
     if runtime.rank == 1:
         raise RuntimeError("the moon is full")
 try:
-    with runtime.shared_fate():
+    with runtime.propagate_failure():
         train(fail)
 finally:
     runtime.close()
@@ -175,7 +175,7 @@ def vanish(step):
     if runtime.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 try:
-    with StopRequest(), runtime.shared_fate():  # the launcher ends the survivor by SIGTERM, which is noted only
+    with StopRequest(), runtime.propagate_failure():  # the launcher ends the survivor by SIGTERM, which is noted only
         train(vanish)
 finally:
     runtime.close()
@@ -192,7 +192,7 @@ def test_the_survivor_of_a_killed_rank_says_who_is_gone(tmp_path):
 
 SAME = """
 try:
-    with runtime.shared_fate():
+    with runtime.propagate_failure():
         train(lambda step: int("spoiled"))
 except ValueError as error:
     (folder / f"{runtime.rank}.told").write_text(str(error))

@@ -106,7 +106,7 @@ def test_torchvision_loads_beside_this_torch_and_is_left_alone_where_it_fits():
     """Whether the bare import works tells which case this machine is."""
     bare = subprocess.run([sys.executable, "-c", "import torchvision"], cwd=ROOT, capture_output=True).returncode == 0
     guarded = run_python(
-        "from pipeline.evaluation.likelihood_bounds import torchvision_guard as guard, images\n"
+        "from pipeline.evaluation import torchvision_guard as guard, images\n"
         "import torch\n"
         "from torchvision.transforms import v2\n"
         "assert v2.functional.resize(torch.zeros(3, 8, 8), [4, 4]).shape == (3, 4, 4)\n"

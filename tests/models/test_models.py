@@ -157,7 +157,7 @@ def test_eight_images_are_learnt_by_heart(case, data, runtime):
 
 def test_two_processes_give_the_losses_of_one(data, tmp_path):
     """All models in one launch: float64, three steps with penalties, clipping and moving average, 1e-10 relative."""
-    worker, out = str(ROOT / "tests" / "models_worker.py"), tmp_path / "losses.json"
+    worker, out = str(ROOT / "tests" / "models" / "models_worker.py"), tmp_path / "losses.json"
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs/cpu_2proc.yaml")]
     command = [sys.executable, *launcher, "--main_process_port", "0", worker, str(data), str(out)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

@@ -13,7 +13,7 @@ from pipeline.models.conditions import ClassCondition
 from pipeline.models.conv_vae import ConvVAEConfig
 from pipeline.models.mlp_vae import MLPVAEConfig
 from pipeline.models.resnet_vae import ResNetVAEConfig, SpectralConv2d
-from pipeline.models.vector_vae import FlatConfig, FlatVAE
+from pipeline.models.vector_vae import VectorVAE, VectorVAEConfig
 from pipeline.recipe import build_model, load_recipe, recipe_path
 from pipeline.training.ema import EMA
 from pipeline.training.objective import Objective, ObjectiveConfig
@@ -46,7 +46,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def noise_for(model: FlatVAE, count: int, seed: int = 1) -> list[Tensor]:
+def noise_for(model: VectorVAE, count: int, seed: int = 1) -> list[Tensor]:
     shape = (count, *model.groups[0].shape)
     return [torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)]
 
@@ -55,7 +55,7 @@ def one_hot(count: int) -> Tensor:
     return torch.eye(10, dtype=torch.float64)[torch.arange(count) * 3 % 10]
 
 
-def build(config: FlatConfig, shape: tuple[int, int, int], condition=None, border: int = 0) -> FlatVAE:
+def build(config: VectorVAEConfig, shape: tuple[int, int, int], condition=None, border: int = 0) -> VectorVAE:
     torch.manual_seed(0)
     return config.build(shape, border, 8, condition).double()
 
@@ -98,7 +98,7 @@ def our_name(theirs: str, names: dict[str, str]) -> str:
     return f"{(HEADS | names).get(head, head)}.{path}"
 
 
-def share_weights(ours: FlatVAE, theirs: Tutorial, names: dict[str, str]) -> dict[str, nn.Parameter]:
+def share_weights(ours: VectorVAE, theirs: Tutorial, names: dict[str, str]) -> dict[str, nn.Parameter]:
     """Copies our weights into theirs; our parameters by their names. Every one of ours must have been used."""
     named = dict(ours.named_parameters())
     paired = {}
@@ -171,7 +171,7 @@ LIKELIHOODS = [
 
 
 @pytest.fixture(params=OPTIONS)
-def option(request) -> FlatConfig:
+def option(request) -> VectorVAEConfig:
     return OPTIONS[request.param]
 
 
@@ -300,7 +300,7 @@ def test_images_need_not_be_square(config, size):
 # ---- spectral normalisation ------------------------------------------------------------------------------------------
 
 
-def trained_a_little(model: FlatVAE, passes: int = 30) -> FlatVAE:
+def trained_a_little(model: VectorVAE, passes: int = 30) -> VectorVAE:
     with torch.no_grad():
         for seed in range(passes):
             model(random(4, *TINY, seed=seed), noise_for(model, 4, seed))

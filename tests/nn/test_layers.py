@@ -350,10 +350,10 @@ def test_two_processes_equal_one_to_the_last_digits(tmp_path):
         _, x, dy = norm_and_input(copies)
         one = run_batch_norm(x, dy, copies)
         first, second = (torch.load(tmp_path / f"{copies}-{rank}.pt", weights_only=True) for rank in (0, 1))
-        together = {name: torch.cat([first[name], second[name]]) for name in ("y", "dx")}
-        together |= {name: first[name] + second[name] for name in ("dweight", "dbias")}
+        run_on_all = {name: torch.cat([first[name], second[name]]) for name in ("y", "dx")}
+        run_on_all |= {name: first[name] + second[name] for name in ("dweight", "dbias")}
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
-            together[name] = first[name]
-        for name, tensor in together.items():
+            run_on_all[name] = first[name]
+        for name, tensor in run_on_all.items():
             torch.testing.assert_close(tensor, one[name], rtol=1e-12, atol=1e-12)

@@ -284,11 +284,11 @@ def test_candidates_are_judged_with_one_noise(runs):
     """The value of a candidate is that of the plain log-likelihood, and does not depend on its company."""
     trained = pipeline.load(runs["classes"])
     image = torch.randint(0, 256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(1)).byte()
-    together = log_likelihoods(trained, image, torch.eye(10))
+    run_on_all = log_likelihoods(trained, image, torch.eye(10))
     alone = torch.cat([log_likelihoods(trained, image, torch.eye(10)[i : i + 1]) for i in range(10)])
-    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-2)
+    torch.testing.assert_close(run_on_all, alone, rtol=1e-6, atol=1e-2)
     assert torch.equal(log_likelihoods(trained, image, torch.eye(10)[[3, 3]]).diff(), torch.zeros(1).double())
-    assert infer_class(trained, image) == int(together.argmax())
+    assert infer_class(trained, image) == int(run_on_all.argmax())
 
 
 def fake(monkeypatch, score):

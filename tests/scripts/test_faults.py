@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipeline.data.order import Order
-from pipeline.data.shards import DamagedShard, TarShards
+from pipeline.data.shards import TarShards, UnreadableShard
 from pipeline.run.data import Data
 from tests.conftest import tiny_settings
 from tests.helpers.shard_sets import random_samples, write_set
@@ -86,8 +86,8 @@ def assert_all_stop(recipe: Path, place: str, *words: str) -> None:
     assert result.returncode == 1
     told = [(folder / "told" / rank).read_text() for rank in "01"]
     assert told[0] == told[1]
-    assert re.search(rf"^2 DamagedShard .*{place}", told[0])
-    assert result.stderr.count(told[0].removeprefix("2 DamagedShard ")) == 1
+    assert re.search(rf"^2 UnreadableShard .*{place}", told[0])
+    assert result.stderr.count(told[0].removeprefix("2 UnreadableShard ")) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -195,5 +195,5 @@ def test_pictures_are_drawn_of_the_first_images_that_can_be_read(root, make_reci
     expected = TarShards(root, "test").images([10, 11]).transpose(0, 3, 1, 2) / 255
     np.testing.assert_allclose(data.held_out_inputs(4)[0].numpy(), expected, rtol=1e-6)
     (root / "test-000001.tar").unlink()
-    with pytest.raises(DamagedShard, match=r"no sample can be read; the last problem: .*test-000001\.tar"):
+    with pytest.raises(UnreadableShard, match=r"no sample can be read; the last problem: .*test-000001\.tar"):
         Data(recipe, make_runtime()).held_out_inputs(4)

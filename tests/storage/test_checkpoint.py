@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.storage import checkpoint
-from pipeline.storage.checkpoint import Checkpoints, DamagedCheckpoint, read_folder, snapshot
+from pipeline.storage.checkpoint import Checkpoints, UnreadableCheckpoint, read_folder, snapshot
 from tests.storage.checkpoint_samples import FACTS, assert_same, damage, same_bits, small
 
 
@@ -127,7 +127,7 @@ def fault_of(read, folder):
     """What the exception says; thousands of `pytest.raises` would be slow."""
     try:
         read(folder)
-    except DamagedCheckpoint as damage:
+    except UnreadableCheckpoint as damage:
         return str(damage)
     return None
 
@@ -158,13 +158,13 @@ def test_truncated_and_missing_files_are_seen(saved, name):
     content = (saved / name).read_bytes()
     for length in {0, 1, 7, len(content) // 2, len(content) - 1}:
         (saved / name).write_bytes(content[:length])
-        with pytest.raises(DamagedCheckpoint, match=name):
+        with pytest.raises(UnreadableCheckpoint, match=name):
             read_folder(saved)
     (saved / name).write_bytes(content + b"\n")
-    with pytest.raises(DamagedCheckpoint, match=name):
+    with pytest.raises(UnreadableCheckpoint, match=name):
         read_folder(saved)
     (saved / name).unlink()
-    with pytest.raises(DamagedCheckpoint, match=f"{name}: No such file"):
+    with pytest.raises(UnreadableCheckpoint, match=f"{name}: No such file"):
         read_folder(saved)
 
 
@@ -191,7 +191,7 @@ def test_names_that_lead_elsewhere_are_refused(saved, name):
         target.write_bytes((saved / "model.safetensors").read_bytes())
     good = json.loads((saved / "meta.json").read_text())["files"]["model.safetensors"]
     forge(saved, files={name: good})
-    with pytest.raises(DamagedCheckpoint, match="files"):
+    with pytest.raises(UnreadableCheckpoint, match="files"):
         read_folder(saved)
 
 
@@ -210,12 +210,12 @@ def test_names_that_lead_elsewhere_are_refused(saved, name):
 )
 def test_facts_of_another_kind_are_refused(saved, changes):
     forge(saved, **changes)
-    with pytest.raises(DamagedCheckpoint, match=f"meta.json.*{next(iter(changes))}"):
+    with pytest.raises(UnreadableCheckpoint, match=f"meta.json.*{next(iter(changes))}"):
         read_folder(saved)
 
 
 def test_a_renamed_folder_is_refused(saved):
-    with pytest.raises(DamagedCheckpoint, match="step 1000"):
+    with pytest.raises(UnreadableCheckpoint, match="step 1000"):
         read_folder(saved.rename(saved.with_name("step_00002000")))
     assert read_folder((saved.with_name("step_00002000")).rename(saved.with_name("chosen"))).step == 1000
 
@@ -224,11 +224,11 @@ def test_a_renamed_folder_is_refused(saved):
 def test_links_and_pipes_are_refused(saved, name):
     kept = (saved / name).rename(saved / "elsewhere")
     (saved / name).symlink_to(kept)
-    with pytest.raises(DamagedCheckpoint, match=f"{name}: is a symbolic link"):
+    with pytest.raises(UnreadableCheckpoint, match=f"{name}: is a symbolic link"):
         read_folder(saved)
     (saved / name).unlink()
     os.mkfifo(saved / name)
-    with pytest.raises(DamagedCheckpoint, match=f"{name}: not a regular file"):
+    with pytest.raises(UnreadableCheckpoint, match=f"{name}: not a regular file"):
         read_folder(saved)
 
 
@@ -247,7 +247,7 @@ def test_a_pickle_is_not_run_even_with_the_right_hash(saved, tmp_path, monkeypat
     content = pickle.dumps(Bomb())
     (saved / "model.safetensors").write_bytes(content)
     forge(saved, files={"model.safetensors": {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}})
-    with pytest.raises(DamagedCheckpoint, match="not a safetensors file"):
+    with pytest.raises(UnreadableCheckpoint, match="not a safetensors file"):
         read_folder(saved)
     assert not (tmp_path / "exploded").exists()
 
@@ -301,7 +301,7 @@ def test_harm_to_any_one_file_falls_back_to_the_checkpoint_before(checkpoints, c
 def test_all_damaged_is_an_error_not_a_fresh_start(checkpoints):
     damage(checkpoints.save(1, small(), {}))
     damage(checkpoints.save(2, small(), {}))
-    with pytest.raises(DamagedCheckpoint, match="(?s)every checkpoint.*step_00000002.*step_00000001.*start afresh"):
+    with pytest.raises(UnreadableCheckpoint, match="(?s)every checkpoint.*step_00000002.*step_00000001.*start afresh"):
         checkpoints.latest()
 
 

@@ -166,16 +166,16 @@ def test_active_units_are_judged_by_the_mean():
         [torch.tensor([0.3, 0.0]), torch.tensor([0.0, 5.0, 0.15])],
         [torch.tensor([0.0, 0.15]), torch.tensor([0.1, 5.0, 0.11])],
     )
-    together, apart = ActiveUnits(["a", "b"]), [ActiveUnits(["a", "b"]) for _ in range(2)]
+    run_on_all, apart = ActiveUnits(["a", "b"]), [ActiveUnits(["a", "b"]) for _ in range(2)]
     for batch, other in zip((first, second), apart, strict=True):
-        together.add([units.double() for units in batch])
+        run_on_all.add([units.double() for units in batch])
         other.add([units.double() for units in batch])
     brought = []
     apart[1].reduce(lambda totals: brought.append(totals) or totals)
     expected = {"active_units/a": 1.0, "active_units/b": 2.0}
     assert apart[0].reduce(lambda totals: totals + brought[0]) == expected
-    assert together.reduce() == expected
-    assert together.reduce() == {}
+    assert run_on_all.reduce() == expected
+    assert run_on_all.reduce() == {}
 
 
 def test_nothing_to_add_adds_nothing():

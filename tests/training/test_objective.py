@@ -140,8 +140,8 @@ def test_shares_of_a_batch_add_up_to_the_batch(settings, step):
     for share in shares:  # what each rank brings to the collective
         objective(mean_over_ranks=lambda tensor: means.append(tensor) or tensor, **settings).charged_kl(share, step)
     for share in shares:
-        together = objective(mean_over_ranks=lambda _: torch.stack(means).mean(0), **settings)
-        (together.charged_kl(share, step).mean() / len(shares)).backward()
+        run_on_all = objective(mean_over_ranks=lambda _: torch.stack(means).mean(0), **settings)
+        (run_on_all.charged_kl(share, step).mean() / len(shares)).backward()
 
     torch.testing.assert_close(torch.cat([share.grad for share in shares]), whole.grad, rtol=1e-14, atol=0)
 
