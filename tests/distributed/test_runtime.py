@@ -82,6 +82,7 @@ time.sleep(4 * rank)
 runtime.barrier()
 told["bad on main"] = caught(lambda: runtime.run_on_main(lambda: bad(rank)))
 told["bad on one"] = caught(lambda: runtime.run_on_all(lambda: bad(rank) if rank == 1 else rank))
+told["agree"] = [runtime.agree(torch.tensor(flag)) for flag in (True, rank == 0, rank == 1, False)]
 told["any_of"] = runtime.any_of(rank == 0, False, rank == 1, True)
 told["all_agree"] = [runtime.all_agree(True), runtime.all_agree(rank == 0)]
 runtime.check_agreement({"code": "a", "data": "b"})
@@ -118,6 +119,11 @@ def test_an_error_of_one_rank_reaches_all(told):
 def test_flags_travel_together(told):
     assert [rank["any_of"] for rank in told] == [[True, False, True, True]] * 2
     assert [rank["all_agree"] for rank in told] == [[True, False]] * 2
+
+
+def test_a_flag_must_be_true_on_every_rank(told):
+    """Whichever the one is where it is not."""
+    assert [rank["agree"] for rank in told] == [[True, False, False, False]] * 2
 
 
 def test_disagreement_is_named_on_every_rank(told):

@@ -216,6 +216,46 @@ def test_residual_posteriors_are_summed_in_float32_under_autocast():
         torch.testing.assert_close(draw.posterior.sigma, log_sigma.exp() + 0.01, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("groups_per_scale", [(1, 2), (1,)])
+def test_the_condition_reaches_the_first_group(groups_per_scale):
+    """Its prior has no decoder state to hear of it from: mean and sigma are the embedding's own, softly clamped, where
+    its KL is taken and where it is sampled.
+    """
+    torch.manual_seed(0)
+    config = NVAEConfig(**(SMALL | {"groups_per_scale": groups_per_scale}))
+    model = NVAE(config, (3, 16, 16), condition_size=4).double().eval()
+    nn.init.normal_(model.conditioning.priors[0].weight, std=2.0)
+    x, noise = batch(model, dtype=torch.float64)
+    condition = torch.eye(4, dtype=torch.float64)
+    _, draws = model.infer(x, noise, condition)
+    mean, log_sigma = (5 * torch.tanh(model.conditioning.priors[0].weight.detach() / 5)).T.chunk(2, dim=1)  # (4, 3)
+    sigma = log_sigma.exp() + 0.01
+    size = draws[0].z.shape[2:]
+    for found, expected in ((draws[0].prior.mean, mean), (draws[0].prior.sigma, sigma)):
+        torch.testing.assert_close(found, expected[:, :, None, None].expand(-1, -1, *size))
+    merge, merged = model.decoder[0].combine if model.decoder else model.decoder_start, []
+    merge.register_forward_pre_hook(lambda _, inputs: merged.append(inputs[0][:, -3:]))
+    model.sample(noise, 0.5, condition)
+    drawn = mean[:, :, None, None] + 0.5 * sigma[:, :, None, None] * noise[0]
+    torch.testing.assert_close(merged, [drawn])
+
+
+@pytest.mark.parametrize("groups_per_scale", [(1, 2), (1,)])
+def test_the_condition_reaches_the_decoders_start(groups_per_scale):
+    """The first group's latent being the same, the pictures differ, and only where the condition does."""
+    torch.manual_seed(0)
+    config = NVAEConfig(**(SMALL | {"groups_per_scale": groups_per_scale}))
+    model = NVAE(config, (3, 16, 16), condition_size=4).double().eval()
+    latents = [part[:1].expand(4, -1, -1, -1) for part in batch(model, dtype=torch.float64)[1]]
+    condition = torch.eye(4, dtype=torch.float64)[[0, 0, 1, 2]]
+    assert torch.equal(*model.decode(latents, condition)[1:3])  # a fresh model hears nothing
+    nn.init.normal_(model.conditioning.start.weight)
+    same, one, two, three = model.decode(latents, condition)
+    assert torch.equal(same, one)
+    assert (one - two).abs().max() > 1e-3
+    assert (two - three).abs().max() > 1e-3
+
+
 def test_float64_stays_float64():
     model = build(num_flows=1).double()
     x, noise = batch(model, dtype=torch.float64)

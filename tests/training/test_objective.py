@@ -1,5 +1,7 @@
 """The training objective: warm-up, balancing, free bits, and one process agreeing with many."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -117,6 +119,18 @@ def test_free_bits_spare_only_the_groups_below_them():
     charged.mean().backward()
     torch.testing.assert_close(kl.grad, torch.tensor([[0, 0.5, 0.5], [0, 0.5, 0.5]], dtype=torch.float64))
     torch.testing.assert_close(charged.mean(), torch.tensor(1.0 + 1.1 + 4.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("step", [150, STEPS])
+def test_a_group_exactly_at_its_free_bits_is_spared(step):
+    """Its mean is the threshold to the bit; a threshold one step of the floating-point numbers below charges it."""
+    kl = torch.tensor([[0.5, 0.5, 3.0], [1.5, 1.5, 5.0]], dtype=torch.float64)  # means 1, 1, 4
+    free = {}
+    for name, threshold in (("at", 1.0), ("below", math.nextafter(1.0, 0.0))):
+        leaf = kl.clone().requires_grad_()
+        objective(free_bits=threshold).charged_kl(leaf, step).mean().backward()
+        free[name] = (leaf.grad == 0).all(dim=0).tolist()
+    assert free == {"at": [True, True, False], "below": [False, False, False]}
 
 
 def test_free_bits_together_with_balancing():

@@ -5,7 +5,7 @@ import json
 from tests.distributed.test_watchdog import run, write_script
 from tests.helpers.model_cases import write_data
 
-PLACES = ("data", "activation", "loss", "gradient")
+PLACES = ("data", "activation", "loss", "gradient", "loss alone")
 
 SCRIPT = """
 import hashlib, json, sys
@@ -37,11 +37,14 @@ def poison(trainer, place):
     if place == "gradient":
         return next(model.parameters()).register_hook(lambda gradient: gradient * torch.inf).remove
     loss = trainer._loss
-    trainer._loss = lambda step, batch: loss(step, batch) * torch.nan
+    if place == "loss alone":  # gradients stay finite, and DDP carries nothing of it to the other rank
+        trainer._loss = lambda step, batch: loss(step, batch) + torch.inf
+    else:
+        trainer._loss = lambda step, batch: loss(step, batch) * torch.nan
     return lambda: setattr(trainer, "_loss", loss)
 
 
-for place in ("data", "activation", "loss", "gradient"):
+for place in ("data", "activation", "loss", "gradient", "loss alone"):
     trainer = make_trainer(make_recipe("nvae", folder / "labelled"), runtime)
     stream = iter(trainer.batches(0))
     steps, digests = [], []
