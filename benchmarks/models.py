@@ -1,4 +1,4 @@
-"""Every model on the same task: binarised MNIST, Bernoulli pixels, the same test images; a row of a table for each.
+"""Every model on the same task: binarized MNIST, Bernoulli pixels, the same test images; a row of a table for each.
 
     python -m benchmarks.models --data data/mnist
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 COMMON = (
-    "data.size=28", "data.channels=1", "data.pad=2", "data.binarise=dynamic", "model.likelihood={name: bernoulli}",
+    "data.size=28", "data.channels=1", "data.pad=2", "data.binarize=dynamic", "model.likelihood={name: bernoulli}",
     "objective.beta=1", "validation.split=test", "validation.every=0", "samples.every=0", "checkpoint.every=0",
     "tracking.wandb=disabled", "tracking.log_every=20",
 )  # fmt: skip

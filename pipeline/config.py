@@ -22,6 +22,10 @@ from pipeline.schema import Section
 SectionType = TypeVar("SectionType", bound=Section)
 
 
+ALIASES = {"data.binarise": "data.binarize"}
+"""Renamed settings: former dotted path to present one. Recipes, overrides and checkpoints may use the former."""
+
+
 class ConfigError(ValueError):
     """A setting that cannot be used; the message names its dotted path and what is allowed."""
 
@@ -73,9 +77,10 @@ def parse_override(word: str) -> tuple[list[str], Any]:
 
 def overlay(data: Mapping[str, Any], words: Iterable[str]) -> dict[str, Any]:
     """A copy of `data` with each word's value set at its dotted path."""
-    result = json.loads(json.dumps(data, default=str))
+    result = with_present_names(data)
     for word in words:
         path, value = parse_override(word)
+        path = ALIASES.get(".".join(path), ".".join(path)).split(".")
         place = result
         for depth, key in enumerate(path[:-1], start=1):
             place = place.setdefault(key, {})
@@ -87,11 +92,32 @@ def overlay(data: Mapping[str, Any], words: Iterable[str]) -> dict[str, Any]:
     return result
 
 
+def with_present_names(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `data` in which settings have their present names instead of former ones. See ALIASES.
+
+    Raises ConfigError where a setting is given by both names.
+    """
+    result = json.loads(json.dumps(data, default=str))
+    for former, present in ALIASES.items():
+        *path, old_key = former.split(".")
+        section = result
+        for key in path:
+            section = section.get(key) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or old_key not in section:
+            continue
+        new_key = present.rpartition(".")[2]  # in the same section
+        if new_key in section:
+            raise ConfigError(f"{former}: the former name of {present}, which is also given; keep {present}")
+        section[new_key] = section.pop(old_key)
+    return result
+
+
 def build(kind: type[SectionType], data: Mapping[str, Any]) -> SectionType:
     """`data` as a validated, frozen `kind`. Raises ConfigError with one line for each fault."""
+    data = with_present_names(data)
     try:
         # JSON mode is strict about types yet lets a list stand for a tuple, which YAML cannot write.
-        return kind.model_validate_json(json.dumps(data, default=str), strict=True)
+        return kind.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         raise ConfigError("\n".join(dict.fromkeys(_explain(kind, fault) for fault in error.errors()))) from None
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# NVAE on dynamically binarised MNIST by the paper's recipe.
+# NVAE on dynamically binarized MNIST by the paper's recipe.
 #
 #   sbatch slurm/nvae_mnist.sh
 #   slurm/submit.sh slurm/nvae_mnist.sh train.epochs=100

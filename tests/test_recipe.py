@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from pipeline.config import ConfigError, load_yaml
+from pipeline.config import ConfigError, build, load_yaml, overlay
 from pipeline.recipe import RECIPES, Recipe, build_model, load_recipe, recipe_path, settings_page, total_steps
+from pipeline.run.resume import changed_settings
 from pipeline.run.session import describe
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -70,6 +71,24 @@ def test_epochs_on_the_command_line_replace_steps(tmp_path):
     assert load_recipe(recipe_path("nvae_mnist"), ["train.steps=7"]).train.epochs is None
     with pytest.raises(ConfigError, match="give one of"):
         load_recipe(path, ["train.epochs=1", "train.steps=2"])
+
+
+@pytest.mark.parametrize("override", ["data.binarise=dynamic", "data.binarize=dynamic"])
+def test_a_renamed_setting_keeps_its_former_name(settings, override):
+    """In a recipe, over either name in a recipe, and in a checkpoint's settings."""
+    for name in ("binarise", "binarize"):
+        data = {**settings["data"], name: "none"}
+        assert build(Recipe, settings | {"data": data | {name: "dynamic"}}).data.binarize == "dynamic"
+        assert build(Recipe, overlay(settings | {"data": data}, [override])).data.binarize == "dynamic"
+    present = build(Recipe, settings).model_dump(mode="json")
+    former = present | {"data": {("binarise" if key == "binarize" else key): v for key, v in present["data"].items()}}
+    assert changed_settings(former, present) == []
+
+
+def test_a_setting_given_by_both_names_is_refused(settings):
+    data = settings["data"] | {"binarise": "none", "binarize": "dynamic"}
+    with pytest.raises(ConfigError, match=r"data.binarise: the former name of data.binarize"):
+        build(Recipe, settings | {"data": data})
 
 
 def test_an_unknown_model_lists_the_known():

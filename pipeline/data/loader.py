@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.order import Order
-from pipeline.data.preprocess import Binarise, Preprocess
+from pipeline.data.preprocess import Binarize, Preprocess
 from pipeline.data.shards import TarShards, UnreadableShard
 from pipeline.data.unreadable import SkippedSample, drop_damaged, replace_damaged
 from pipeline.schema import Section
@@ -52,7 +52,7 @@ class DataConfig(Section):
     """Colour channels that the stored images must have."""
     flip: bool = False
     """Mirror training images left and right with probability 1/2."""
-    binarise: Binarise = "none"
+    binarize: Binarize = "none"
     """dynamic: each value becomes 255 with probability grey / 255 and else 0, drawn anew in every epoch; or none."""
     pad: int = Field(default=0, ge=0)
     """Black pixels added on each side."""

@@ -1,4 +1,4 @@
-"""Between the shard and the model: flip, binarise and pad on the CPU, scaling to [0, 1] on the device.
+"""Between the shard and the model: flip, binarize and pad on the CPU, scaling to [0, 1] on the device.
 
 Chance depends on (seed, epoch, index) alone, so a sample is treated alike on every rank, in every worker and after a
 resume.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.data.random_hash import GOLDEN_GAMMA, Stream, hash64, mix64
 
-Binarise = Literal["none", "dynamic"]
+Binarize = Literal["none", "dynamic"]
 
 MAX_DRAW = np.uint32(2**32 - 2)
 GREY_STEP = np.uint32((2**32 - 1) // 255)  # nothing is lost: 255 divides 2^32 - 1
@@ -22,22 +22,22 @@ GREY_STEP = np.uint32((2**32 - 1) // 255)  # nothing is lost: 255 divides 2^32 -
 class Preprocess:
     """Images as stored -> images as the model gets them, before scaling.
 
-    `flip`: mirror left and right with probability 1/2. `binarise`: "dynamic" makes a pixel 255 with probability
+    `flip`: mirror left and right with probability 1/2. `binarize`: "dynamic" makes a pixel 255 with probability
     grey/255 and else 0, drawn anew in each epoch (Burda et al. 2016, "Importance weighted autoencoders", section 5).
     `pad`: black pixels on each side. Evaluation asks for epoch 0 always, and so sees the same pixels each time.
     """
 
-    def __init__(self, seed: int, flip: bool = False, binarise: Binarise = "none", pad: int = 0):
+    def __init__(self, seed: int, flip: bool = False, binarize: Binarize = "none", pad: int = 0):
         self.seed = seed
         self.flip = flip
-        self.binarise = binarise
+        self.binarize = binarize
         self.pad = pad
 
     def __call__(self, images: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """(n, H, W, C) uint8 with epochs and indices (n,) -> (n, C, H + 2 pad, W + 2 pad) uint8, C-contiguous."""
         n, height, width, channels = images.shape
-        if self.binarise == "dynamic":
-            images = self._binarised(images, epochs, indices)
+        if self.binarize == "dynamic":
+            images = self._binarized(images, epochs, indices)
         pad = self.pad
         out = np.zeros((n, channels, height + 2 * pad, width + 2 * pad), np.uint8)
         out[:, :, pad : pad + height, pad : pad + width] = images.transpose(0, 3, 1, 2)
@@ -46,10 +46,10 @@ class Preprocess:
             out[mirrored] = out[mirrored, :, :, ::-1]
         return out
 
-    def _binarised(self, images: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    def _binarized(self, images: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """One 32-bit draw per value of the image, two from each hash of the sample's own SplitMix64 sequence."""
         size = prod(images.shape[1:])
-        states = hash64(self.seed, Stream.BINARISE, epochs, indices)[:, None]  # (n, 1)
+        states = hash64(self.seed, Stream.BINARIZE, epochs, indices)[:, None]  # (n, 1)
         steps = np.arange(1, (size + 1) // 2 + 1, dtype=np.uint64) * GOLDEN_GAMMA
         draws = mix64(states + steps).astype("<u8", copy=False).view("<u4")[:, :size]  # (n, H W C)
         on = turns_on(draws, images.reshape(len(images), size))

@@ -19,7 +19,7 @@ class Stream(IntEnum):
     SHARDS = 1
     SAMPLES = 2
     FLIP = 3
-    BINARISE = 4
+    BINARIZE = 4
     REPLACE = 5
 
 

@@ -146,7 +146,7 @@ def describe_measurement(
             "split": shards.split,
             "fingerprint": shards.fingerprint,
             "trained_on_fingerprint": trained.facts.get("data_fingerprint"),
-            "binarise": recipe.data.binarise,
+            "binarize": recipe.data.binarize,
             "bits": recipe.data.bits,
         },
         "images": min(recipe.validation.images or len(shards), len(shards)) - skipped,

@@ -189,7 +189,7 @@ class TrainedModel:
         """(B,) float64 estimate of log p(x | condition), nats: a lower bound on average, tighter with more samples.
 
         Burda et al. 2016, eq. 8; with one sample an estimate of the evidence lower bound. Discrete likelihoods expect
-        the values that the model was trained on (binary pixels for one of binarised images).
+        the values that the model was trained on (binary pixels for one of binarized images).
         """
         if importance_samples < 1:
             raise ValueError(f"importance_samples {importance_samples}: take at least one")

@@ -32,8 +32,8 @@ class Data:
             recipe.condition.check(self.train.classes, self.train.attribute_names)
         self.order = Order(self.train.shard_sizes, recipe.train.seed, config.window)
         self.damage = UnreadableLog(runtime)
-        self._augment = Preprocess(recipe.train.seed, flip=config.flip, binarise=config.binarise, pad=config.pad)
-        self._plain = Preprocess(recipe.train.seed, binarise=config.binarise, pad=config.pad)
+        self._augment = Preprocess(recipe.train.seed, flip=config.flip, binarize=config.binarize, pad=config.pad)
+        self._plain = Preprocess(recipe.train.seed, binarize=config.binarize, pad=config.pad)
 
     def _open_shards(self) -> list[TarShards]:
         """Of the training and the validation split; from an address, they are fetched first."""

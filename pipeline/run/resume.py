@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.config import flatten
+from pipeline.config import flatten, with_present_names
 
 CHANGEABLE = (
     "train.steps",
@@ -37,7 +37,7 @@ CHANGEABLE = (
 
 def changed_settings(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """One line for each setting that differs and may. Raises ValueError naming those that may not."""
-    old, new = flatten(saved), flatten(wanted)
+    old, new = flatten(with_present_names(saved)), flatten(wanted)
     paths = [path for path in dict.fromkeys([*old, *new]) if old.get(path) != new.get(path)]
     lines = {path: f"{path}: {old.get(path)} -> {new.get(path)}" for path in paths}
     refused = [line for path, line in lines.items() if not path.startswith(CHANGEABLE)]

@@ -37,7 +37,7 @@ def made(tmp_path_factory) -> tuple[Path, Samples]:
 def train_loader(root: Path, **changes) -> Batches:
     shards = TarShards(root, "train")
     arguments = {"micro_batch": BATCH, "start": 0, "stop": 3} | changes
-    preprocess = Preprocess(seed=3, flip=True, binarise="dynamic", pad=1)
+    preprocess = Preprocess(seed=3, flip=True, binarize="dynamic", pad=1)
     return build_train_loader(shards, preprocess, Order(shards.shard_sizes, seed=3, window=4), **arguments)
 
 
@@ -61,7 +61,7 @@ def test_a_batch_holds_what_the_order_says(made, straight):
     """Against the order and the original samples, three batches over two epochs."""
     root, samples = made
     order = Order(TarShards(root, "train").shard_sizes, seed=3, window=4)
-    preprocess = Preprocess(seed=3, flip=True, binarise="dynamic", pad=1)
+    preprocess = Preprocess(seed=3, flip=True, binarize="dynamic", pad=1)
     for number, batch in enumerate(straight):
         positions = np.arange(number * BATCH, (number + 1) * BATCH)
         epochs, indices = order.at(positions)
@@ -189,7 +189,7 @@ def test_ctrl_c_ends_the_process_once_and_quietly(made):
 @given(st.integers(1, 9), st.integers(1, 60), st.none() | st.integers(1, 60))
 def test_evaluation_sees_each_sample_on_exactly_one_rank(made, world_size, batch_size, limit):
     shards = TarShards(made[0], "test")
-    preprocess = Preprocess(seed=3, binarise="dynamic")
+    preprocess = Preprocess(seed=3, binarize="dynamic")
     batches = []
     for rank in range(world_size):
         mine = list(build_eval_loader(shards, preprocess, batch_size, rank, world_size, limit))
@@ -204,7 +204,7 @@ def test_evaluation_sees_each_sample_on_exactly_one_rank(made, world_size, batch
 
 def test_evaluation_is_the_same_each_time_and_with_workers(made):
     shards = TarShards(made[0], "test")
-    preprocess = Preprocess(seed=3, binarise="dynamic")
+    preprocess = Preprocess(seed=3, binarize="dynamic")
     first = list(build_eval_loader(shards, preprocess, 10))
     assert [len(batch.images) for batch in first] == [10, 10, 10, 7]
     for workers in (0, 2):
@@ -246,7 +246,7 @@ def skipping(damaged) -> list[Batch]:
 def test_others_take_the_places_of_damaged_samples(made, straight, skipping):
     """All else is as in the whole set; what was left out is told with its place, in both epochs."""
     _, samples = made
-    preprocess = Preprocess(seed=3, flip=True, binarise="dynamic", pad=1)
+    preprocess = Preprocess(seed=3, flip=True, binarize="dynamic", pad=1)
     skipped = [sample for batch in skipping for sample in batch.skipped]
     drawn = [index for batch in straight for index in batch.indices.tolist()]
     assert sorted(sample.index for sample in skipped) == sorted(index for index in drawn if index in DAMAGED)
@@ -312,7 +312,7 @@ def test_evaluation_leaves_damaged_samples_out(damaged, workers):
 def test_a_batch_of_which_nothing_is_left_is_empty(damaged):
     batch = build_eval_loader(
         TarShards(damaged, "train"),
-        Preprocess(seed=3, binarise="dynamic", flip=True, pad=2),
+        Preprocess(seed=3, binarize="dynamic", flip=True, pad=2),
         1,
         limit=1,
         on_error="skip",
@@ -343,7 +343,7 @@ def test_random_damage_neither_hangs_nor_changes_a_sample(victim, data):
     try:
         for batch in train_loader(root, micro_batch=15, stop=4, on_error=on_error, workers=workers):
             indices, epochs = batch.indices.numpy(), batch.epochs.numpy()
-            expected = Preprocess(seed=3, flip=True, binarise="dynamic", pad=1)(
+            expected = Preprocess(seed=3, flip=True, binarize="dynamic", pad=1)(
                 samples.images[indices], epochs, indices
             )
             np.testing.assert_array_equal(batch.images, expected)
@@ -376,7 +376,7 @@ def test_data_of_another_size_or_channels_is_refused(made):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"bits": 9}, {"bits": 0}, {"pad": -1}, {"window": 0}, {"workers": -1}, {"binarise": "yes"}]
+    "bad", [{"bits": 9}, {"bits": 0}, {"pad": -1}, {"window": 0}, {"workers": -1}, {"binarize": "yes"}]
 )
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

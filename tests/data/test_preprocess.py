@@ -1,4 +1,4 @@
-"""Flip, binarise, pad and scale: pure functions of (seed, epoch, index), exact where exactness can be had."""
+"""Flip, binarize, pad and scale: pure functions of (seed, epoch, index), exact where exactness can be had."""
 
 import os
 from pathlib import Path
@@ -57,18 +57,18 @@ def test_a_sample_does_not_depend_on_its_batch(seed, samples, cut):
     """Whole batch, cut batch, reversed batch: each sample comes out the same."""
     epochs, indices = (np.array(column) for column in zip(*samples, strict=True))
     images = images_like(10, 3, 5, 1)[indices]
-    preprocess = Preprocess(seed, flip=True, binarise="dynamic", pad=1)
+    preprocess = Preprocess(seed, flip=True, binarize="dynamic", pad=1)
     whole = preprocess(images, epochs, indices)
     parts = [preprocess(images[s], epochs[s], indices[s]) for s in (slice(0, cut), slice(cut, None)) if len(images[s])]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
     np.testing.assert_array_equal(preprocess(images[::-1], epochs[::-1], indices[::-1])[::-1], whole)
 
 
-def test_binarising_hits_each_grey_with_its_probability():
+def test_binarizing_hits_each_grey_with_its_probability():
     """65,536 draws of each of the 256 greys: frequencies within five deviations, 0 never and 255 always."""
     greys = np.arange(256)
     images = np.broadcast_to(greys.astype(np.uint8)[None, :, None, None], (4096, 256, 16, 1))
-    on = run(Preprocess(seed=7, binarise="dynamic"), images)
+    on = run(Preprocess(seed=7, binarize="dynamic"), images)
     assert set(np.unique(on).tolist()) == {0, 255}
     frequency = (on == 255).mean(axis=(0, 1, 3))
     probability = greys / 255
@@ -79,7 +79,7 @@ def test_binarising_hits_each_grey_with_its_probability():
     assert abs((((frequency - probability)[1:-1] / deviation[1:-1]) ** 2).mean() - 1) < 0.5  # neither too even
 
 
-def test_binarising_compares_with_the_exact_threshold():
+def test_binarizing_compares_with_the_exact_threshold():
     top = 2**32 - 1
     for grey in range(256):
         threshold = grey * top // 255
@@ -89,7 +89,7 @@ def test_binarising_compares_with_the_exact_threshold():
         assert on == [grey > 0, grey > 0, grey == 255, grey == 255]
 
 
-def test_binarising_equals_plain_integers():
+def test_binarizing_equals_plain_integers():
     """One sample restated without arrays: hash of (seed, stream, epoch, index), then SplitMix64, low half first."""
 
     def mix(z: int) -> int:
@@ -104,14 +104,14 @@ def test_binarising_equals_plain_integers():
     hashes = [mix((state + step * GAMMA) & MASK) for step in range(1, 9)]
     draws = [half for number in hashes for half in (number & 0xFFFFFFFF, number >> 32)][:15]
     expected = [255 * (draw * 255 < int(grey) * (2**32 - 1)) for draw, grey in zip(draws, image.ravel(), strict=True)]
-    out = Preprocess(-9, binarise="dynamic")(image, np.array([3]), np.array([6]))
+    out = Preprocess(-9, binarize="dynamic")(image, np.array([3]), np.array([6]))
     assert out.ravel().tolist() == expected
 
 
 def test_pixels_and_samples_and_epochs_are_independent():
     """Correlations of fair coins between neighbours in every direction stay within five deviations of zero."""
     grey = np.full((2000, 8, 8, 3), 127, np.uint8)
-    signs = [run(Preprocess(seed=2, binarise="dynamic"), grey, epoch) / 127.5 - 1 for epoch in (0, 1)]
+    signs = [run(Preprocess(seed=2, binarize="dynamic"), grey, epoch) / 127.5 - 1 for epoch in (0, 1)]
     first = signs[0] - signs[0].mean()
     for axis in range(4):
         for distance in (1, 2):
@@ -123,7 +123,7 @@ def test_pixels_and_samples_and_epochs_are_independent():
 def test_draws_are_frozen():
     """Literal numbers: a change here changes validation figures and every run that is resumed."""
     grey = np.full((4, 2, 4, 1), 128, np.uint8)
-    on = run(Preprocess(seed=1, binarise="dynamic"), grey, epoch=2) // 255
+    on = run(Preprocess(seed=1, binarize="dynamic"), grey, epoch=2) // 255
     assert ["".join(map(str, image.ravel())) for image in on] == ["10000011", "11001010", "01000010", "10110101"]
     ramp = np.arange(40, dtype=np.uint8).reshape(20, 1, 2, 1)
     flipped = run(Preprocess(seed=1, flip=True), ramp, epoch=2)[:, 0, 0, 0] % 2
