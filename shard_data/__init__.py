@@ -3,27 +3,29 @@
 `convert(ToyFaces(size=32), "data/toy_faces32", workers=2)` does what `python -m shard_data toy_faces` does.
 """
 
-from shard_data.errors import AlreadyComplete, DataError, Incomplete
-from shard_data.sources.celeba import CelebA
-from shard_data.sources.cifar import Cifar10, Cifar100
-from shard_data.sources.folder import Folder
-from shard_data.sources.mnist import FashionMnist, Kmnist, Mnist
-from shard_data.sources.npz import Npz
-from shard_data.sources.toy_faces import ToyFaces
-from shard_data.writer import convert
+import importlib
 
-__all__ = [
-    "AlreadyComplete",
-    "CelebA",
-    "Cifar10",
-    "Cifar100",
-    "DataError",
-    "FashionMnist",
-    "Folder",
-    "Incomplete",
-    "Kmnist",
-    "Mnist",
-    "Npz",
-    "ToyFaces",
-    "convert",
-]
+_MODULES = {
+    "AlreadyComplete": "errors",
+    "CelebA": "sources.celeba",
+    "Cifar10": "sources.cifar",
+    "Cifar100": "sources.cifar",
+    "DataError": "errors",
+    "FashionMnist": "sources.mnist",
+    "Folder": "sources.folder",
+    "Incomplete": "errors",
+    "Kmnist": "sources.mnist",
+    "Mnist": "sources.mnist",
+    "Npz": "sources.npz",
+    "ToyFaces": "sources.toy_faces",
+    "convert": "writer",
+}
+
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str):
+    """Import on first use: pipeline imports modules of the format from here, and needs none of the sources."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -3,6 +3,7 @@ names."""
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -84,15 +85,30 @@ def test_a_folder_says_what_it_is_for(folder):
     assert len(text.splitlines()) <= 3
 
 
-def test_the_two_packages_do_not_import_each_other():
+def test_shard_data_imports_neither_pipeline_nor_torch():
     assert [
         path
         for path in sources("shard_data")
         if any(name.split(".")[0] in ("pipeline", "torch") for name in imports(path))
     ] == []
-    assert [
-        path for path in sources("pipeline") if any(name.split(".")[0] == "shard_data" for name in imports(path))
-    ] == []
+
+
+FORMAT = {"data": {"errors", "file_lock", "files"}, "storage": {"file_lock"}}
+"""Modules of shard_data that folders of pipeline/ may import: the format of a shard set, and locks."""
+
+
+def test_pipeline_imports_only_the_format_side_of_shard_data():
+    for path in sources("pipeline"):
+        used = {".".join(name.split(".")[:2]) for name in imports(path) if name.split(".")[0] == "shard_data"}
+        allowed = {f"shard_data.{module}" for module in FORMAT.get(place(path), ())}
+        assert used - {"shard_data"} <= allowed, path
+
+
+def test_the_format_side_of_shard_data_is_light():
+    modules = ", ".join(sorted(f"shard_data.{module}" for module in FORMAT["data"]))
+    code = f"import sys, {modules}; print(sorted({{'torch', 'numpy', 'PIL', 'webdataset'}} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert result.stdout == "[]\n", result.stderr
 
 
 @pytest.mark.parametrize("library", [name for name, door in DOORS.items() if door is not None])
