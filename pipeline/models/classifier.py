@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from pipeline.schema import Section
-from pipeline.storage.checkpoint import META, read_folder, snapshot, sync_folder, write_folder
+from pipeline.storage.checkpoint_folder import META, read_folder, snapshot, sync_folder, write_folder
 
 SMALLEST_MAP = 4  # side in pixels of the feature map that the hidden layer sees
 HIDDEN = 128

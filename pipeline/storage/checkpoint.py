@@ -1,48 +1,43 @@
-"""Checkpoints: folders that are whole or invisible, checked byte by byte when they are read, and free of pickle.
+"""The checkpoints of one run: which exist, which is used, and which stay.
 
-    checkpoints/step_00001000/model.safetensors ...   one file per stem of `tensors`
-    checkpoints/step_00001000/meta.json               step, score, run facts, size and sha256 of each file and of itself
+    checkpoints/step_00001000/   see `checkpoint_folder`
 
-A checkpoint is written into a hidden folder beside, synced to disk and renamed; only then do older ones go. One process
-writes to a folder of checkpoints: `run_lock` sees to that. `snapshot` (fast) is apart from `Checkpoints.write` (slow),
-which `CheckpointWriter` calls off the training thread.
+A checkpoint is written into a hidden folder beside, synced to disk and renamed; only then are older ones deleted. One
+process writes to a folder of checkpoints: `run_lock` ensures that. `snapshot` (fast) is separate from
+`Checkpoints.write` (slow), which `CheckpointWriter` calls off the training thread.
 """
 
 import errno
-import hashlib
-import json
 import logging
 import math
 import os
 import re
 import shutil
 import socket
-import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import pydantic
-import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor
 
 from pipeline.schema import Section
-from pipeline.storage.safetensors_writer import write_tensors
+from pipeline.storage.checkpoint_folder import (
+    FOLDER_NAME,
+    Checkpoint,
+    Snapshot,
+    UnreadableCheckpoint,
+    read_folder,
+    read_meta,
+    size_of,
+    snapshot,
+    sync_folder,
+    write_folder,
+)
 
 logger = logging.getLogger(__name__)
 
-Snapshot = Mapping[str, Mapping[str, Tensor]]
-"""{file stem: {tensor name: contiguous CPU tensor that shares memory with nothing}}."""
-
-META = "meta.json"
-_STEM = re.compile(r"[A-Za-z0-9_]+")
-_VISIBLE = re.compile(r"step_(\d{8,})")
 _HIDDEN = re.compile(r"\.step_\d{8,}\.(?P<host>.+)\.(?P<pid>\d+)\.(writing|deleting)")
-_Sha256 = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
-_FileName = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_]+\.safetensors$")]
 
 
 class CheckpointConfig(Section):
@@ -52,161 +47,6 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; also after the last step. 0: never."""
     keep: int | None = pydantic.Field(3, ge=1)
     """How many of the latest stay, beside the best by validation; null: all."""
-
-
-class UnreadableCheckpoint(ValueError):
-    """A checkpoint is incomplete, altered or not ours. The message names the file and what is wrong with it."""
-
-
-class FileFacts(Section):
-    """What `meta.json` promises of one file."""
-
-    sha256: _Sha256
-    bytes: Annotated[int, pydantic.Field(ge=0)]
-
-
-class Meta(Section):
-    """The content of `meta.json`, apart from the hash of itself."""
-
-    format: Literal["nvae-pipeline-checkpoint"] = "nvae-pipeline-checkpoint"
-    version: Literal[1] = 1
-    step: Annotated[int, pydantic.Field(ge=0)]
-    score: float | None
-    files: dict[_FileName, FileFacts]
-    facts: dict[str, Any]
-
-    def render(self) -> bytes:
-        """The one byte sequence that stands for this content."""
-        content = self.model_dump()
-        digest = hashlib.sha256(_json(content)).hexdigest()
-        return _json({**content, "sha256": digest})
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint read back and verified."""
-
-    path: Path
-    step: int
-    score: float | None
-    facts: dict[str, Any]
-    tensors: dict[str, dict[str, Tensor]]
-    """{file stem: {tensor name: CPU tensor}}."""
-    passed_over: tuple[str, ...] = ()
-    """Why better candidates were not taken, one line each."""
-
-
-def snapshot(tensors: Snapshot) -> Snapshot:
-    """Copies on the CPU that later training steps cannot change.
-
-    safetensors stores contiguous tensors only, so channels_last ones are copied in plain order; values are the same to
-    the bit. Tensors that share memory become separate: whoever loads them ties them again.
-    """
-    return {stem: {name: _copy(tensor) for name, tensor in group.items()} for stem, group in tensors.items()}
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def size_of(snapshot: Snapshot) -> int:
-    """Bytes that a checkpoint of these tensors needs on disk, with room for headers and `meta.json`."""
-    tensors = [tensor for group in snapshot.values() for tensor in group.values()]
-    return sum(tensor.nbytes + 512 for tensor in tensors) + 2**20
-
-
-def write_folder(folder: Path, snapshot: Snapshot, step: int, facts: Mapping[str, Any], score: float | None) -> None:
-    """Make `folder` and fill it, `meta.json` last; everything is on the disk when this returns."""
-    folder.mkdir()
-    files = {}
-    for stem, group in snapshot.items():
-        assert _STEM.fullmatch(stem), f"not a file stem: {stem!r}"
-        digest, size = write_tensors(folder / f"{stem}.safetensors", group)
-        files[f"{stem}.safetensors"] = FileFacts(sha256=digest, bytes=size)
-    meta = Meta(step=step, score=score, files=files, facts=dict(facts))
-    _write_synced(folder / META, meta.render())
-    sync_folder(folder)
-
-
-def read_folder(folder: Path) -> Checkpoint:
-    """Read and verify one checkpoint. Raises UnreadableCheckpoint."""
-    meta = read_meta(folder)
-    named = _VISIBLE.fullmatch(folder.name)
-    if named and int(named[1]) != meta.step:
-        raise UnreadableCheckpoint(f"{folder / META}: belongs to step {meta.step}, not to the folder that it lies in")
-    tensors = {name.removesuffix(".safetensors"): _read_tensors(folder / name, meta.files[name]) for name in meta.files}
-    return Checkpoint(folder, meta.step, meta.score, meta.facts, tensors)
-
-
-def read_meta(folder: Path) -> Meta:
-    """Read and verify `meta.json` alone. Raises UnreadableCheckpoint."""
-    path = folder / META
-    content = _read(path)
-    try:
-        fields = json.loads(content)
-        digest = fields.pop("sha256")
-        meta = Meta.model_validate(fields)
-        intact = meta.render() == content  # no other spelling passes, so that a flip of any bit is seen
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UnreadableCheckpoint(f"{path}: not the facts of a checkpoint ({_first_line(error)})") from error
-    if not intact:
-        raise UnreadableCheckpoint(f"{path}: its content does not match its own hash {str(digest)[:12]}...")
-    return meta
-
-
-def _read_tensors(path: Path, facts: FileFacts) -> dict[str, Tensor]:
-    content = _read(path)  # read once: what is hashed is what is used
-    if len(content) != facts.bytes:
-        raise UnreadableCheckpoint(f"{path}: {len(content)} bytes instead of {facts.bytes}")
-    if hashlib.sha256(content).hexdigest() != facts.sha256:
-        raise UnreadableCheckpoint(f"{path}: sha256 differs from the one in {META}")
-    try:
-        return safetensors.torch.load(content)
-    except safetensors.SafetensorError as error:
-        raise UnreadableCheckpoint(f"{path}: not a safetensors file ({_first_line(error)})") from error
-
-
-def _read(path: Path) -> bytes:
-    """The bytes of a regular file that is no symbolic link."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UnreadableCheckpoint(f"{path}: not a regular file")
-            return file.read()
-    except OSError as error:
-        fault = "is a symbolic link, which is refused" if error.errno == errno.ELOOP else error.strerror
-        raise UnreadableCheckpoint(f"{path}: {fault}") from error
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the entries of a folder on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems know no sync of folders
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode("ascii")
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, pydantic.ValidationError):
-        fault = error.errors()[0]
-        return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class Checkpoints:
@@ -277,7 +117,7 @@ class Checkpoints:
         if not self.folder.is_dir():
             return []
         names = (entry.name for entry in os.scandir(self.folder) if entry.is_dir(follow_symlinks=False))
-        return sorted(int(match[1]) for match in map(_VISIBLE.fullmatch, names) if match)
+        return sorted(int(match[1]) for match in map(FOLDER_NAME.fullmatch, names) if match)
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of `step` lies."""

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.storage.checkpoint import Checkpoints, Snapshot
+from pipeline.storage.checkpoint import Checkpoints
+from pipeline.storage.checkpoint_folder import Snapshot
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from pipeline.models.classifier import (
     load_classifier,
     save_classifier,
 )
-from pipeline.storage.checkpoint import META, write_folder
+from pipeline.storage.checkpoint_folder import META, write_folder
 from pipeline.train_classifier import main
 from tests.helpers.shard_sets import Samples, random_samples, write_set
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from pipeline.storage import checkpoint
-from pipeline.storage.checkpoint import Checkpoints, snapshot
-from tests.storage.checkpoint_samples import FACTS, assert_same, damage, in_child, small
+from pipeline.storage.checkpoint import Checkpoints
+from pipeline.storage.checkpoint_folder import size_of, snapshot
+from tests.helpers.checkpoints import FACTS, assert_same, damage, in_child, small
 
 
 @pytest.fixture
@@ -290,7 +291,7 @@ def test_the_needed_space_is_not_underestimated(tmp_path):
     tensors = {"model": {f"block.{i}.a_rather_long_name_of_a_weight": torch.randn(i) for i in range(300)}, "none": {}}
     path = Checkpoints(tmp_path).save(1, tensors, FACTS)
     on_disk = sum(file.stat().st_size for file in path.iterdir())
-    assert on_disk <= checkpoint.size_of(snapshot(tensors)) <= on_disk + 2**20 + 512 * 300
+    assert on_disk <= size_of(snapshot(tensors)) <= on_disk + 2**20 + 512 * 300
 
 
 def test_a_failed_write_leaves_nothing_and_the_next_one_works(checkpoints):

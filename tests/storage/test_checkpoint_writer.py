@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.storage import checkpoint
-from pipeline.storage.checkpoint import Checkpoints, read_folder, snapshot
+from pipeline.storage.checkpoint import Checkpoints
+from pipeline.storage.checkpoint_folder import read_folder, snapshot
 from pipeline.storage.checkpoint_writer import RETRY_AFTER, CheckpointWriter, snapshot_into
-from tests.storage.checkpoint_samples import FACTS, assert_same, small
+from tests.helpers.checkpoints import FACTS, assert_same, small
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.storage.safetensors_writer import DTYPES, write_tensors
-from tests.storage.checkpoint_samples import same_bits
+from tests.helpers.checkpoints import same_bits
 
 
 def filled(dtype, shape, seed):
