@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.distributed.runtime import start_logging
+from pipeline.distributed.logs import start_logging
 
 log = logging.getLogger("pipeline")
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,7 +19,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipeline.distributed.agreement import code_version  # noqa: E402
-from pipeline.distributed.runtime import Runtime, launched_rank, start_logging  # noqa: E402
+from pipeline.distributed.logs import launched_rank, start_logging  # noqa: E402
+from pipeline.distributed.runtime import Runtime  # noqa: E402
 from pipeline.inference.report import (  # noqa: E402
     bound_figures,
     check_metrics,

@@ -23,8 +23,9 @@ from pipeline.cli import run_python  # noqa: E402
 from pipeline.config import dump  # noqa: E402
 from pipeline.data.remote import is_address  # noqa: E402
 from pipeline.distributed.agreement import code_version  # noqa: E402
+from pipeline.distributed.logs import launched_rank, start_logging  # noqa: E402
 from pipeline.distributed.preemption import StopRequest  # noqa: E402
-from pipeline.distributed.runtime import Runtime, launched_rank, start_logging  # noqa: E402
+from pipeline.distributed.runtime import Runtime  # noqa: E402
 from pipeline.models.attribute_vae import AttributeVAEConfig  # noqa: E402
 from pipeline.recipe import RECIPES, Recipe, load_recipe, recipe_path  # noqa: E402
 from pipeline.run.session import Session, choose_checkpoint, describe  # noqa: E402

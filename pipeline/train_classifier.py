@@ -25,7 +25,8 @@ from pipeline.data.loader import Batch, build_eval_loader, build_train_loader  #
 from pipeline.data.order import Order  # noqa: E402
 from pipeline.data.preprocess import Preprocess, to_model_input  # noqa: E402
 from pipeline.data.shards import TarShards  # noqa: E402
-from pipeline.distributed.runtime import cores_per_process, start_logging  # noqa: E402
+from pipeline.distributed.logs import start_logging  # noqa: E402
+from pipeline.distributed.runtime import cores_per_process  # noqa: E402
 from pipeline.models.classifier import Classifier, ClassifierConfig, check_new, save_classifier  # noqa: E402
 
 log = logging.getLogger("pipeline")

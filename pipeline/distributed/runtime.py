@@ -4,26 +4,23 @@ Nothing here knows models or data. With one process each collective is the ident
 not join in time ends all of them (see `watchdog`); where one process works while others wait, they wait in patience.
 """
 
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from pipeline.distributed import collectives
 from pipeline.distributed.agreement import disagreement
 from pipeline.distributed.watchdog import Crew, Watchdog, wait_until
 
 Precision = Literal["fp32", "bf16", "fp64"]
 Result = TypeVar("Result")
-log = logging.getLogger("pipeline")
 
 BACKEND_MARGIN = 30.0
 """Seconds by which gloo and NCCL give up later than the watchdog, which can say who is missing."""
@@ -64,19 +61,18 @@ class Runtime:
             torch.set_num_threads(cpu_threads or cores_per_process())
         # What the host knows is agreed among hosts: the devices go on working meanwhile. None is the default group.
         on_gpus = self.device.type == "cuda" and self.world_size > 1
-        self._hosts = dist.new_group(backend="gloo", timeout=timeout) if on_gpus else None
+        self._hosts = collectives.new_host_group(timeout) if on_gpus else None
         self._num_rendezvous = 0
         if self.world_size > 1:
             self._watch_others(collective_timeout)
 
     def _watch_others(self, timeout: float) -> None:
-        groups = [dist.group.WORLD] + ([self._hosts] if self._hosts is not None else [])
+        groups = [None] + ([self._hosts] if self._hosts is not None else [])
 
         def joined() -> int:
-            return sum(group._get_sequence_number_for_group() for group in groups)
+            return sum(map(collectives.num_collectives, groups))
 
-        # A connection of our own: whoever waits in the process group's would hold us up.
-        self._store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store().clone())
+        self._store = collectives.connect_store("watchdog")
         self.watchdog.join(Crew(self.rank, self.world_size, self._store, timeout, joined))
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -103,11 +99,7 @@ class Runtime:
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of a detached tensor over ranks."""
-        if self.world_size == 1:
-            return value
-        value = value.detach().clone()
-        dist.all_reduce(value)
-        return value
+        return value if self.world_size == 1 else collectives.all_reduce(value.detach().clone())
 
     def agree(self, flag: Tensor) -> bool:
         """Whether the flag is true on every rank: one collective, one read of the device."""
@@ -116,11 +108,7 @@ class Runtime:
 
     def any_of(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether it is true on any rank: one collective, without waiting for a device."""
-        if self.world_size == 1:
-            return flags
-        votes = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._hosts)
-        return tuple(map(bool, votes.tolist()))
+        return collectives.any_of(flags, self._hosts)
 
     def all_agree(self, flag: bool) -> bool:
         """Whether a flag that no device holds is true on every rank, without waiting for a device."""
@@ -166,25 +154,18 @@ class Runtime:
         if self.rank < workers and self._store.add(count, 1) == workers:
             self._store.set(opened, "")
         wait_until(lambda: self._store.check([opened]))
-        dist.barrier(self._hosts)
+        collectives.barrier(self._hosts)
         if self.is_main:
             self._store.delete_key(count)
             self._store.delete_key(opened)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._hosts)
-        return values
+        return collectives.gather_objects(value, self._hosts)
 
     def from_main(self, value: Any) -> Any:
         """The main process's value, on every rank."""
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values, src=0, group=self._hosts)
-        return values[0]
+        return collectives.from_main(value, self._hosts)
 
     def check_agreement(self, facts: Mapping[str, str]) -> None:
         """Raises ValueError on every rank where any fact differs between ranks; it says who has what."""
@@ -231,8 +212,7 @@ class Runtime:
         # What DDP holds must go before the process group does: at the interpreter's end its threads could abort us.
         self.accelerator.free_memory()
         self.accelerator.end_training()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        collectives.leave()
 
     @property
     def device_name(self) -> str:
@@ -279,27 +259,3 @@ def raised_on_all_ranks(error: Exception) -> Exception:
 def is_raised_on_all_ranks(error: Exception) -> bool:
     """Whether every rank raises this error, so that a collective can still be had."""
     return getattr(error, "on_every_rank", False)
-
-
-def launched_rank() -> int:
-    """This process's rank as the launcher tells it, before any process group exists."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def start_logging(log_file: Path | None, is_main: bool) -> None:
-    """Messages of the package go to the terminal on the main process (warnings on the others) and, where given, to
-    `log_file`.
-    """
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    for handler in list(log.handlers):
-        log.removeHandler(handler)
-        handler.close()
-    terminal = logging.StreamHandler()
-    terminal.setLevel(logging.INFO if is_main else logging.WARNING)
-    terminal.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(terminal)
-    if log_file is not None:
-        file = logging.FileHandler(log_file)
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(file)

@@ -28,8 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-import torch.distributed as dist
-
+from pipeline.distributed.collectives import Store, is_lost_connection
 from pipeline.distributed.heartbeat import SILENT, Beat, Roll
 from pipeline.distributed.launcher import Launcher
 
@@ -64,7 +63,7 @@ class Crew:
 
     rank: int
     world_size: int
-    store: dist.Store
+    store: Store
     """Used by nothing that waits long in it."""
     timeout: float
     """Seconds that a collective may wait for a process."""
@@ -276,11 +275,6 @@ class Watchdog:
             faulthandler.dump_traceback(all_threads=True)
             return
         log.error("rank %d on %s, Python stacks:\n%s", self._crew.rank, self._host, text)
-
-
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether a collective failed, which tells that a process died, but not which. (gloo's errors have no type.)"""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def whereabouts() -> str:

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from pipeline.distributed import collectives
 
 MOMENTUM = 0.05
 SPACE = (0, 2, 3)  # all dimensions but the channels
@@ -41,7 +42,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         self.num_batches_tracked.add_(1)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if collectives.num_processes() > 1:
             return self._global(x)
         return self._local(x)
 
@@ -89,8 +90,7 @@ class GlobalBatchNorm(Function):
         centred = x.to(weight.dtype) - _channels(mean)
         sums = torch.stack([wide_dy.sum(SPACE), (wide_dy * centred).sum(SPACE)])  # (2, C)
         dbias, dweight = sums[0].clone(), sums[1] * inverse_std
-        dist.all_reduce(sums)
-        dy_mean, covariance = sums / count
+        dy_mean, covariance = collectives.all_reduce(sums) / count
         dx = torch.addcmul(
             wide_dy - _channels(dy_mean), centred, _channels(covariance * inverse_std.square()), value=-1
         )
@@ -105,9 +105,8 @@ def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.mean(SPACE)
     var = (x - _channels(mean)).square().mean(SPACE)  # torch.var_mean is many times slower in channels_last on CPU
     local = torch.cat([mean, var, mean.new_full((1,), x.numel() // x.shape[1])])
-    gathered = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, local)
-    means, variances, counts = torch.stack(gathered).split([x.shape[1], x.shape[1], 1], dim=1)  # (world, C or 1)
+    gathered = torch.stack(collectives.all_gather(local))
+    means, variances, counts = gathered.split([x.shape[1], x.shape[1], 1], dim=1)  # (world, C or 1)
     count = counts.sum()
     mean = (means * counts).sum(0) / count
     var = ((variances + (means - mean).square()) * counts).sum(0) / count

@@ -1,10 +1,11 @@
 """How far two parts of a latent vector vary together, over the batch of all processes."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from pipeline.distributed import collectives
 
 
 def cross_covariance(a: Tensor, b: Tensor) -> Tensor:
@@ -22,9 +23,7 @@ def cross_covariance(a: Tensor, b: Tensor) -> Tensor:
 
 def gathered_rows(x: Tensor) -> Tensor:
     """(world_size * B, n) in rank order, from x (B, n) of equal B on every process. Differentiable once."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return GatherRows.apply(x)
-    return x
+    return GatherRows.apply(x) if collectives.num_processes() > 1 else x
 
 
 class GatherRows(Function):
@@ -32,13 +31,10 @@ class GatherRows(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        return torch.cat(collectives.all_gather(x.contiguous()))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+        gradient = collectives.all_reduce(gradient.clone())
+        return gradient.chunk(collectives.num_processes())[collectives.process_rank()]

@@ -8,17 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from pipeline.distributed.collectives import all_reduce
+
 
 def bits_per_dimension(nats: float, num_dimensions: int) -> float:
     """Bits per dimension of a negative log-likelihood (or bound) of `nats` per image: nats / (D ln 2)."""
     return nats / (num_dimensions * math.log(2))
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """`values` summed over all processes, in place; as it is where there is one process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(values)
-    return values
 
 
 class Meter:
@@ -48,7 +43,7 @@ class Meter:
         self._sums[names] = self._sums[names] + sums if names in self._sums else sums
         self._counts[names] = self._counts.get(names, 0.0) + count
 
-    def reduce(self, across_ranks: Callable[[Tensor], Tensor] = sum_over_ranks) -> dict[str, float]:
+    def reduce(self, across_ranks: Callable[[Tensor], Tensor] = all_reduce) -> dict[str, float]:
         """{name: mean over all processes since the last call}, sorted by name; NaN where nothing was counted.
 
         Then starts anew.
@@ -101,7 +96,7 @@ class ActiveUnits:
         self._sum = units if self._sum is None else self._sum + units
         self._count += count
 
-    def reduce(self, across_ranks: Callable[[Tensor], Tensor] = sum_over_ranks) -> dict[str, float]:
+    def reduce(self, across_ranks: Callable[[Tensor], Tensor] = all_reduce) -> dict[str, float]:
         """{"active_units/GROUP": number} since the last call; empty where nothing was added. Every process comes with
         something, be it zeros with a count of 0.
         """

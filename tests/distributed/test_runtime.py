@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.distributed.agreement import code_version, disagreement
+from pipeline.distributed.logs import launched_rank
 from pipeline.distributed.runtime import check_process_count, cores_per_process
 from tests.distributed.test_watchdog import run, write_script
 
@@ -49,6 +50,25 @@ def test_the_launchers_number_is_compared(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE=2 but 1"):
         check_process_count(1, None)
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        ({}, 0),
+        ({"RANK": "1"}, 0),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, 0),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, 0),
+        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, 3),
+    ],
+)
+def test_only_a_launcher_of_several_processes_gives_ranks(monkeypatch, environment, rank):
+    """A process that takes itself for rank 1 does not show its errors."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launched_rank() == rank
 
 
 def test_one_process_needs_no_thread(make_runtime):

@@ -24,7 +24,8 @@ BEGIN = """
 import logging, os, sys, time, signal
 from pathlib import Path
 import torch
-from pipeline.distributed.runtime import Runtime, start_logging
+from pipeline.distributed.logs import start_logging
+from pipeline.distributed.runtime import Runtime
 folder = Path(sys.argv[1])
 start_logging(None, os.environ.get("RANK", "0") == "0")
 runtime = Runtime(collective_timeout=3.0)

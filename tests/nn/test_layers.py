@@ -11,7 +11,6 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nn import batch_norm
 from pipeline.nn.batch_norm import BatchNorm2d, GlobalBatchNorm
 from pipeline.nn.cells import CELLS, FactorizedReduce, InvertedResidual, ResidualCell, UpsampleProject
 from pipeline.nn.depthwise import DepthwiseConv2d, depthwise_conv2d
@@ -334,8 +333,8 @@ def batch_norm_worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     calls = []
     gather, reduce = dist.all_gather, dist.all_reduce
-    batch_norm.dist.all_gather = lambda *tensors: (calls.append("gather"), gather(*tensors))
-    batch_norm.dist.all_reduce = lambda tensor: (calls.append("reduce"), reduce(tensor))
+    dist.all_gather = lambda *tensors: (calls.append("gather"), gather(*tensors))
+    dist.all_reduce = lambda tensor: (calls.append("reduce"), reduce(tensor))
     share = slice(0, 2) if rank == 0 else slice(2, 5)
     for copies in COPIES:
         _, x, dy = norm_and_input(copies)
