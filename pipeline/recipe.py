@@ -15,6 +15,7 @@ from pipeline.evaluation.likelihood_bounds import ValidationConfig
 from pipeline.evaluation.sample_grids import SamplesConfig
 from pipeline.models.attribute_vae import AttributeVAEConfig
 from pipeline.models.base import VAE
+from pipeline.models.classifier import FrozenClassifier
 from pipeline.models.conditions import Condition
 from pipeline.models.conv_vae import ConvVAEConfig
 from pipeline.models.mlp_vae import MLPVAEConfig
@@ -63,7 +64,7 @@ class Recipe(Section):
                 f"train.micro_batch: {train.micro_batch} does not divide train.batch_size={train.batch_size}; "
                 f"{sizes} do"
             )
-        if self.regularizers.strength and not isinstance(self.model, NVAEConfig):
+        if self.regularizers.strength and not self.model.supports_regularizers:
             raise ValueError(
                 f"regularizers.strength={self.regularizers.strength:g}: the penalties are made for NVAE's layers; "
                 f"model.name={self.model.name} needs regularizers.strength=0"
@@ -73,11 +74,15 @@ class Recipe(Section):
         return self
 
 
-def build_model(recipe: Recipe) -> VAE:
-    """The recipe's model, freshly initialised from torch's global generator."""
+def build_model(recipe: Recipe, classifier: FrozenClassifier | None = None) -> VAE:
+    """The recipe's model, initialized from torch's global generator.
+
+    `classifier`: of a model that trains with one (`classifier_folder`); evaluation does without.
+    """
     data = recipe.data
     side = data.size + 2 * data.pad
-    return recipe.model.build((data.channels, side, side), data.pad, data.bits, recipe.condition)
+    extra = {} if classifier is None else {"classifier": classifier}
+    return recipe.model.build((data.channels, side, side), data.pad, data.bits, recipe.condition, **extra)
 
 
 def recipe_path(name: str) -> Path:

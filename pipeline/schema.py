@@ -1,6 +1,10 @@
 """The base of every configuration section: strict, frozen, and unforgiving of unknown keys."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 class Section(BaseModel):

@@ -26,7 +26,6 @@ from pipeline.distributed.agreement import code_version  # noqa: E402
 from pipeline.distributed.logs import launched_rank, start_logging  # noqa: E402
 from pipeline.distributed.preemption import StopRequest  # noqa: E402
 from pipeline.distributed.runtime import Runtime  # noqa: E402
-from pipeline.models.attribute_vae import AttributeVAEConfig  # noqa: E402
 from pipeline.recipe import RECIPES, Recipe, load_recipe, recipe_path  # noqa: E402
 from pipeline.run.session import Session, choose_checkpoint, describe  # noqa: E402
 from pipeline.storage.checkpoint import Checkpoint, Checkpoints  # noqa: E402
@@ -245,10 +244,9 @@ def check_batch(recipe: Recipe, world_size: int) -> None:
 def provide(recipe: Recipe, may_make: bool) -> None:
     """The recipe's own data, and the frozen classifier that its model may need of them, where they are missing."""
     provide_data(recipe, may_make)
-    model, root = recipe.model, recipe.data.root
-    asks = isinstance(model, AttributeVAEConfig) and model.classification_weight > 0
-    if asks and may_make and not is_address(root) and not Path(model.classifier).exists():
-        folder, words = model.classifier, ["--data", root, "--out", model.classifier, "--epochs", "2"]
+    folder, root = recipe.model.classifier_folder, recipe.data.root
+    if folder and may_make and not is_address(root) and not Path(folder).exists():
+        words = ["--data", root, "--out", folder, "--epochs", "2"]
         log.info("%s is missing and trained once: python pipeline/train_classifier.py %s", folder, shlex.join(words))
         run_python(str(Path(__file__).with_name("train_classifier.py")), *words)
 

@@ -27,7 +27,8 @@ from pipeline.data.preprocess import Preprocess, to_model_input  # noqa: E402
 from pipeline.data.shards import TarShards  # noqa: E402
 from pipeline.distributed.logs import start_logging  # noqa: E402
 from pipeline.distributed.runtime import cores_per_process  # noqa: E402
-from pipeline.models.classifier import Classifier, ClassifierConfig, check_new, save_classifier  # noqa: E402
+from pipeline.models.classifier import Classifier, ClassifierConfig  # noqa: E402
+from pipeline.run.classifier_folder import check_new, save_classifier  # noqa: E402
 
 log = logging.getLogger("pipeline")
 

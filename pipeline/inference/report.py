@@ -17,9 +17,9 @@ from pipeline.evaluation.class_recognition import recognition
 from pipeline.evaluation.edit_metric import edit_figures, held_out_faces, hidden_by
 from pipeline.evaluation.likelihood_bounds import Evaluator
 from pipeline.inference.trained import TrainedModel
-from pipeline.models.classifier import load_classifier
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.recipe import Recipe
+from pipeline.run.classifier_folder import load_classifier
 from pipeline.run.data import Data
 from pipeline.storage.atomic import replacing
 

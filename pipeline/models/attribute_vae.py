@@ -28,22 +28,21 @@ from torch import Tensor, nn
 
 from pipeline.models.base import LatentGroup, without_border
 from pipeline.models.classifier import (
-    Classifier,
+    FrozenClassifier,
     attribute_cross_entropy,
-    classifier_digest,
     columns_of,
     is_known,
-    load_classifier,
 )
 from pipeline.models.conditions import AttributeCondition, Condition
 from pipeline.models.likelihoods import DiscretizedLogisticLikelihood, Likelihood
-from pipeline.models.vector_vae import Count, VectorVAE, VectorVAEConfig, check_divisible, joined
+from pipeline.models.vector_vae import VectorVAE, VectorVAEConfig, check_divisible, joined
 from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.nn.conditional_norm import ConditionalBatchNorm2d
 from pipeline.nn.distributions import at_least_float32
 from pipeline.nn.gradient_reversal import reversed_gradient
 from pipeline.nn.independence import cross_covariance
 from pipeline.nn.posterior import Posterior, PosteriorDraw
+from pipeline.schema import Count
 
 SMALLEST_MAP = 4
 WIDEST = 8
@@ -92,15 +91,26 @@ class AttributeVAEConfig(VectorVAEConfig):
             raise ValueError("independence_weight needs local_channels above 0: without a split there are no two parts")
         return self
 
+    @property
+    def classifier_folder(self) -> str | None:
+        return self.classifier if self.classification_weight else None
+
     def build(
-        self, image_shape: tuple[int, int, int], border: int, bits: int, condition: Condition | None = None
+        self,
+        image_shape: tuple[int, int, int],
+        border: int,
+        bits: int,
+        condition: Condition | None = None,
+        classifier: FrozenClassifier | None = None,
     ) -> "AttributeVAE":
-        """The model for padded images of this shape. Raises ValueError for sizes that it cannot halve, and unless it is
-        told attributes.
+        """The model for padded images of this shape.
+
+        Raises ValueError for sizes that it cannot halve, where the condition is not one of attributes, and for a
+        classifier of other images or attributes.
         """
         if not isinstance(condition, AttributeCondition):
             raise ValueError("attribute_vae: give condition.name=attributes and the names in condition.chosen")
-        return AttributeVAE(self, image_shape, border, bits, condition)
+        return AttributeVAE(self, image_shape, border, bits, condition, classifier)
 
 
 class AttributeVAE(VectorVAE):
@@ -117,6 +127,7 @@ class AttributeVAE(VectorVAE):
         border: int,
         bits: int,
         condition: AttributeCondition,
+        classifier: FrozenClassifier | None = None,
     ):
         super().__init__(config, image_shape, border, bits, condition.size)
         self.condition = condition
@@ -131,6 +142,11 @@ class AttributeVAE(VectorVAE):
                 f"model.latent_size={config.latent_size} to the global part"
             )
         self._build(config, [config.width * min(2**level, WIDEST) for level in range(halvings + 1)], height * width)
+        self.edit_judge = None
+        if config.classification_weight:
+            self.register_buffer("classifier_seen", torch.zeros((), dtype=torch.int64))  # its digest; 0: none yet
+            if classifier is not None:
+                self.edit_judge = EditJudge(classifier, condition.chosen, self._shape_without_border())
 
     def _build(self, config: AttributeVAEConfig, widths: list[int], places: int) -> None:
         """`widths` of each level, the image's first; `places` on the map of the last."""
@@ -150,9 +166,6 @@ class AttributeVAE(VectorVAE):
         if config.adversary_weight:
             hidden, size = config.features, self.condition_size
             self.adversary = nn.Sequential(nn.Linear(config.latent_size, hidden), nn.ReLU(), nn.Linear(hidden, size))
-        if config.classification_weight:
-            self.edit_judge = EditJudge(config.classifier, self.condition.chosen, self._shape_without_border())
-            self.register_buffer("classifier_seen", torch.zeros((), dtype=torch.int64))  # by its digest; 0: none yet
 
     def _shape_without_border(self) -> tuple[int, int, int]:
         channels, height, width = self.image_shape
@@ -203,7 +216,9 @@ class AttributeVAE(VectorVAE):
         return {name: weight * term() for name, (weight, term) in terms.items() if weight}
 
     def _classification(self, z: Tensor, noise: Tensor, condition: Tensor) -> Tensor:
-        """(B,) nats: how little the classifier sees in the edited image what the decoder was told."""
+        """(B,) nats: cross-entropy between what the classifier sees in the edited image and the edited condition."""
+        if self.edit_judge is None:
+            raise ValueError("attribute_vae: training with classification_weight needs the classifier at construction")
         changed = self.with_one_changed(condition, noise.flatten())
         edited = without_border(self.likelihood(self._decode(z, changed)).mean, self.border)
         return attribute_cross_entropy(self.edit_judge.logits(edited, self.classifier_seen), changed).sum(1)
@@ -230,39 +245,35 @@ class AttributeVAE(VectorVAE):
 
 
 class EditJudge:
-    """The frozen classifier. No nn.Module: it is no part of the model's parameters, checkpoints or averages. It is read
-    when it is first asked, since only training asks it.
+    """The frozen classifier. Not an nn.Module: it is not part of the model's parameters, checkpoints or averages.
+
+    Raises ValueError for a classifier of other images or attributes.
     """
 
-    def __init__(self, folder: str, chosen: Sequence[str], image_shape: tuple[int, int, int]):
-        self.folder = folder
-        self.chosen = chosen
-        self.image_shape = image_shape
-        self.classifier: Classifier | None = None
+    def __init__(self, frozen: FrozenClassifier, chosen: Sequence[str], image_shape: tuple[int, int, int]):
+        self.classifier, self.digest = frozen
+        self.columns = columns_of(self.classifier, chosen, image_shape)
+        self.compared = False
 
     def logits(self, x: Tensor, seen: Tensor) -> Tensor:
         """(B, A) for images (B, C, H, W) in [0, 1], in the order of `chosen`. `seen` (), int64, is the digest of the
-        classifier that the run began with, or 0 before that, and becomes this one's.
+        classifier that the run started with, or 0 before that; it is set to this classifier's digest.
 
-        Raises ValueError where the folder is missing, damaged, not the one that the run began with, or of a classifier
-        that cannot judge these images and attributes.
+        Raises ValueError where the run started with another classifier.
         """
-        if self.classifier is None:
-            self._load(int(seen))
+        if not self.compared:
+            self._compare(int(seen))
         seen.fill_(self.digest)
         x = at_least_float32(x)
         return self.classifier.to(x.device, x.dtype)(x)[:, self.columns]
 
-    def _load(self, seen: int) -> None:
-        classifier = load_classifier(self.folder)
-        self.columns = columns_of(classifier, self.chosen, self.image_shape)
-        self.digest = classifier_digest(self.folder)
+    def _compare(self, seen: int) -> None:
         if seen not in (0, self.digest):
             raise ValueError(
-                f"model.classifier: {self.folder} holds another classifier than the one that the run began with; "
+                "model.classifier: this folder holds another classifier than the one that the run started with; "
                 "name that one, or start another run with --run-dir"
             )
-        self.classifier = classifier
+        self.compared = True
 
 
 class UpBlock(nn.Module):

@@ -1,4 +1,4 @@
-"""What every VAE of this project is to the trainer.
+"""What every model of this project has in common: its section of a recipe, and the interface that training uses.
 
 Shape legend: B images, C channels, H x W pixels, G latent groups. Likelihoods and KL divergences are in nats.
 """
@@ -6,9 +6,40 @@ Shape legend: B images, C channels, H x W pixels, G latent groups. Likelihoods a
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
+
+from pipeline.models.conditions import Condition
+from pipeline.schema import Section
+
+
+class ModelConfig(Section):
+    """The settings of one model. A subclass fixes `name`, adds its settings and implements `build`."""
+
+    supports_regularizers: ClassVar[bool] = False
+    """Whether the penalties of section `regularizers` apply to the model's layers."""
+
+    name: str
+    """Which model."""
+
+    @property
+    def classifier_folder(self) -> str | None:
+        """Folder of the frozen classifier that training needs; None where it needs none.
+
+        Where it is set, `build` takes the `FrozenClassifier` as `classifier`; without it the model is for inference.
+        """
+        return None
+
+    def build(
+        self, image_shape: tuple[int, int, int], border: int, bits: int, condition: Condition | None = None
+    ) -> "VAE":
+        """The model for padded images (C, H, W), of which `border` pixels on each side are padding.
+
+        `bits`: color depth. Weights come from torch's global generator. Raises ValueError for sizes or conditions that
+        the model cannot take.
+        """
+        raise NotImplementedError
 
 
 class LatentGroup(NamedTuple):

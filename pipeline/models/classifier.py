@@ -1,28 +1,21 @@
-"""A small convolutional classifier of classes or attributes: the judge of what models draw.
+"""A small convolutional classifier of classes or attributes.
 
-Made by `pipeline/train_classifier.py`. It lies in a folder of the checkpoint format (safetensors and a hashed
-meta.json), comes back frozen, and has two uses that want two classifiers: one helps to train `attribute_vae`, another,
-trained from another seed, judges the result.
+`pipeline/train_classifier.py` trains it and `pipeline.run.classifier_folder` stores it. It has two uses, which need two
+classifiers: one helps to train `attribute_vae`; the other, trained from another seed, judges the trained model.
 """
 
-import hashlib
-import os
-import shutil
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.schema import Section
-from pipeline.storage.checkpoint_folder import META, read_folder, snapshot, sync_folder, write_folder
 
 SMALLEST_MAP = 4  # side in pixels of the feature map that the hidden layer sees
 HIDDEN = 128
-REMEDY = "make one with: python pipeline/train_classifier.py --data DIR --out"
 
 Kind = Literal["classes", "attributes"]
 
@@ -103,6 +96,15 @@ class Classifier(nn.Module):
         return self(x) > 0
 
 
+class FrozenClassifier(NamedTuple):
+    """A classifier that a model trains with and does not change."""
+
+    network: Classifier
+    """In eval mode; its parameters take no gradient."""
+    digest: int
+    """63 bits that identify its weights and settings."""
+
+
 def _stage(in_channels: int, out_channels: int) -> nn.Module:
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU(), nn.MaxPool2d(2))
@@ -117,56 +119,6 @@ def attribute_cross_entropy(logits: Tensor, attributes: Tensor) -> Tensor:
     """Cross-entropy of each attribute (B, A), nats; 0 where it is not known."""
     known = is_known(attributes).to(logits.dtype)
     return known * F.binary_cross_entropy_with_logits(logits, known * attributes, reduction="none")
-
-
-# ---- its folder ------------------------------------------------------------------------------------------------------
-
-
-def check_new(folder: Path) -> None:
-    """Raises ValueError where something lies at `folder` already."""
-    if folder.exists():
-        raise ValueError(f"{folder} is there already; name another folder with --out, or remove it")
-
-
-def save_classifier(classifier: Classifier, folder: Path, step: int, facts: Mapping[str, Any]) -> None:
-    """A new folder, whole or not there. `facts`: JSON values to keep beside. Raises ValueError where it is there."""
-    check_new(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    hidden = folder.with_name(f".{folder.name}.{os.getpid()}.writing")
-    contents = {**facts, "classifier": classifier.config.model_dump(mode="json")}
-    try:
-        write_folder(hidden, snapshot({"model": classifier.state_dict()}), step, contents, None)
-        os.rename(hidden, folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-
-
-def load_classifier(folder: Path | str) -> Classifier:
-    """A classifier in eval mode, on the CPU, whose parameters take no gradient.
-
-    Raises ValueError where the folder is missing, damaged, or not a classifier's.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no classifier; {REMEDY} {folder}")
-    found = read_folder(folder)
-    try:
-        config = ClassifierConfig.model_validate(found.facts.get("classifier"))
-    except ValidationError as error:
-        raise ValueError(f"{folder}: not the folder of a classifier; {REMEDY} FOLDER") from error
-    with torch.device("meta"):
-        classifier = Classifier(config)
-    try:
-        classifier.load_state_dict(found.tensors.get("model", {}), assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: the weights do not fit the classifier: {error}") from None
-    return classifier.requires_grad_(False).eval()
-
-
-def classifier_digest(folder: Path | str) -> int:
-    """63 bits that stand for the folder's content, wherever it lies."""
-    return int.from_bytes(hashlib.sha256((Path(folder) / META).read_bytes()).digest()[:8], "little") >> 1
 
 
 def columns_of(classifier: Classifier, chosen: Sequence[str], image_shape: tuple[int, int, int]) -> list[int]:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from pipeline.models.conditions import Condition
 from pipeline.models.likelihoods import Likelihood, SquaredErrorLikelihood
-from pipeline.models.vector_vae import Count, VectorVAE, VectorVAEConfig, check_divisible, joined
+from pipeline.models.vector_vae import TORCH_MOMENTUM, VectorVAE, VectorVAEConfig, check_divisible, joined
 from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.nn.posterior import Posterior
+from pipeline.schema import Count
 
 HALVINGS = 3
-MOMENTUM = 0.1  # of running statistics, as in torch and so in the tutorials
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}
 
 
@@ -70,7 +70,7 @@ class ConvVAE(VectorVAE):
         batch_norm = self.config.batch_norm
         for before, after in pairwise(widths):
             layers.append(conv(before, after, 4, stride=2, padding=1, bias=not batch_norm))
-            layers += [BatchNorm2d(after, momentum=MOMENTUM)] if batch_norm else []
+            layers += [BatchNorm2d(after, momentum=TORCH_MOMENTUM)] if batch_norm else []
             layers.append(ACTIVATIONS[self.config.activation]())
         return nn.Sequential(*layers)
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.conditions import Condition
-from pipeline.models.vector_vae import Count, VectorVAE, VectorVAEConfig, joined
+from pipeline.models.vector_vae import VectorVAE, VectorVAEConfig, joined
 from pipeline.nn.posterior import Posterior
+from pipeline.schema import Count
 
 
 class MLPVAEConfig(VectorVAEConfig):

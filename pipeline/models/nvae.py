@@ -10,28 +10,29 @@ width (encoder_channels or decoder_channels) times 2^level.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.models.base import VAE, LatentGroup, VAEOutput, check_condition, without_border
+from pipeline.models.base import VAE, LatentGroup, ModelConfig, VAEOutput, check_condition, without_border
 from pipeline.models.conditions import Condition
 from pipeline.models.likelihoods import Likelihood, LogisticMixtureLikelihood, PixelDistribution
 from pipeline.nn.cells import CELLS, ResidualCell, Resize
 from pipeline.nn.distributions import ClampedNormal, Normal, at_least_float32
 from pipeline.nn.flows import FlowPair
 from pipeline.nn.layers import WNConv2d, find_convs, normalized_once
-from pipeline.schema import Section
+from pipeline.schema import Count
 
-Count = Annotated[int, Field(ge=1, strict=True)]
 Architecture = Literal[tuple(CELLS)]
 
 
-class NVAEConfig(Section):
+class NVAEConfig(ModelConfig):
     """Architecture of an NVAE. The defaults are a small one."""
+
+    supports_regularizers: ClassVar[bool] = True
 
     name: Literal["nvae"] = "nvae"
     groups_per_scale: Annotated[tuple[Count, ...], Field(min_length=1, strict=False)] = (6,)

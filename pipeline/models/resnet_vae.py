@@ -24,11 +24,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from pipeline.models.conditions import Condition
 from pipeline.models.likelihoods import Likelihood, SquaredErrorLikelihood
-from pipeline.models.vector_vae import Count, VectorVAE, VectorVAEConfig, check_divisible, joined
+from pipeline.models.vector_vae import TORCH_MOMENTUM, VectorVAE, VectorVAEConfig, check_divisible, joined
 from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.nn.posterior import Posterior
-
-MOMENTUM = 0.1  # of running statistics, as in torch and so in the tutorials
+from pipeline.schema import Count
 
 Resize = Literal["same", "down", "up"]
 
@@ -83,13 +82,13 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.resize = resize
         self.conv1 = SpectralConv2d(channels, out_channels, 3, stride=2 if resize == "down" else 1)
-        self.bn1 = BatchNorm2d(out_channels, activation=F.relu, momentum=MOMENTUM)
+        self.bn1 = BatchNorm2d(out_channels, activation=F.relu, momentum=TORCH_MOMENTUM)
         self.conv2 = SpectralConv2d(out_channels, out_channels, 3)
-        self.bn2 = BatchNorm2d(out_channels, momentum=MOMENTUM)
+        self.bn2 = BatchNorm2d(out_channels, momentum=TORCH_MOMENTUM)
         self.skip = None
         if resize == "down" or channels != out_channels:
             self.skip = nn.Sequential(
-                SpectralConv2d(channels, out_channels, 1), BatchNorm2d(out_channels, momentum=MOMENTUM)
+                SpectralConv2d(channels, out_channels, 1), BatchNorm2d(out_channels, momentum=TORCH_MOMENTUM)
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,7 +114,7 @@ class ResNetVAE(VectorVAE):
         stem_width, widths = config.stem_width, [config.stem_width, *config.stage_widths]
         self.top = (widths[-1], height >> halvings, width >> halvings)
         self.stem = SpectralConv2d(channels, stem_width, 3)
-        self.stem_bn = BatchNorm2d(stem_width, activation=F.relu, momentum=MOMENTUM)
+        self.stem_bn = BatchNorm2d(stem_width, activation=F.relu, momentum=TORCH_MOMENTUM)
         self.encoder = encoder_blocks(widths, config.num_blocks)
         self.posterior = Posterior(prod(self.top) + self.condition_size, config.latent_size, config.flows)
         self.decoder_start = nn.Linear(config.latent_size + self.condition_size, prod(self.top))

@@ -6,26 +6,23 @@ Shape legend as in base.py, and L latent units, F features, K columns of the con
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from pipeline.models.base import VAE, LatentGroup, VAEOutput, check_condition, without_border
+from pipeline.models.base import VAE, LatentGroup, ModelConfig, VAEOutput, check_condition, without_border
 from pipeline.models.likelihoods import BernoulliLikelihood, Likelihood, PixelDistribution
 from pipeline.nn.posterior import Posterior, PosteriorDraw
 from pipeline.nn.posterior_flows import Flows
-from pipeline.schema import Section
+from pipeline.schema import Count
 
-Count = Annotated[int, Field(ge=1, strict=True)]
+TORCH_MOMENTUM = 0.1
+"""Of batch norm's running statistics, as in torch and so in the tutorials."""
 
 
-class VectorVAEConfig(Section):
+class VectorVAEConfig(ModelConfig):
     """What the sections of all models with one latent vector have in common."""
 
-    name: str
-    """Which model."""
     latent_size: Count = 20
     """Units of the latent vector."""
     flows: Flows | None = None

@@ -12,9 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.nn.distributions import at_least_float32
-from pipeline.schema import Section
-
-Count = Annotated[int, Field(ge=1, strict=True)]
+from pipeline.schema import Count, Section
 
 SMALLEST_SQUARE = 1e-12
 OPEN_GATE = 2.0

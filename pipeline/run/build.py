@@ -6,6 +6,7 @@ from pipeline.distributed.runtime import Runtime
 from pipeline.models.base import VAE
 from pipeline.nn.batch_norm import keep_collectives_uncompiled
 from pipeline.recipe import Recipe, build_model
+from pipeline.run.classifier_folder import load_frozen_classifier
 from pipeline.run.data import Data
 from pipeline.training.ema import EMA
 from pipeline.training.objective import Objective
@@ -18,8 +19,10 @@ from pipeline.training.trainer import Trainer
 def build_trainer(recipe: Recipe, runtime: Runtime, data: Data) -> Trainer:
     """The trainer at step 0. Weights are drawn from the recipe's seed, alike on every rank."""
     train = recipe.train
+    folder = recipe.model.classifier_folder
+    classifier = runtime.run_on_all(lambda: load_frozen_classifier(folder)) if folder else None
     torch.manual_seed(train.seed)
-    model = build_model(recipe).to(runtime.dtype)
+    model = build_model(recipe, classifier).to(runtime.dtype)
     if train.channels_last:
         use_channels_last(model)
     if train.compile:

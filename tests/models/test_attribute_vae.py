@@ -10,16 +10,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from pipeline.config import build, overlay
 from pipeline.models.attribute_vae import AttributeVAE, AttributeVAEConfig
 from pipeline.models.base import evaluating
-from pipeline.models.classifier import Classifier, ClassifierConfig, load_classifier, save_classifier
+from pipeline.models.classifier import Classifier, ClassifierConfig
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.models.noise import draw_noise
-from pipeline.nn.conditional_norm import ConditionalBatchNorm2d
-from pipeline.nn.gradient_reversal import reversed_gradient
 from pipeline.nn.independence import cross_covariance
+from pipeline.recipe import Recipe
+from pipeline.run.classifier_folder import load_classifier, load_frozen_classifier, save_classifier
+from tests.conftest import tiny_settings
+from tests.helpers.model_cases import BASELINE, BY_ATTRIBUTES, FACES, make_trainer, write_data
 
 NAMES = ("Hat", "Black", "Blond", "Smile", "Gray")
 CONDITION = AttributeCondition(chosen=NAMES, exclusive=(("Black", "Blond", "Gray"),))
@@ -37,10 +40,13 @@ def some_conditions(count: int, seed: int = 2) -> Tensor:
 
 
 def make_model(shape=SHAPE, border=0, **settings) -> AttributeVAE:
-    """In float64, with every parameter moved away from its start, so that nothing is zero by chance."""
+    """In float64, with every parameter moved away from its start, so that nothing is zero by chance. The classifier is
+    loaded where its folder is given.
+    """
     sizes = {"width": 4, "latent_size": 24, "features": 16, "embedding": 6}
     torch.manual_seed(0)
-    model = AttributeVAEConfig(**(sizes | settings)).build(shape, border, 8, CONDITION).double()
+    frozen = load_frozen_classifier(settings["classifier"]) if "classifier" in settings else None
+    model = AttributeVAEConfig(**(sizes | settings)).build(shape, border, 8, CONDITION, frozen).double()
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
             parameter.add_(0.05 * random(*parameter.shape, seed=100 + number))
@@ -67,44 +73,6 @@ def write_classifier(folder: Path, seed: int, names=("Smile", "Beard", *NAMES[:3
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------------
-
-
-def test_gradient_reversal_is_the_identity_with_the_opposite_slope():
-    x = random(4, 3).requires_grad_()
-
-    def function(x: Tensor) -> Tensor:
-        return (x.sin() * random(4, 3, seed=5)).sum()
-
-    assert torch.equal(reversed_gradient(x), x)
-    function(reversed_gradient(x)).backward()
-    step = 1e-6
-    for place in [(0, 0), (2, 1), (3, 2)]:
-        shift = torch.zeros_like(x)
-        shift[place] = step
-        slope = (function(x + shift) - function(x - shift)) / (2 * step)
-        assert x.grad[place].item() == pytest.approx(-slope.item(), abs=1e-8)
-
-
-def test_a_fresh_conditional_norm_is_batch_norm():
-    norm, plain = ConditionalBatchNorm2d(4, 3).double(), nn.BatchNorm2d(4, momentum=0.05).double()
-    x, told = random(5, 4, 2, 3), random(5, 3)
-    torch.testing.assert_close(norm(x, told), plain(x))
-    torch.testing.assert_close(norm.eval()(x, told), plain.eval()(x))
-
-
-def test_conditional_norm_scales_and_shifts_each_image_by_what_it_is_told():
-    norm = ConditionalBatchNorm2d(4, 3).double()
-    with torch.no_grad():
-        norm.modulation.weight.copy_(random(8, 3))
-    x, told = random(5, 4, 2, 3), random(5, 3, seed=2)
-    normal = F.batch_norm(x, None, None, training=True)
-    expected = torch.empty_like(x)
-    for image in range(5):
-        for channel in range(4):
-            scale = 1 + norm.modulation.weight[channel] @ told[image]
-            shift = norm.modulation.weight[4 + channel] @ told[image]
-            expected[image, channel] = scale * normal[image, channel] + shift
-    torch.testing.assert_close(norm(x, told), expected)
 
 
 def test_cross_covariance_by_its_definition():
@@ -292,11 +260,20 @@ def test_the_classifier_stays_frozen_and_outside_the_model(classifier_folder):
     assert all(torch.equal(tensor.float(), before[name].float()) for name, tensor in frozen.state_dict().items())
 
 
-def test_only_training_needs_the_classifier(tmp_path, classifier_folder):
-    model = make_model(classification_weight=1.0, classifier=str(tmp_path / "gone"))
+def test_only_training_needs_the_classifier():
+    config = AttributeVAEConfig(width=4, latent_size=24, classification_weight=1.0, classifier="not/there")
+    model = config.build(SHAPE, 0, 8, CONDITION).double()
     model.eval()(*inputs(model))
-    with pytest.raises(ValueError, match=r"gone: there is no classifier.*train_classifier\.py"):
+    with pytest.raises(ValueError, match="needs the classifier at construction"):
         model.train()(*inputs(model))
+
+
+def test_a_missing_classifier_ends_training_before_it_starts(tmp_path, make_runtime):
+    model = FACES | {"classification_weight": 1.0, "classifier": str(tmp_path / "gone")}
+    settings = tiny_settings(write_data(tmp_path)) | {"model": model, "condition": BY_ATTRIBUTES}
+    recipe = build(Recipe, overlay(settings, BASELINE))  # needs no files
+    with pytest.raises(ValueError, match=r"gone: there is no classifier.*train_classifier\.py"):
+        make_trainer(recipe, make_runtime())
 
 
 def test_a_run_goes_on_with_its_own_classifier_wherever_it_lies(tmp_path, classifier_folder):
@@ -311,7 +288,7 @@ def test_a_run_goes_on_with_its_own_classifier_wherever_it_lies(tmp_path, classi
     third(*inputs(third))  # fine for a run of its own
     fourth = make_model(classification_weight=1.0, classifier=str(other))
     fourth.load_state_dict(first.state_dict())
-    with pytest.raises(ValueError, match="another classifier than the one that the run began with"):
+    with pytest.raises(ValueError, match="another classifier than the one that the run started with"):
         fourth(*inputs(fourth))
 
 
@@ -321,9 +298,8 @@ def test_a_run_goes_on_with_its_own_classifier_wherever_it_lies(tmp_path, classi
 )
 def test_a_classifier_that_cannot_judge_is_refused(tmp_path, names, shape, message):
     folder = write_classifier(tmp_path / "unfit", 5, names, shape)
-    model = make_model(classification_weight=1.0, classifier=str(folder))
     with pytest.raises(ValueError, match=message):
-        model(*inputs(model))
+        make_model(classification_weight=1.0, classifier=str(folder))
 
 
 def test_under_bf16_the_terms_and_the_classifier_stay_in_float32(classifier_folder):

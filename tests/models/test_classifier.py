@@ -17,11 +17,9 @@ from pipeline.models.classifier import (
     Classifier,
     ClassifierConfig,
     attribute_cross_entropy,
-    classifier_digest,
     columns_of,
-    load_classifier,
-    save_classifier,
 )
+from pipeline.run.classifier_folder import classifier_digest, load_classifier, save_classifier
 from pipeline.storage.checkpoint_folder import META, write_folder
 from pipeline.train_classifier import main
 from tests.helpers.shard_sets import Samples, random_samples, write_set

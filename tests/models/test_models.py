@@ -1,5 +1,6 @@
 """What is true of every model and option: one test for each claim, run through model_cases.py."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from pipeline import models
 from pipeline.distributed.runtime import Runtime
 from pipeline.models.base import VAE, VAEOutput
 from pipeline.recipe import build_model
@@ -191,3 +193,18 @@ def test_resumed_equals_straight_bit_for_bit(case, data, runtime, tmp_path):
     straight = train("straight")
     train("parts", stop=2)
     assert train("parts") == straight
+
+
+@pytest.mark.parametrize("path", sorted(Path(models.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_models_open_no_files(path):
+    """What a model needs from a file is loaded by its caller and given to it when it is built."""
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+        elif isinstance(node, ast.Name):
+            assert node.id != "open"
+    assert {name for name in imported if name.split(".")[0] in ("os", "io", "shutil", "pathlib")} == set()
+    assert {name for name in imported if name.startswith("pipeline.storage")} == set()

@@ -15,8 +15,9 @@ from pipeline.data.shards import TarShards
 from pipeline.evaluate import build_parser, evaluate, main
 from pipeline.inference.report import report_path
 from pipeline.inference.trained import load
-from pipeline.models.classifier import Classifier, ClassifierConfig, save_classifier
+from pipeline.models.classifier import Classifier, ClassifierConfig
 from pipeline.models.noise import draw_noise
+from pipeline.run.classifier_folder import save_classifier
 from pipeline.tracking.meters import ActiveUnits
 from tests.conftest import tiny_settings
 from tests.helpers.shard_sets import random_samples, write_set
