@@ -16,10 +16,11 @@ import yaml
 from pipeline.data import remote
 from pipeline.data.remote import FetchError, check_address, default_cache, fetch_manifest, fetch_set, is_address
 from pipeline.data.shards import TarShards, UnreadableShard
-from tests.conftest import tiny_settings
+from tests.helpers.launching import train, train_alone
+from tests.helpers.recipes import tiny_settings
+from tests.helpers.run_folders import metrics
 from tests.helpers.shard_server import ShardServer, answer
 from tests.helpers.shard_sets import edit_manifest, random_samples, write_set
-from tests.scripts.test_train import launch, metrics, plain
 
 FILES = [f"train-{n:06d}{end}" for n in range(4) for end in (".tar", ".index.npy")]
 
@@ -434,7 +435,7 @@ def tiny(tiny_set, tmp_path):
 def test_two_processes_train_from_an_address_as_from_the_folder(tiny, tmp_path):
     recipe, server, words = tiny
     for folder, more in (("local", ()), ("remote", words)):
-        result = launch(2, recipe, "--run-dir", str(tmp_path / folder), *more, "train.steps=2")
+        result = train(2, recipe, "--run-dir", str(tmp_path / folder), *more, "train.steps=2")
         assert result.returncode == 0, result.stderr
     assert metrics(tmp_path / "local") == metrics(tmp_path / "remote")
     assert set(server.requests.values()) == {1}
@@ -444,7 +445,7 @@ def test_two_processes_train_from_an_address_as_from_the_folder(tiny, tmp_path):
 def test_a_set_that_cannot_be_fetched_gets_one_line_and_exit_code_2(tiny, tmp_path):
     recipe, server, _ = tiny
     server.faults["manifest.json"] = [_code(404)]
-    result = plain(recipe, "--run-dir", str(tmp_path / "run"), "--data", server.address, no_proxy="127.0.0.1")
+    result = train_alone(recipe, "--run-dir", str(tmp_path / "run"), "--data", server.address, no_proxy="127.0.0.1")
     assert result.returncode == 2
     assert f"error: {server.address}/manifest.json: the server answers 404 Not Found; is data.root" in result.stderr
     assert "Traceback" not in result.stderr

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipeline.distributed.heartbeat import LONGEST_TICK, Beat, Roll
 from pipeline.distributed.launcher import MARKS
 from pipeline.distributed.watchdog import HUNG, ORPHANED, PEER_FAILED
-from tests.scripts.test_train import ROOT
+from tests.helpers.launching import ROOT
 
 PATIENCE = 60  # seconds until a test that should have ended fails
 

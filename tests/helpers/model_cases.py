@@ -9,7 +9,7 @@ from pipeline.config import build, overlay
 from pipeline.recipe import Recipe
 from pipeline.run.build import build_trainer
 from pipeline.run.data import Data
-from tests.conftest import tiny_settings
+from tests.helpers.recipes import tiny_settings
 from tests.helpers.shard_sets import random_samples, write_set
 
 ATTRIBUTES = ("Attribute_0", "Attribute_2", "Attribute_3")

@@ -19,8 +19,8 @@ from pipeline.inference.trained import IMAGES_PER_PASS
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.models.noise import draw_noise
 from pipeline.storage.checkpoint import Checkpoints
-from tests.conftest import tiny_settings
 from tests.helpers.model_cases import CASES, make_recipe
+from tests.helpers.recipes import tiny_settings
 from tests.helpers.trained_runs import STEP, make_run
 
 NAMES = ("Black_Hair", "Blond_Hair", "Smiling")

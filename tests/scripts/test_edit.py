@@ -18,7 +18,7 @@ from pipeline.inference.infer_condition import alternatives, infer_attributes, i
 from pipeline.inference.latents import spherical
 from pipeline.inference.read_image import crop_box, open_picture
 from pipeline.models.conditions import AttributeCondition
-from tests.conftest import tiny_settings
+from tests.helpers.recipes import tiny_settings
 from tests.helpers.shard_sets import random_samples, write_set
 from tests.helpers.trained_runs import make_run
 

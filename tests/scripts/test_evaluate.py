@@ -1,7 +1,6 @@
 """evaluate.py: figures of a whole split, equal to those computed by hand, on one process and on two."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +18,11 @@ from pipeline.models.classifier import Classifier, ClassifierConfig
 from pipeline.models.noise import draw_noise
 from pipeline.run.classifier_folder import save_classifier
 from pipeline.tracking.meters import ActiveUnits
-from tests.conftest import tiny_settings
+from tests.helpers.launching import ROOT, launch, run_command
+from tests.helpers.recipes import tiny_settings
 from tests.helpers.shard_sets import random_samples, write_set
 from tests.helpers.trained_runs import STEP, make_run
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "pipeline" / "evaluate.py")
 GROUPS = ("4x4_group00", "8x8_group00", "8x8_group01")
 
@@ -39,16 +38,10 @@ def run(shards, tmp_path_factory) -> Path:
     return make_run(tmp_path_factory.mktemp("run"), tiny_settings(shards))
 
 
-def command(*words: str, processes: int = 1) -> subprocess.CompletedProcess:
-    launcher = []
-    if processes > 1:
-        config = str(ROOT / "accelerate_configs" / "cpu_2proc.yaml")
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
-    inherited = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    clean = {name: value for name, value in os.environ.items() if name not in inherited}
-    return subprocess.run(
-        [sys.executable, *launcher, SCRIPT, *words], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=300
-    )
+def command(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
+    if processes == 1:
+        return run_command(sys.executable, SCRIPT, *arguments)
+    return launch(processes, SCRIPT, *arguments)
 
 
 def measured(run: Path, make_runtime, *words: str, precision: str = "fp64") -> dict:

@@ -12,7 +12,7 @@ import pipeline
 from pipeline.data.shards import TarShards
 from pipeline.inference import draw_samples
 from pipeline.sample import main
-from tests.conftest import tiny_settings
+from tests.helpers.recipes import tiny_settings
 from tests.helpers.shard_sets import random_samples, write_set
 from tests.helpers.trained_runs import make_run
 

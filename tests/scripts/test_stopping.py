@@ -1,151 +1,122 @@
-"""How runs end: asked to stop, killed, or with a disk that is full; and that the same command goes on from there."""
+"""How runs end: stopped by a signal, killed, or on a full disk; and that the same command resumes them."""
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
-import yaml
 
 from pipeline.storage.metrics_file import read_records
 from pipeline.storage.status import read_status
-from tests.chaos import differences
-from tests.conftest import tiny_settings
-from tests.helpers.shard_sets import random_samples, write_set
+from tests.helpers.launching import ROOT, TRAIN, clean_environment, launch_command, ranks_of, wait_until
+from tests.helpers.recipes import write_tiny_recipe, write_tiny_set
+from tests.helpers.run_folders import differences, metrics
 from tests.tracking.wandb_server import WandbServer
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory) -> Path:
-    """The tiny recipe in batches of 12, for 40 steps, with a checkpoint at every tenth."""
+    """The tiny recipe for 40 steps, with a checkpoint at every tenth."""
     folder = tmp_path_factory.mktemp("stopping")
-    data = write_set(
-        folder / "data", {"train": random_samples(41, 16, 16), "test": random_samples(13, 16, 16)}, [10, 7]
+    return write_tiny_recipe(
+        folder,
+        write_tiny_set(folder / "data"),
+        train={"steps": 40},
+        data={"trace": True, "workers": 1},
+        checkpoint={"every": 10},
+        validation={"every": 40},
+        samples={"every": 0},
     )
-    settings = tiny_settings(data)
-    settings["train"] |= {"batch_size": 12, "steps": 40}
-    settings["data"] |= {"trace": True, "workers": 1}
-    settings["checkpoint"] |= {"every": 10}
-    settings["validation"] |= {"every": 40}
-    settings["samples"] |= {"every": 0}
-    settings["tracking"] |= {"log_every": 1}
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
 
 
-def start(processes: int, recipe: Path, run_dir: Path, *words: str, **variables: str) -> subprocess.Popen:
-    config = ROOT / "accelerate_configs" / ("cpu.yaml" if processes == 1 else "cpu_2proc.yaml")
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(config),
-        "--main_process_port",
-        "0",
-    ]
-    command = [*launch, "pipeline/train.py", "--config", str(recipe), "--run-dir", str(run_dir), *words]
-    environment = {
-        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    }
-    return subprocess.Popen(command, cwd=ROOT, env=environment | variables, stderr=subprocess.PIPE, text=True)
+def start(processes: int, recipe: Path, run_dir: Path, *overrides: str, **variables: str) -> subprocess.Popen:
+    command = launch_command(processes, TRAIN, "--config", str(recipe), "--run-dir", str(run_dir), *overrides)
+    environment = clean_environment(**variables)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen) -> str:
-    """What a run that ends well said."""
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    return said
+    """Standard error of a run that must end with exit code 0."""
+    _, output = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
 
 
 def await_step(run_dir: Path, step: int) -> None:
-    """Until the run has logged this step."""
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        path = run_dir / "metrics.jsonl"
-        if path.is_file() and f'{{"step": {step},' in path.read_text():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was never reached")
-
-
-def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
-    return [child for child in psutil.Process(launcher.pid).children() if "train.py" in " ".join(child.cmdline())]
+    """Blocks until the run has logged this step."""
+    path = run_dir / "metrics.jsonl"
+    wait_until(lambda: path.is_file() and f'{{"step": {step},' in path.read_text(), timeout=120, interval=0.02)
 
 
 @pytest.fixture(scope="module")
-def straight(recipe_file, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("straight") / "run"
+def uninterrupted(recipe_file, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     finish(start(1, recipe_file, folder))
     return folder
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_asked_to_stop_it_saves_at_the_edge_of_a_step_and_goes_on_from_there(recipe_file, straight, tmp_path, name):
+def test_sigterm_saves_after_the_current_step_and_the_same_command_resumes(recipe_file, uninterrupted, tmp_path):
     process = start(1, recipe_file, tmp_path / "run")
     await_step(tmp_path / "run", 3)
-    for rank in ranks_of(process):
-        rank.send_signal(signal.Signals[name])
-    said = finish(process)
+    ranks_of(process)[0].send_signal(signal.SIGTERM)
+    output = finish(process)
     status = read_status(tmp_path / "run")
-    assert (status.state, status.reason, status.attempt) == ("preempted", name, 1)
-    assert f"stopped by {name} at step {status.step} of 40 with a checkpoint" in said
+    assert (status.state, status.reason, status.attempt) == ("preempted", "SIGTERM", 1)
+    assert f"stopped by SIGTERM at step {status.step} of 40 with a checkpoint" in output
     assert 3 <= status.step < 40
     assert f"at step {status.step}" in finish(start(1, recipe_file, tmp_path / "run"))
     assert (read_status(tmp_path / "run").state, read_status(tmp_path / "run").attempt) == ("finished", 2)
-    assert list(differences(straight, tmp_path / "run")) == []
+    assert list(differences(uninterrupted, tmp_path / "run")) == []
 
 
-def test_a_signal_to_one_rank_stops_both(recipe_file, tmp_path):
+def test_sigusr1_to_one_rank_stops_both(recipe_file, tmp_path):
     process = start(2, recipe_file, tmp_path / "run")
     await_step(tmp_path / "run", 3)
     ranks_of(process)[1].send_signal(signal.SIGUSR1)
-    assert "stopped by SIGUSR1" in finish(process)
-    assert read_status(tmp_path / "run").state == "preempted"
+    output = finish(process)
+    status = read_status(tmp_path / "run")
+    assert (status.state, status.reason) == ("preempted", "SIGUSR1")
+    assert f"stopped by SIGUSR1 at step {status.step} of 40 with a checkpoint" in output
 
 
 def test_a_killed_run_is_marked_running_and_a_failed_one_failed(recipe_file, tmp_path):
     process = start(1, recipe_file, tmp_path / "run")
-    await_step(tmp_path / "run", 15)  # the checkpoint of step 10 is whole
+    await_step(tmp_path / "run", 15)  # the checkpoint of step 10 is complete
     process.kill()
     process.communicate()
     assert read_status(tmp_path / "run").state == "running"
-    again = start(1, recipe_file, tmp_path / "run", "optim.beta1=0.5")  # started while the orphan is still about to end
-    _, said = again.communicate(timeout=120)
+    again = start(1, recipe_file, tmp_path / "run", "optim.beta1=0.5")  # the orphaned rank may still be about to end
+    _, output = again.communicate(timeout=120)
     assert again.returncode != 0
-    assert "the checkpoint was made with other settings" in said
+    assert "the checkpoint was made with other settings" in output
     assert read_status(tmp_path / "run").state == "failed"
     diverging = start(
         1, recipe_file, tmp_path / "other", "optim.lr=1e30", "optim.warmup_steps=0", "train.max_skipped_steps=2"
     )
-    _, said = diverging.communicate(timeout=120)
+    _, output = diverging.communicate(timeout=120)
     status = read_status(tmp_path / "other")
     assert (diverging.returncode, status.state) == (1, "failed")
     assert "lower optim.lr" in status.reason
+    assert "lower optim.lr" in output
 
 
+@pytest.mark.slow
 def test_wandb_gets_one_continuous_run(recipe_file, tmp_path):
     """Online against a stand-in for the server: killed, stopped, finished; every step once, and pictures."""
     with WandbServer() as server:
         online = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "local" + "0" * 35, "WANDB_MODE": "online"}
-        words = ("tracking.wandb=online", "samples.every=20", "samples.count=4")
-        killed = start(1, recipe_file, tmp_path / "run", *words, **online)
+        overrides = ("tracking.wandb=online", "samples.every=20", "samples.count=4")
+        killed = start(1, recipe_file, tmp_path / "run", *overrides, **online)
         await_step(tmp_path / "run", 13)
         ranks_of(killed)[0].kill()
         killed.communicate()
-        stopped = start(1, recipe_file, tmp_path / "run", *words, **online)
+        stopped = start(1, recipe_file, tmp_path / "run", *overrides, **online)
         await_step(tmp_path / "run", 23)
         ranks_of(stopped)[0].send_signal(signal.SIGUSR1)
         finish(stopped)
-        finish(start(1, recipe_file, tmp_path / "run", *words, **online))
+        finish(start(1, recipe_file, tmp_path / "run", *overrides, **online))
     (run,) = server.runs.values()
     records = read_records(tmp_path / "run/metrics.jsonl")
     assert [row["_step"] for row in run.history] == [record["step"] for record in records] == list(range(1, 41))
@@ -170,8 +141,8 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_disk_that_fills_up_in_training_does_not_end_it(recipe_file, straight, small_disk, tmp_path):
-    """Full while checkpoints are due, free again before the last one: the run ends well, and equal to the straight."""
+def test_a_disk_that_fills_up_in_training_does_not_end_it(recipe_file, uninterrupted, small_disk, tmp_path):
+    """Full while checkpoints are due, free again before the last one: the run finishes with the same weights."""
     run_dir = small_disk / "run"
     process = start(1, recipe_file, run_dir)
     await_step(run_dir, 3)
@@ -183,29 +154,28 @@ def test_a_disk_that_fills_up_in_training_does_not_end_it(recipe_file, straight,
                 file.flush()
         except OSError:
             pass
-    await_step_or_log(run_dir, "could not be written")
+    await_log(run_dir, "could not be written")
     ballast.unlink()
-    said = finish(process)
-    assert "could not be written" in said
+    output = finish(process)
+    assert "could not be written" in output
     assert read_status(run_dir).state == "finished"
-    assert [line for line in differences(straight, run_dir) if "safetensors" in line] == []
+    assert [line for line in differences(uninterrupted, run_dir) if "safetensors" in line] == []
 
 
-def await_step_or_log(run_dir: Path, words: str) -> None:
-    """Until the run's log says so, or the run is over (a full disk may keep the log from saying anything)."""
+def await_log(run_dir: Path, text: str) -> None:
+    """Blocks until the log contains the text or the run is over (on a full disk the log may stay empty)."""
     end = time.monotonic() + 60
     while time.monotonic() < end and read_status(run_dir).state == "running":
-        if words in (run_dir / "log.txt").read_text():
+        if text in (run_dir / "log.txt").read_text():
             return
         time.sleep(0.05)
 
 
-def test_chaos_sees_a_difference(tmp_path, straight, recipe_file):
-    """The comparison can fail: another seed is another run, and one changed figure is seen."""
+def test_the_comparison_of_runs_sees_a_difference(tmp_path, uninterrupted, recipe_file):
+    """Another seed gives other weights, another trace and other metrics."""
     other = tmp_path / "run"
     finish(start(1, recipe_file, other, "train.seed=2"))
-    assert any("model.safetensors" in line for line in differences(straight, other))
-    assert any("data_trace" in line for line in differences(straight, other))
-    lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 40
-    assert "metrics.jsonl differs" in list(differences(straight, other))
+    assert any("model.safetensors" in line for line in differences(uninterrupted, other))
+    assert any("data_trace" in line for line in differences(uninterrupted, other))
+    assert len(metrics(uninterrupted)) == 40
+    assert "metrics.jsonl differs" in list(differences(uninterrupted, other))

@@ -21,9 +21,9 @@ from pipeline.storage.checkpoint import Checkpoints
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.regularizers import Regularizers
 from pipeline.training.trainer import TrainingDiverged
-from tests.conftest import tiny_settings
 from tests.helpers import plain_training
 from tests.helpers.model_cases import MLP
+from tests.helpers.recipes import tiny_settings
 from tests.helpers.shard_sets import random_samples
 
 SHARD_SIZES = [10, 7, 7, 7, 7, 3]
