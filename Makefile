@@ -1,4 +1,4 @@
-# Everything runs in .venv, which the first target that needs it makes. `make demo` is the tour.
+# Every target runs in .venv, which is created when it is first needed. Start with `make demo`.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo chaos test test-slurm lint format bench clean help
+.PHONY: demo chaos test test-slow test-slurm lint format bench clean help
 
 help:            ## List the targets
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -17,34 +17,37 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --editable '.[test,lint]' --constraint constraints.txt
 	touch $@
 
-demo: $(STAMP)   ## Train a small NVAE on drawn faces: shards, checkpoint, metrics and sample pictures in runs/nvae
+demo: $(STAMP)   ## Train a small NVAE on synthetic faces; results are in runs/nvae
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml --num_cpu_threads_per_process 1 pipeline/train.py --model nvae tracking.wandb=disabled
 	@echo "Sample pictures: runs/nvae/samples   metrics: runs/nvae/metrics.jsonl   checkpoints: runs/nvae/checkpoints"
 
-chaos: $(STAMP)  ## Kill training runs a hundred times and compare them with straight ones (half an hour)
+chaos: $(STAMP)  ## Kill training runs 100 times and compare them with uninterrupted runs (half an hour)
 	$(BIN)/python -m tests.chaos --kills 100
 
-test: $(STAMP)   ## Run the tests, files in parallel on up to four cores
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+test: $(STAMP)   ## Run the tests on up to four cores (9 minutes on two)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow"
 
-test-slurm: $(STAMP) ## Run all SLURM tests, long ones too, on the cluster that the script SLURM_LAB=FILE brings up here
-	@test -f "$(SLURM_LAB)" || { echo "error: name the script that brings up a SLURM on this machine: make test-slurm SLURM_LAB=FILE (docs/slurm.md)" >&2; exit 2; }
+test-slow: $(STAMP) ## Run the slow tests, which start many processes or train for long
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist load -m slow
+
+test-slurm: $(STAMP) ## Run all SLURM tests on the cluster that the script SLURM_LAB=FILE starts on this machine
+	@test -f "$(SLURM_LAB)" || { echo "error: name the script that starts a SLURM cluster on this machine: make test-slurm SLURM_LAB=FILE (docs/slurm.md)" >&2; exit 2; }
 	SLURM_LAB="$(SLURM_LAB)" SLURM_LONG=1 $(BIN)/python -m pytest -q tests/test_slurm.py
 
-lint: $(STAMP)   ## Check style and common faults
+lint: $(STAMP)   ## Check style and common mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck -x slurm/*.sh .ci/run
 
-format: $(STAMP) ## Rewrite the sources in the project's style
+format: $(STAMP) ## Format the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## Measure training steps, shard sets and checkpoints (takes minutes; run it alone)
+bench: $(STAMP)  ## Measure training steps, shard sets and checkpoints (takes minutes; leave the machine idle)
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.checkpoint
 
-clean:           ## Remove the environment and caches; data/ and runs/ stay
+clean:           ## Remove the environment and caches; keep data/ and runs/
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -111,4 +111,4 @@ def first_with_images(batches: Iterable[Batch]) -> Batch:
     for batch in batches:
         if len(batch.images):
             return batch
-    raise UnreadableShard(f"no sample can be read; the last problem: {batch.left_out[-1].problem}")
+    raise UnreadableShard(f"no sample can be read; the last problem: {batch.skipped[-1].problem}")

@@ -88,7 +88,7 @@ def assert_all_end(recipe: Path, place: str, *overrides: str) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_sample_that_the_second_process_cannot_read_ends_both(root, recipe, tmp_path, workers):
-    """In step 1, which has positions 12 to 23; the second process has 18 to 23. The checkpoint of step 1 is complete."""
+    """In step 1, with positions 12 to 23; the second process has 18 to 23. The checkpoint of step 1 is complete."""
     place = make_unreadable(root, "train", sample_at(root, 21))
     assert_all_end(recipe, place, f"data.workers={workers}", "data.verify=false", "checkpoint.every=1")
     assert [record["step"] for record in metrics(tmp_path / "run")] == [1]
@@ -107,7 +107,7 @@ def test_a_missing_shard_ends_both(root, recipe):
     assert_all_end(recipe, r"train-000002\.tar: sample 'train-s000\d\d' at offset \d+: No such file or directory")
 
 
-# ------------------------------------------------------------------------------------------------------ all ranks continue
+# -------------------------------------------------------------------------------------------------- all ranks continue
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
-"""The trainer's parts are put together as the docs say: compared with the plain loop of helpers/plain_training.py, which shares
-none of them. What a session writes beside the weights: scores, and counters that outlive a resume."""
+"""The trainer's parts are put together as the docs say: compared with the plain loop of helpers/plain_training.py,
+which shares none of them. What a session writes beside the weights: scores, and counters that outlive a resume."""
 
 import json
 from collections.abc import Callable
