@@ -7,10 +7,11 @@ path and the remedy.
 
 import difflib
 import json
+import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,8 +31,31 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message names its dotted path and what is allowed."""
 
 
+MAX_VALUES = 100_000
+"""Values that a recipe may have when its YAML aliases are expanded."""
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader, with numbers as people write them and without silent last-one-wins."""
+    """YAML's safe loader with decimal numbers only, unique keys, and a bound on what aliases expand to."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _expanded_size(node, {}) > MAX_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, "its aliases expand to too many values")
+        return node
+
+    def construct_decimal_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node).replace("_", "")
+        if ":" in text:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value} is a number to base 60 in YAML 1.1; write a decimal number, or quote it"
+            )
+        return int(text) if text.lstrip("+-").isdigit() else self.construct_yaml_int(node)
+
+    def construct_decimal_float(self, node: yaml.ScalarNode) -> float:
+        if ":" in node.value:
+            return self.construct_decimal_int(node)  # refuses it
+        return self.construct_yaml_float(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -43,6 +67,18 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """Values below a node, those behind aliases counted each time; infinite where a node holds itself."""
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        children = [child for part in parts for child in (part if isinstance(part, tuple) else (part,))]
+        sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
+    return sizes[id(node)]
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_decimal_int)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_decimal_float)
 # YAML 1.1 reads 5e-3 and 1e5 as strings; YAML 1.2 and people read numbers.
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
@@ -55,6 +91,8 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: not valid YAML: nested too deeply") from None
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -136,29 +174,11 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def document(kind: type[Section], prefix: str = "") -> Iterator[str]:
-    """A Markdown line for each setting below `kind`: dotted path, default, and the text below the field."""
-    for name, field in kind.model_fields.items():
-        sections = _sections_in(field.annotation)
-        for section in sections:
-            variant = f" ({_tag(section)})" if len(sections) > 1 else ""
-            yield f"\n**{prefix}{name}**{variant}: {_one_line(section.__doc__)}\n"
-            yield from document(section, f"{prefix}{name}.")
-        if not sections:
-            default = "required" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
-            meaning = f": {_one_line(field.description)}" if field.description else ""
-            yield f"- `{prefix}{name}` = `{default}`{meaning}"
-
-
-def _one_line(text: str | None) -> str:
-    return " ".join((text or "").split())
-
-
 def _explain(kind: type[Section], fault: Mapping[str, Any]) -> str:
     path, holder = _locate(kind, fault["loc"])
     dotted = ".".join(path) or kind.__name__.lower()
     if fault["type"] == "extra_forbidden":
-        return f"{dotted}: unknown key{_suggestion(path[-1], holder)}"
+        return f"{dotted}: unknown key{_suggestion(path, kind, holder)}"
     if fault["type"] == "missing":
         return f"{dotted}: is required and has no default"
     if fault["type"] == "union_tag_invalid":
@@ -167,6 +187,8 @@ def _explain(kind: type[Section], fault: Mapping[str, Any]) -> str:
         return f"{dotted}: {_shown(fault)} is not allowed; choose from {fault['ctx']['expected']}"
     if fault["type"] == "union_tag_not_found":
         return f"{dotted}: needs a 'name' that says which kind it is"
+    if fault["type"] in ("tuple_type", "list_type"):
+        return f"{dotted}: needs a list, for instance {dotted}={_example(holder, path[-1])} (given: {_shown(fault)})"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{dotted}: {message}" if fault["type"] == "value_error" else f"{dotted}: {message} (given: {_shown(fault)})"
 
@@ -184,7 +206,7 @@ def _locate(kind: type[Section], loc: tuple) -> tuple[list[str], type[Section] |
     holder: type[Section] | None = kind
     current: Any = kind
     for part in loc:
-        members = {_tag(section): section for section in _sections_in(current)}
+        members = {tag_of(section): section for section in sections_in(current)}
         if part in members and part not in _fields(current):
             current = members[part]  # a union's tag, which the user did not write
             continue
@@ -192,7 +214,7 @@ def _locate(kind: type[Section], loc: tuple) -> tuple[list[str], type[Section] |
         path.append(str(part))
         field = _fields(current).get(part)
         current = field.annotation if field is not None else None
-        sections = _sections_in(current)
+        sections = sections_in(current)
         if len(sections) == 1:
             current = sections[0]
     return path, holder
@@ -206,22 +228,35 @@ def _fields(kind: Any) -> dict:
     return kind.model_fields if _is_section(kind) else {}
 
 
-def _sections_in(annotation: Any) -> list[type[Section]]:
+def sections_in(annotation: Any) -> list[type[Section]]:
     if _is_section(annotation):
         return [annotation]
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
-        return [section for part in typing.get_args(annotation) for section in _sections_in(part)]
+        return [section for part in typing.get_args(annotation) for section in sections_in(part)]
     return []
 
 
-def _tag(section: type[Section]) -> str | None:
+def tag_of(section: type[Section]) -> str | None:
     field = section.model_fields.get("name")
     return field.default if field is not None and isinstance(field.default, str) else section.__name__
 
 
-def _suggestion(key: str, holder: type[Section] | None) -> str:
-    names = list(_fields(holder))
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+def _suggestion(path: list[str], root: type[Section], holder: type[Section] | None) -> str:
+    key, names = path[-1], list(_fields(holder))
+    elsewhere = [f"{name}.{key}" for name, field in _fields(root).items() if _has_setting(field.annotation, key)]
+    close = elsewhere if len(path) == 1 and elsewhere else difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     if close:
-        return f"; did you mean '{close[0]}'?"
+        return f"; did you mean {' or '.join(map(repr, close))}?"
     return f"; known keys: {', '.join(names)}" if names else ""
+
+
+def _has_setting(annotation: Any, key: str) -> bool:
+    return any(key in section.model_fields for section in sections_in(annotation))
+
+
+def _example(holder: type[Section] | None, key: str) -> str:
+    """A value for a setting that is a list."""
+    field = _fields(holder).get(key)
+    if field is None or not field.default:
+        return "[a, b]" if field is not None and "str" in str(field.annotation) else "[1, 2]"
+    return json.dumps(field.default) if isinstance(field.default, tuple) else "[1, 2]"

@@ -3,13 +3,15 @@
 `python -m pipeline.recipe > docs/settings.md` writes the list of all settings.
 """
 
+import json
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field, model_validator
 
-from pipeline.config import ConfigError, build, document, load_yaml, overlay
+from pipeline.config import ALIASES, ConfigError, build, flatten, load_yaml, overlay, sections_in, tag_of
 from pipeline.data.loader import DataConfig
 from pipeline.evaluation.likelihood_bounds import ValidationConfig
 from pipeline.evaluation.sample_grids import SamplesConfig
@@ -85,17 +87,26 @@ def build_model(recipe: Recipe, classifier: FrozenClassifier | None = None) -> V
     return recipe.model.build((data.channels, side, side), data.pad, data.bits, recipe.condition, **extra)
 
 
+def shipped_recipes() -> list[str]:
+    """The names that `--model` accepts."""
+    return sorted(file.stem for file in RECIPES.glob("*.yaml"))
+
+
 def recipe_path(name: str) -> Path:
     """The recipe that `--model NAME` means. Raises ConfigError with the names there are."""
     path = RECIPES / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-        raise ConfigError(f"--model {name}: there is no such recipe; known: {known}")
+        known = shipped_recipes()
+        close = get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(f"--model {name}: there is no such recipe; {hint}known: {', '.join(known)}")
     return path
 
 
 def load_recipe(path: Path, words: list[str], data_root: str | None = None) -> Recipe:
     """The recipe file under the words of the command line. Raises ConfigError naming each fault."""
+    if not path.exists() and path.name in shipped_recipes():
+        raise ConfigError(f"--config {path}: no such file; did you mean --model {path.name}?")
     data = _one_duration(overlay(load_yaml(path), words), words)
     if data_root is not None:
         data.setdefault("data", {})["root"] = data_root
@@ -118,14 +129,105 @@ def total_steps(recipe: Recipe, epoch_size: int) -> int:
     return max(1, round(recipe.train.epochs * epoch_size / recipe.train.batch_size))
 
 
-def settings_page() -> str:
-    """docs/settings.md: every setting, its default and what it means."""
-    head = """# Settings
+# ---- docs/settings.md -----------------------------------------------------------------------------------------------
 
-Every setting of a recipe, with its default: in the recipe's file, or on the command line as `section.key=value`.
+HEAD = """# Settings
+
+Every setting of a recipe, once, with its default. `python -m pipeline.recipe > docs/settings.md` writes this page.
 `pipeline/train.py ... --dry-run` prints the values that a run would have.
 """
-    return head + "\n".join(document(Recipe)) + "\n"
+
+OVERRIDES = """
+## Overrides
+
+A setting on the command line replaces the recipe's: `section.key=value`, also written `--section.key=value`.
+
+| value | example |
+|---|---|
+| number, word, path | `optim.lr=5e-3` `train.precision=bf16` `data.root=data/celeba64` |
+| nothing | `train.micro_batch=null` |
+| true or false | `data.flip=true` |
+| list | `'model.groups_per_scale=[5, 10, 20]'` |
+| section with a name | `'model.flows={name: iaf}'` `'model.likelihood={name: normal, sigma: 0.1}'` |
+| setting in such a section | `model.likelihood.sigma=0.2` |
+
+Values are YAML. Quote an override in the shell where it has spaces, brackets, braces or `*`. A section in braces
+replaces the whole section. Text that looks like a number is quoted twice: `'data.train_split="2024"'`. Numbers are
+decimal and finite. The last of two overrides of one setting is used. `train.steps=` replaces a recipe's `train.epochs`,
+and `train.epochs=` its `train.steps`. Former names are accepted: {former}.
+"""
+
+
+def settings_page() -> str:
+    """docs/settings.md: every setting once, its default, its meaning, and the models and recipes that use it."""
+    used: dict[str, list[str]] = {}
+    for name in shipped_recipes():
+        for path in flatten(load_yaml(RECIPES / f"{name}.yaml")):
+            used.setdefault(path, []).append(name)
+    names = [name for name, field in Recipe.model_fields.items() if sections_in(field.annotation)]
+    contents = [f"- [{name}](#{name.lower()})" for name in ("Overrides", *names)]
+    former = ", ".join(f"`{old}` for `{new}`" for old, new in ALIASES.items())
+    lines = [HEAD, *contents, OVERRIDES.replace("{former}", former).rstrip()]
+    for name in names:
+        lines += _describe_section(name, sections_in(Recipe.model_fields[name].annotation), used, level=2)
+    return "\n".join(lines) + "\n"
+
+
+def _describe_section(path: str, variants: list[type[Section]], used: dict[str, list[str]], level: int) -> list[str]:
+    """A heading, then a line for each setting that any of the variants has."""
+    lines = ["", f"{'#' * level} {path}", ""]
+    if len(variants) == 1:
+        lines += [_one_line(variants[0].__doc__), ""]
+    nested: list[str] = []
+    for name in dict.fromkeys(name for section in variants for name in section.model_fields):
+        key, holders = f"{path}.{name}", [section for section in variants if name in section.model_fields]
+        options = dict.fromkeys(part for one in holders for part in sections_in(one.model_fields[name].annotation))
+        if options:
+            nested += _describe_section(key, list(options), used, level + 1)
+        elif name == "name":
+            lines += [f"- `{key}`: one of"]
+            lines += [f"  - `{tag_of(one)}`: {_one_line(one.__doc__)}{_recipes(used, one, key)}" for one in holders]
+        else:
+            lines.append(f"- `{key}` {_describe_setting(name, holders, len(variants))}{_list_of(used.get(key))}")
+    return lines + nested
+
+
+def _describe_setting(name: str, holders: list[type[Section]], num_variants: int) -> str:
+    """Defaults and meanings of one setting; by variant where they differ."""
+    fields = {tag_of(section): section.model_fields[name] for section in holders}
+    defaults = {
+        tag: "required" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
+        for tag, field in fields.items()
+    }
+    meanings = {tag: _one_line(field.description) for tag, field in fields.items()}
+    text = f"= {_by_variant({tag: f'`{value}`' for tag, value in defaults.items()})}: {_by_variant(meanings)}"
+    return text if num_variants == len(holders) else f"{text} *Of {', '.join(fields)}.*"
+
+
+def _by_variant(texts: dict[str, str]) -> str:
+    """The text, or each with those that it holds for where they differ."""
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    tags = {text: [tag for tag, other in texts.items() if other == text] for text in texts.values()}
+    return "; ".join(f"{text} ({', '.join(names)})" for text, names in tags.items())
+
+
+def _recipes(used: dict[str, list[str]], section: type[Section], key: str) -> str:
+    """The recipes whose section of this name is of this kind."""
+    tag = tag_of(section)
+    named = [name for name in used.get(key, []) if flatten(load_yaml(RECIPES / f"{name}.yaml"))[key] == tag]
+    return _list_of(named)
+
+
+def _list_of(recipes: list[str] | None) -> str:
+    if not recipes:
+        return ""
+    names = "all recipes" if len(recipes) == len(shipped_recipes()) else ", ".join(recipes)
+    return f" *Set by {names}.*"
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
 
 
 if __name__ == "__main__":

@@ -10,8 +10,11 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 class Section(BaseModel):
     """One section of a recipe. Declared beside the code that it configures; composed in `recipe.py`.
 
-    Values are never coerced (no "1" for 1), unknown keys are errors, and nothing changes after construction.
+    Values are never coerced (no "1" for 1), numbers are finite, unknown keys are errors, and nothing changes after
+    construction.
     The text below a field is its line in docs/settings.md.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )

@@ -1,5 +1,6 @@
 """Words and YAML become a strict, frozen config; every fault names its dotted path and the remedy."""
 
+import time
 from typing import Annotated, Literal
 
 import pytest
@@ -60,12 +61,47 @@ def test_words_replace_what_the_recipe_says():
         ("train.batch_size.x=3", "train.batch_size: Input should be a valid integer"),
         ("train", "settings are given as section.key=value"),
         ("train.lr={", "train.lr: not valid YAML"),
+        ("lr=0.1", "lr: unknown key; did you mean 'train.lr'?"),
+        ("train.lr=.inf", "train.lr: Input should be a finite number"),
+        ("train.lr=.nan", "train.lr: Input should be a finite number"),
+        ("train.batch_size=1_0:30", "1_0:30 is a number to base 60"),
+        ("train.lr=1:30.5", "1:30.5 is a number to base 60"),
     ],
 )
 def test_faults_name_path_and_remedy(word, message):
     with pytest.raises(ConfigError) as error:
         built(word)
     assert message in str(error.value)
+
+
+def test_a_list_that_is_missing_is_explained_by_an_example():
+    with pytest.raises(ConfigError, match=r"model.depth: needs a list, for instance model.depth=\[1\] \(given: 5\)"):
+        built("model.name=deep", "model.depth=5")
+
+
+@pytest.mark.parametrize(("text", "value"), [("0100", 100), ("-010", -10), ("0x10", 16), ("1_000", 1000)])
+def test_a_leading_zero_does_not_make_a_number_octal(text, value):
+    assert parse_yaml(text, "x") == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n".join(["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))]),
+        "a: &a [*a]",
+        "a: " + "[" * 5000,
+    ],
+    ids=["nested aliases", "an alias in itself", "nesting"],
+)
+def test_a_yaml_bomb_is_refused_quickly(text):
+    start = time.process_time()
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        parse_yaml(text, "recipe")
+    assert time.process_time() - start < 1
+
+
+def test_an_alias_may_stand_for_a_value():
+    assert parse_yaml("a: &a [1, 2]\nb: *a", "x") == {"a": [1, 2], "b": [1, 2]}
 
 
 def test_a_value_is_no_section():

@@ -1,5 +1,8 @@
 """Recipes: the shipped ones hold, and what spans sections is checked with a message that names the remedy."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -55,6 +58,14 @@ def test_the_description_names_every_group_with_its_shape(make_recipe):
         (["data.channels=1"], "likelihood logistic_mixture needs 3 image channels"),
         (["train.precision=fp8"], "train.precision: 'fp8' is not allowed; choose from 'fp32', 'bf16' or 'fp64'"),
         (["tracking.wandb=of"], "tracking.wandb"),
+        (["optim.clip=.inf"], "optim.clip: Input should be a finite number"),
+        (["samples.temperatures=[.inf]"], "samples.temperatures.0: Input should be a finite number"),
+        (["samples.temperatures=[-0.5]"], "samples.temperatures.0: Input should be greater than or equal to 0"),
+        (["train.collective_timeout=.inf"], "train.collective_timeout: Input should be a finite number"),
+        (["train.epochs=.inf"], "train.epochs: Input should be a finite number"),
+        ([f"train.seed={2**64}"], "train.seed: Input should be less than"),
+        (["lr=0.1"], "lr: unknown key; did you mean 'optim.lr'?"),
+        (["model.groups_per_scale=3"], "model.groups_per_scale: needs a list, for instance model.groups_per_scale=[6]"),
     ],
 )
 def test_a_wrong_combination_says_what_to_change(make_recipe, words, message):
@@ -92,14 +103,17 @@ def test_a_setting_given_by_both_names_is_refused(settings):
 
 
 def test_an_unknown_model_lists_the_known():
-    with pytest.raises(ConfigError, match="there is no such recipe; known: .*nvae_celeba64"):
-        recipe_path("nave")
+    with pytest.raises(ConfigError, match=r"there is no such recipe; did you mean nvae\? known: .*nvae_celeba64"):
+        recipe_path("nvea")
+    with pytest.raises(ConfigError, match="--config nvae: no such file; did you mean --model nvae"):
+        load_recipe(Path("nvae"), [])
 
 
-def test_the_page_of_settings_is_current_and_explains_each():
+def test_the_page_of_settings_is_current_and_has_each_setting_once():
     page = settings_page()
-    assert (RECIPES.parents[1] / "docs" / "settings.md").read_text() == page, (
-        "python -m pipeline.recipe > docs/settings.md"
-    )
-    unexplained = [line for line in page.splitlines() if line.startswith("- `") and "`: " not in line]
-    assert all(".name` = " in line for line in unexplained)
+    command = "python -m pipeline.recipe > docs/settings.md"
+    assert (RECIPES.parents[1] / "docs" / "settings.md").read_text() == page, command
+    settings = re.findall(r"^- `([\w.]+)`(?!: one of)", page, flags=re.MULTILINE)
+    assert len(settings) == len(set(settings)) > 60
+    assert not re.search(r"^- `[\w.]+` = [^:]*: *(\*|$)", page, flags=re.MULTILINE), "a setting without a meaning"
+    assert all(f"\n## {name}\n" in page for name in re.findall(r"^- \[(\w+)\]", page, flags=re.MULTILINE))

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import Field
@@ -22,7 +22,7 @@ class SamplesConfig(Section):
     count: int = Field(64, gt=0)
     """Pictures in a grid of prior samples. Models that are told a class draw so many rows, one per class, of equal
     length; those told attributes take them from the held-out images."""
-    temperatures: tuple[float, ...] = (0.7, 1.0)
+    temperatures: tuple[Annotated[float, Field(ge=0)], ...] = (0.7, 1.0)
     """Scale of the priors' sigmas, a grid for each."""
     reconstructions: int = Field(16, ge=0)
     """Held-out images shown above their reconstructions."""

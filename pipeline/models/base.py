@@ -3,6 +3,7 @@
 Shape legend: B images, C channels, H x W pixels, G latent groups. Likelihoods and KL divergences are in nats.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -147,6 +148,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError for a temperature that is negative or not finite."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature {temperature}: must be a finite number of at least 0")
 
 
 def check_condition(model: VAE, condition: Tensor | None) -> None:

@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.models.base import VAE, LatentGroup, ModelConfig, VAEOutput, check_condition, without_border
+from pipeline.models.base import (
+    VAE,
+    LatentGroup,
+    ModelConfig,
+    VAEOutput,
+    check_condition,
+    check_temperature,
+    without_border,
+)
 from pipeline.models.conditions import Condition
 from pipeline.models.likelihoods import Likelihood, LogisticMixtureLikelihood, PixelDistribution
 from pipeline.nn.cells import CELLS, ResidualCell, Resize
@@ -255,6 +263,7 @@ class NVAE(VAE):
         Flows take no part: they belong to the posteriors.
         """
         check_condition(self, condition)
+        check_temperature(temperature)
 
         def draw(k: int, h: Tensor | None) -> Tensor:
             return ClampedNormal(*self._raw_prior(k, h, noise[k], condition), temperature).sample(noise[k])

@@ -10,7 +10,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.models.base import VAE, LatentGroup, ModelConfig, VAEOutput, check_condition, without_border
+from pipeline.models.base import (
+    VAE,
+    LatentGroup,
+    ModelConfig,
+    VAEOutput,
+    check_condition,
+    check_temperature,
+    without_border,
+)
 from pipeline.models.likelihoods import BernoulliLikelihood, Likelihood, PixelDistribution
 from pipeline.nn.posterior import Posterior, PosteriorDraw
 from pipeline.nn.posterior_flows import Flows
@@ -99,6 +107,7 @@ class VectorVAE(VAE):
         return self.likelihood(self._decode(latents[0].flatten(1), condition)).mean
 
     def sample(self, noise: Sequence[Tensor], temperature: float = 1.0, condition: Tensor | None = None) -> Tensor:
+        check_temperature(temperature)
         return self.decode([noise[0] * temperature], condition)
 
     # ---- what lies beneath it ---------------------------------------------------------------------------------------

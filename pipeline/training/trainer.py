@@ -43,7 +43,7 @@ class TrainConfig(Section):
     micro_batch: int | None = Field(None, gt=0)
     """Images per forward pass over all processes; gradients accumulate up to `batch_size`. Default: the whole batch.
     Batch norm's statistics span one micro-batch over all processes, so runs are equal at equal micro-batch."""
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, lt=2**63)
     """Of initial weights, data order, augmentation and latent noise."""
     precision: Precision = "fp32"
     """`bf16`: mixed precision by autocast (densities, KL and likelihoods stay in float32). `fp64` is for tests."""

@@ -208,3 +208,11 @@ def test_models_open_no_files(path):
             assert node.id != "open"
     assert {name for name in imported if name.split(".")[0] in ("os", "io", "shutil", "pathlib")} == set()
     assert {name for name in imported if name.startswith("pipeline.storage")} == set()
+
+
+@pytest.mark.parametrize("temperature", [-0.1, float("inf"), float("nan")])
+@pytest.mark.parametrize("case", ["nvae", "mlp_vae"])
+def test_a_temperature_below_zero_or_not_finite_is_refused(case, temperature, data):
+    model, _, condition = fresh(case, data)
+    with pytest.raises(ValueError, match=f"temperature {temperature}"):
+        model.sample(zeros_and_noise(model, 5, torch.float64), temperature, condition)
