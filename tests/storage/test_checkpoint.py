@@ -222,9 +222,7 @@ def test_harm_to_any_one_file_falls_back_to_the_checkpoint_before(checkpoints, c
 def test_all_damaged_is_an_error_not_a_fresh_start(checkpoints):
     damage(checkpoints.save(1, small(), {}))
     damage(checkpoints.save(2, small(), {}))
-    with pytest.raises(
-        UnreadableCheckpoint, match="(?s)can be used.*step_00000002.*step_00000001.*start a new run"
-    ):
+    with pytest.raises(UnreadableCheckpoint, match="(?s)can be used.*step_00000002.*step_00000001.*start a new run"):
         checkpoints.latest()
 
 
