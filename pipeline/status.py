@@ -1,11 +1,23 @@
-"""Prints the state of a run as one word, for scripts: `python -m pipeline.status RUN`."""
+"""Prints the state of a run as one word, for scripts: none, running, preempted, finished or failed."""
 
+import argparse
 import sys
 from pathlib import Path
 
 from pipeline.storage.status import read_status
 
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0; 2 for a folder that does not exist."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.status", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder of pipeline/train.py")
+    folder = parser.parse_args(arguments).run
+    if not folder.is_dir():
+        print(f"error: {folder}: no such folder; give the run folder of pipeline/train.py", file=sys.stderr)
+        return 2
+    print(read_status(folder).state)
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m pipeline.status RUN")
-    print(read_status(Path(sys.argv[1])).state)
+    sys.exit(main())

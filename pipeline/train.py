@@ -29,7 +29,7 @@ from pipeline.distributed.runtime import Runtime  # noqa: E402
 from pipeline.recipe import RECIPES, Recipe, load_recipe, recipe_path  # noqa: E402
 from pipeline.run.session import Session, choose_checkpoint, describe  # noqa: E402
 from pipeline.storage.checkpoint import Checkpoint, Checkpoints  # noqa: E402
-from pipeline.storage.run_lock import RunLock  # noqa: E402
+from pipeline.storage.run_lock import RunFolderLost, RunLock  # noqa: E402
 from pipeline.storage.status import StatusFile  # noqa: E402
 from pipeline.tracking.tracker import Tracker  # noqa: E402
 from pipeline.training.trainer import TrainingDiverged  # noqa: E402
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     start_logging(None, launched_rank() == 0)
     try:
         return run(parsed)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RunFolderLost) as error:
         return fail(error, code=2)
     except TrainingDiverged as error:
         return fail(error, code=1)
@@ -146,7 +146,7 @@ def train_in(folder: Path, recipe: Recipe, runtime: Runtime, parsed: argparse.Na
     try:
         start_logging(folder / "log.txt" if runtime.is_main else None, runtime.is_main)
         log.info("%s on %s in %s", recipe.model.name, runtime.describe(), folder)
-        session = open_session(folder, recipe, runtime, parsed)
+        session = open_session(folder, recipe, runtime, parsed, lock)
         session.trainer.stop_asked = lambda: stop.reason is not None
         told = runtime.from_main(session.status.status.state) == "finished"
         if not (session.finished and told):  # killed after its last step, it has still to close its records
@@ -161,7 +161,9 @@ def train_in(folder: Path, recipe: Recipe, runtime: Runtime, parsed: argparse.Na
             lock.release()
 
 
-def open_session(folder: Path, recipe: Recipe, runtime: Runtime, parsed: argparse.Namespace) -> Session:
+def open_session(
+    folder: Path, recipe: Recipe, runtime: Runtime, parsed: argparse.Namespace, lock: RunLock | None
+) -> Session:
     """The run as its last checkpoint left it. Raises ValueError where the processes do not agree on what they run."""
     runtime.check_agreement(
         {
@@ -172,9 +174,9 @@ def open_session(folder: Path, recipe: Recipe, runtime: Runtime, parsed: argpars
         }
     )
     runtime.run_on_main(lambda: provide(recipe, may_make=parsed.data is None))
-    session = Session(recipe, runtime, folder)
+    session = Session(recipe, runtime, folder, lock.check if lock is not None else lambda: None)
     runtime.check_agreement({"training data": session.data.train.fingerprint})
-    checkpoint = find_checkpoint(runtime, Checkpoints(folder / "checkpoints"), parsed.resume)
+    checkpoint = find_checkpoint(runtime, session.checkpoints, parsed.resume)
     if checkpoint is not None:
         session.resume(checkpoint)
     return session

@@ -27,7 +27,9 @@ from pipeline.models.conditions import ClassCondition
 from pipeline.models.noise import draw_noise
 from pipeline.recipe import Recipe, build_model
 from pipeline.run.build import use_channels_last
-from pipeline.storage.checkpoint import Checkpoint, Checkpoints
+from pipeline.storage.checkpoint import Checkpoints
+from pipeline.storage.checkpoint_folder import Checkpoint
+from pipeline.storage.run_id import read_run_id
 from pipeline.training.state import load_model
 
 IMAGES_PER_PASS = 128
@@ -48,16 +50,16 @@ def load(
     """
     found = find_checkpoint(Path(run), checkpoint)
     recipe = read_recipe(found)
-    if dtype is None:
-        dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
+    run_dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
+    dtype = dtype or run_dtype
     device = find_device(device)
     with torch.random.fork_rng():  # the first weights, which are replaced, cost the caller no random numbers
-        model = build_model(recipe).to(dtype)
+        model = build_model(recipe).to(run_dtype)
     if recipe.train.channels_last:
         use_channels_last(model)
     averaged = "ema" in found.tensors
     load_model(model, found.tensors["ema" if averaged else "model"])
-    model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval().to(device, dtype)
     return TrainedModel(
         model, recipe, found.step, found.path, found.facts, averaged, class_names(recipe, found), device, dtype
     )
@@ -78,7 +80,7 @@ def find_checkpoint(run: Path, checkpoint: Path | str) -> Checkpoint:
     folder = run / "checkpoints"
     if not folder.is_dir():
         raise ValueError(f"{run}: no run with checkpoints there; give the folder that pipeline/train.py wrote to")
-    found = Checkpoints(folder).load(checkpoint)
+    found = Checkpoints(folder, run_id=read_run_id(run)).load(checkpoint)
     if "model" not in found.tensors or "settings" not in found.facts:
         raise ValueError(f"{found.path}: holds no model with its settings; give a checkpoint of pipeline/train.py")
     return found

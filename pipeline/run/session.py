@@ -1,7 +1,7 @@
 """One training run: its folder, and what is done at which cadence."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pipeline.run.resume import changed_settings, check_fingerprint
 from pipeline.storage.atomic import replacing
 from pipeline.storage.checkpoint import Checkpoint, Checkpoints
 from pipeline.storage.checkpoint_writer import CheckpointWriter
+from pipeline.storage.run_id import find_run_id, write_run_id
 from pipeline.storage.status import StatusFile
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.trainer import Cadence
@@ -37,13 +38,16 @@ SHOWN = ("train/loss", "train/elbo", "train/bpd", "train/kl", "train/lr", "perf/
 class Session:
     """A run in its folder. `resume()` continues from a checkpoint; `run()` trains to the end."""
 
-    def __init__(self, recipe: Recipe, runtime: Runtime, folder: Path):
+    def __init__(self, recipe: Recipe, runtime: Runtime, folder: Path, check_folder: Callable[[], None] = lambda: None):
+        """`check_folder` raises where this process has lost the run folder; it is called before writing there."""
         self.recipe = recipe
         self.runtime = runtime
         self.folder = folder
         self.data = Data(recipe, runtime)
         self.trainer = build_trainer(recipe, runtime, self.data)
-        self.checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint.keep)
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", recipe.checkpoint.keep, find_run_id(folder), check_folder
+        )
         self.pictures = Pictures(recipe.samples, recipe.train.seed, runtime.device, runtime.dtype, runtime.autocast)
         self.evaluator = Evaluator(
             recipe.validation,
@@ -88,6 +92,7 @@ class Session:
         """
         self.tracker = tracker
         if self.runtime.is_main:
+            write_run_id(self.folder, self.checkpoints.run_id)
             with replacing(self.folder / "config.yaml") as file:
                 file.write(dump(self.recipe).encode())
         recipe, trainer = self.recipe, self.trainer
@@ -103,7 +108,7 @@ class Session:
         if not self.runtime.is_main:
             self._train()
             return
-        with CheckpointWriter(self.checkpoints, self._report_unsaved) as self.writer:
+        with CheckpointWriter(self.checkpoints, self._report_unsaved, on_written=self.status.saved) as self.writer:
             self._train()
 
     def _train(self) -> None:
@@ -125,6 +130,7 @@ class Session:
 
     def report(self, step: int) -> None:
         """Means over the interval, to metrics.jsonl, W&B and the terminal."""
+        self.checkpoints.check()
         scalars = self.trainer.interval_scalars()
         if self.peak_flops and "perf/images_per_second" in scalars:
             speed = scalars["perf/images_per_second"] * self.flops_per_image  # FLOP/s of all devices
@@ -137,6 +143,7 @@ class Session:
 
     def validate(self, step: int) -> None:
         """Held-out figures of the averaged weights, where there are any."""
+        self.checkpoints.check()
         with self.trainer.averaged_weights():
             figures = self.evaluator.run(self.trainer.model)
         self.validated = step, -figures["val/elbo"]
@@ -153,6 +160,7 @@ class Session:
 
         Every rank draws (batch norm may have to talk); one writes.
         """
+        self.checkpoints.check()
         samples = self.recipe.samples
         x, condition = self.data.held_out_inputs(max(samples.reconstructions, samples.count))
         grid = plan_grid(samples.count, self.recipe.condition, condition)
@@ -172,6 +180,7 @@ class Session:
 
     def save(self, step: int) -> None:
         """A checkpoint, written by the main process while training goes on."""
+        self.checkpoints.check()
         if self.writer is None or step == self.saved_step:
             return
         score = self.validated[1] if self.validated and self.validated[0] == step else None
@@ -179,7 +188,6 @@ class Session:
         stall = self.writer.save(step, self.trainer.state.tensors(), self._facts(), score)
         self.stall_ms = max(self.stall_ms, stall)
         self.saved_step = step
-        self.status.saved(step)
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -205,7 +213,7 @@ def choose_checkpoint(checkpoints: Checkpoints, resume: str) -> Checkpoint | Non
                 "name another --run-dir, or remove that folder"
             )
         return None
-    own = checkpoints.latest()
+    own = checkpoints.latest() if resume == "auto" or checkpoints.own_steps() else None
     if own is not None or resume == "auto":
         return own
     return checkpoints.load(resume)

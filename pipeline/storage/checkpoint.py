@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from pipeline.storage.checkpoint_folder import (
 
 logger = logging.getLogger(__name__)
 
+MAX_LISTINGS = 20
+"""How often the folder is listed again while a writer deletes the checkpoints that are read."""
 _HIDDEN = re.compile(r"\.step_\d{8,}\.(?P<host>.+)\.(?P<pid>\d+)\.(writing|deleting)")
 
 
@@ -52,12 +54,22 @@ class CheckpointConfig(Section):
 class Checkpoints:
     """The checkpoints of one run: `save`, `latest`, `best`, `load`.
 
-    `keep`: how many of the latest stay, beside the best one; None or 0 keeps all.
+    `keep`: how many of the latest stay, besides the best one; None or 0 keeps all. `run_id`: stated in every checkpoint
+    that is written; checkpoints that state another id are not used, unless `load` is given their path. `check`: called
+    before each change in the folder; it raises where this process may no longer write there.
     """
 
-    def __init__(self, folder: Path | str, keep: int | None = None):
+    def __init__(
+        self,
+        folder: Path | str,
+        keep: int | None = None,
+        run_id: str | None = None,
+        check: Callable[[], None] = lambda: None,
+    ):
         self.folder = Path(folder)
         self.keep = keep
+        self.run_id = run_id
+        self.check = check
 
     def save(self, step: int, tensors: Snapshot, facts: Mapping[str, Any], score: float | None = None) -> Path:
         """Write the checkpoint of `step` and delete those that are no longer kept. Returns its folder.
@@ -71,7 +83,9 @@ class Checkpoints:
 
     def write(self, step: int, snapshot: Snapshot, facts: Mapping[str, Any], score: float | None = None) -> Path:
         """`save` for tensors that are a snapshot already. May run on another thread, one call at a time."""
+        self.check()
         target = self.path(step)
+        facts = facts if self.run_id is None else {**facts, "run_id": self.run_id}
         score = float(score) if score is not None and math.isfinite(score) else None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -87,16 +101,16 @@ class Checkpoints:
         return target
 
     def latest(self) -> Checkpoint | None:
-        """The good checkpoint of the highest step, or None where there is no checkpoint.
+        """The usable checkpoint of the highest step, or None where there is no checkpoint.
 
-        Damaged ones are passed over, logged, and named in the result. Raises UnreadableCheckpoint where all are
-        damaged.
+        Unreadable ones and those of another run are skipped, logged, and named in the result. Raises
+        UnreadableCheckpoint where none is usable.
         """
-        return self._first_good(reversed(self.steps()))
+        return self._first_usable(lambda steps: steps[::-1])
 
     def best(self) -> Checkpoint | None:
-        """The good checkpoint of the lowest score, or None where none has a score. Raises as `latest` does."""
-        return self._first_good(self._by_score(self.steps()))
+        """The usable checkpoint of the lowest score, or None where none has a score. Raises as `latest` does."""
+        return self._first_usable(self._by_score)
 
     def load(self, path: Path | str) -> Checkpoint:
         """The checkpoint in folder `path`, "latest" or "best".
@@ -119,27 +133,58 @@ class Checkpoints:
         names = (entry.name for entry in os.scandir(self.folder) if entry.is_dir(follow_symlinks=False))
         return sorted(int(match[1]) for match in map(FOLDER_NAME.fullmatch, names) if match)
 
+    def own_steps(self) -> list[int]:
+        """`steps` without the checkpoints of another run."""
+        return [step for step in self.steps() if self._is_own(step)]
+
     def path(self, step: int) -> Path:
         """Where the checkpoint of `step` lies."""
         return self.folder / f"step_{step:08d}"
 
-    def _first_good(self, steps: Iterable[int]) -> Checkpoint | None:
-        passed_over: list[str] = []
+    def _first_usable(self, ranked: Callable[[list[int]], list[int]]) -> Checkpoint | None:
+        """A checkpoint that a running writer deletes while it is read is not unreadable: the folder is listed again."""
+        for _ in range(MAX_LISTINGS):
+            listed = self.steps()
+            found, problems = self._try_each(ranked(listed))
+            if found is not None or set(listed) <= set(self.steps()):
+                break
+        for problem in problems:
+            logger.warning("checkpoint skipped: %s", problem)
+        if found is None and problems:
+            lines = "\n  ".join(problems)
+            raise UnreadableCheckpoint(
+                f"no checkpoint in {self.folder} can be used:\n  {lines}\n"
+                "To start a new run, use another run folder or move this one away."
+            )
+        return None if found is None else replace(found, passed_over=tuple(problems))
+
+    def _try_each(self, steps: Iterable[int]) -> tuple[Checkpoint | None, list[str]]:
+        """The first usable one, and why those before it are not. Ends early where one was deleted."""
+        problems: list[str] = []
         for step in steps:
             try:
                 found = read_folder(self.path(step))
-            except UnreadableCheckpoint as damage:
-                logger.warning("checkpoint of step %d passed over: %s", step, damage)
-                passed_over.append(str(damage))
-            else:
-                return replace(found, passed_over=tuple(passed_over))
-        if passed_over:
-            faults = "\n  ".join(passed_over)
-            raise UnreadableCheckpoint(
-                f"every checkpoint in {self.folder} is damaged:\n  {faults}\n"
-                "To start afresh, use another run folder or move this one away."
+            except UnreadableCheckpoint as error:
+                problems.append(str(error))
+                if not self.path(step).is_dir():
+                    break
+                continue
+            if self._is_own_id(found.facts):
+                return found, problems
+            problems.append(
+                f"{found.path}: belongs to another run ({found.facts['run_id']}); give its path to continue from it"
             )
-        return None
+        return None, problems
+
+    def _is_own(self, step: int) -> bool:
+        """Whether the checkpoint is of this run, as far as it can be read."""
+        try:
+            return self._is_own_id(read_meta(self.path(step)).facts)
+        except UnreadableCheckpoint:
+            return True
+
+    def _is_own_id(self, facts: Mapping[str, Any]) -> bool:
+        return self.run_id is None or facts.get("run_id") in (None, self.run_id)
 
     def _by_score(self, steps: Iterable[int]) -> list[int]:
         scores = {}
@@ -156,11 +201,10 @@ class Checkpoints:
         if not target.is_dir():
             return False
         try:
-            read_folder(target)
-        except UnreadableCheckpoint as damage:
-            logger.warning("damaged checkpoint: %s", damage)
+            return self._is_own_id(read_folder(target).facts)
+        except UnreadableCheckpoint as error:
+            logger.warning("unreadable checkpoint: %s", error)
             return False
-        return True
 
     def _make_room(self, step: int, needed: int) -> None:
         """See that there are `needed` bytes. Raises OSError where there are not.
@@ -180,7 +224,8 @@ class Checkpoints:
         hidden = self._hidden(target, "writing")
         try:
             write_folder(hidden, snapshot, step, facts, score)
-            if target.exists():  # a damaged one: nothing is lost if the process ends between these two lines
+            self.check()
+            if target.exists():  # unreadable: nothing is lost if the process ends between these two lines
                 self._delete(target)
             os.rename(hidden, target)
         except BaseException:
@@ -191,7 +236,7 @@ class Checkpoints:
         """Steps beyond `step` are left from before a return to an older checkpoint: they stay, and do not count."""
         if not self.keep:
             return
-        steps = [each for each in self.steps() if each <= step]
+        steps = [each for each in self.own_steps() if each <= step]
         kept = {*steps[-self.keep :], *self._by_score(steps)[:1]}
         for old in set(steps) - kept:
             try:

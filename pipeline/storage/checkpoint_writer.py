@@ -47,10 +47,12 @@ class CheckpointWriter:
         checkpoints: Checkpoints,
         on_failure: Callable[[int, str], None],
         retry_after: Sequence[float] = RETRY_AFTER,
+        on_written: Callable[[int], None] = lambda step: None,
     ):
         self._checkpoints = checkpoints
         self._on_failure = on_failure
         self._retry_after = retry_after
+        self._on_written = on_written
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._buffers: Snapshot = {}
         self._job: _Job | None = None
@@ -117,6 +119,7 @@ class CheckpointWriter:
         except OSError as error:
             logger.warning("%s", error.strerror)
             return error
+        self._on_written(job.step)
         return None
 
 

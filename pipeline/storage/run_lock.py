@@ -1,82 +1,72 @@
-"""The lock of a run folder: two writers never meet."""
+"""The lock of a run folder: one process writes to it at a time."""
 
 import errno
-import fcntl
 import logging
-import os
-import socket
-import time
 from pathlib import Path
+
+from shard_data.file_lock import FileLock, LockHeld
 
 log = logging.getLogger("pipeline")
 
-BETWEEN_TRIES = 0.5
+
+class RunFolderLost(Exception):
+    """The run folder was moved, deleted or taken over while this process wrote to it. Training must end: neither a
+    fault of the disk, which it would tolerate, nor an end that may be noted in that folder.
+    """
 
 
 class RunLock:
-    """Holds a run folder for one process; the kernel lets go when the process ends, however it ends.
+    """Holds a run folder for one process; the kernel releases it when the process ends, however it ends.
 
-    A context manager. Where another process holds the folder, waits up to `patience` seconds for it: after a kill, the
-    processes of the last attempt take a few seconds to end. Raises ValueError where it is held longer, or where it
-    cannot be made or written.
+    A context manager. Waits up to `timeout` seconds for another process: after a kill, the processes of the last
+    attempt take a few seconds to end. Raises ValueError where the folder is held longer, or cannot be made or written.
     """
 
-    def __init__(self, folder: Path | str, patience: float = 0.0):
-        self.path = Path(folder) / "run.lock"
+    def __init__(self, folder: Path | str, timeout: float = 0.0):
+        self.folder = Path(folder)
+        self._lock = FileLock(self.folder / "run.lock")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+")  # noqa: SIM115 - stays open as long as the lock is held
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout, lambda holder: log.info(WAITING, self.folder, holder, timeout))
+        except LockHeld as error:
+            advice = "wait for it, stop it, or name another with --run-dir"
+            raise ValueError(f"{self.folder} is in use by {error.holder}; {advice}") from None
         except OSError as error:
-            raise ValueError(
-                f"run folder {folder} cannot be written: {error.strerror}; name another with --run-dir"
-            ) from error
-        try:
-            self._take(patience)
-        except BaseException:
-            self._file.close()
-            raise
-        self._sign()
-        # A forked loader worker would share the lock and keep it after this process died.
-        os.register_at_fork(after_in_child=self._file.close)
+            raise ValueError(_problem(self.folder, error)) from error
 
-    def _take(self, patience: float) -> None:
-        end, told = time.monotonic() + patience, False
-        while not self._try():
-            if time.monotonic() >= end:
-                raise ValueError(
-                    f"{self.path.parent} is in use by {self._holder()}; wait for it, stop it, or name another with "
-                    "--run-dir"
-                )
-            if not told:
-                log.info("%s is in use by %s: waiting up to %g s", self.path.parent, self._holder(), patience)
-                told = True
-            time.sleep(BETWEEN_TRIES)
-
-    def _try(self) -> bool:
+    def check(self) -> None:
+        """Raises RunFolderLost where `run.lock` is no longer the file that was locked: another process may have locked
+        the new one. A passing fault of the file system is not that.
+        """
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            current = self._lock.is_current()
         except OSError as error:
-            if error.errno == errno.EWOULDBLOCK:
-                return False
-            fault = f"{self.path.parent} cannot be locked ({error.strerror})"
-            raise ValueError(f"{fault}; choose a --run-dir on a file system with flock") from error
-        return True
-
-    def _holder(self) -> str:
-        self._file.seek(0)
-        return self._file.read().strip() or "another process"
-
-    def _sign(self) -> None:
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
+            log.warning("%s could not be checked: %s", self._lock.path, error.strerror)
+            return
+        if not current:
+            raise RunFolderLost(
+                f"{self.folder} was moved or deleted, or its run.lock was replaced, while this process was training in "
+                "it; training ends, so that no two processes write to one run. To continue a run that was moved, give "
+                "its new place with --run-dir"
+            )
 
     def release(self) -> None:
-        """Let go. The file stays: deleting it would let two processes lock two files of one name."""
-        self._file.close()
+        """Release the lock. The file stays."""
+        self._lock.release()
 
     def __enter__(self) -> "RunLock":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.release()
+
+
+WAITING = "%s is in use by %s: waiting up to %g s"
+
+
+def _problem(folder: Path, error: OSError) -> str:
+    if error.errno == errno.ELOOP:
+        return f"{folder / 'run.lock'} is a symbolic link, which is refused; remove it"
+    if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        return f"{folder} cannot be locked ({error.strerror}); choose a --run-dir on a file system with flock"
+    return f"run folder {folder} cannot be written: {error.strerror}; name another with --run-dir"

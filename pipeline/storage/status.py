@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from pipeline.storage.atomic import replacing
+from pipeline.storage.atomic import read_bounded, replacing
 
 State = Literal["none", "running", "preempted", "finished", "failed"]
 FILE = "status.json"
+MAX_BYTES = 2**20
 log = logging.getLogger("pipeline")
 
 
@@ -41,16 +42,24 @@ class Status:
 
 
 def read_status(folder: Path) -> Status:
-    """What the run folder tells; `none` where there is no status, or a damaged one."""
+    """The status that the run folder states; the state `none` where there is none, or an unreadable one."""
     try:
-        fields = json.loads((folder / FILE).read_text())
+        fields = json.loads(read_bounded(folder / FILE, MAX_BYTES))
         status = Status(**fields)
-        well_formed = (
-            status.state in get_args(State) and isinstance(status.step, int) and isinstance(status.attempt, int)
-        )
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return Status()
-    return status if well_formed else Status()
+    return status if _is_well_formed(status) else Status()
+
+
+def _is_well_formed(status: Status) -> bool:
+    counts = (status.step, status.total_steps, status.attempt)
+    return (
+        isinstance(status.state, str)
+        and status.state in get_args(State)
+        and all(type(count) is int and 0 <= count < 2**63 for count in counts)
+        and isinstance(status.reason, str)
+        and type(status.time) in (int, float)
+    )
 
 
 class StatusFile:

@@ -112,6 +112,10 @@ class Regularizers:
         """The carried vectors (n, R) by matrix shape "RxC", for a checkpoint. Empty before the first commit."""
         return dict(self._vectors)
 
+    def expected_state(self) -> dict[str, Tensor]:
+        """Tensors of the names, shapes and dtypes that `state` has after a commit."""
+        return {name: stack[:, :, 0] for name, stack in self._matrices().items()} if self.config.strength else {}
+
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave. Raises ValueError if the vectors are those of another model."""
         matrices = self._matrices() if state else {}

@@ -3,6 +3,8 @@
 Nothing random is here. Noise, data order, learning rate and beta are functions of the step.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,16 @@ from pipeline.training.ema import EMA
 from pipeline.training.regularizers import Regularizers
 
 Tensors = dict[str, dict[str, Tensor]]
+
+OPTIMIZER_SLOTS = {
+    torch.optim.Adamax: ("exp_avg", "exp_inf"),
+    torch.optim.Adam: ("exp_avg", "exp_avg_sq"),
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+}
+"""What an optimizer keeps for each parameter, with its shape and dtype, besides the scalar `step`."""
+
+SHOWN = 5
+"""Tensors that an error message names at most."""
 
 
 class TrainingState:
@@ -52,24 +64,67 @@ class TrainingState:
             parts["ema"] = self.ema.state()
         return parts
 
-    def load(self, tensors: Tensors) -> None:
-        """The inverse of `tensors`. Raises ValueError naming what is missing or does not fit."""
-        expected = set(self.tensors())
-        if set(tensors) != expected:
+    def expected(self, updates: int) -> Tensors:
+        """Tensors on the meta device with the names, shapes and dtypes that `tensors` has after `updates` updates.
+
+        Before the first update the optimizer and the regularizers have no state.
+        """
+        parts = {
+            "model": self.model.state_dict(),
+            "optimizer": expected_optimizer_tensors(self.model, self.optimizer) if updates else {},
+            "regularizers": self.regularizers.expected_state() if updates else {},
+        }
+        if self.ema is not None:
+            parts["ema"] = self.ema.state()
+        return {stem: {name: tensor.to("meta") for name, tensor in group.items()} for stem, group in parts.items()}
+
+    def load(self, tensors: Tensors, updates: int) -> None:
+        """Load what `tensors` returned after `updates` updates of the parameters (steps that were not skipped).
+
+        Raises ValueError, naming the tensors, where one is missing, unknown, of another shape or dtype, or not finite.
+        Everything is checked before anything is loaded: a fused update with a moment of another shape would write
+        beyond its memory.
+        """
+        expected = self.expected(updates)
+        if set(tensors) != set(expected):
             raise ValueError(f"the checkpoint holds {sorted(tensors)}, this run needs {sorted(expected)}")
-        load_model(self.model, tensors["model"])
+        for stem, group in tensors.items():
+            check_tensors(stem, group, expected[stem])
+        self.model.load_state_dict(tensors["model"])
         load_optimizer_tensors(self.model, self.optimizer, tensors["optimizer"])
         self.regularizers.load_state(tensors["regularizers"])
         if self.ema is not None:
             self.ema.load_state(tensors["ema"])
 
 
-def load_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Strictly loads a state dict. Raises ValueError with the first names that do not fit."""
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"the weights do not fit the model: {error}") from None
+def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load weights into a model. Raises ValueError as `check_tensors` does."""
+    check_tensors("model", tensors, model.state_dict())
+    model.load_state_dict(tensors)
+
+
+def check_tensors(file: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where `found` has other names, shapes or dtypes than `expected`, or non-finite values.
+
+    `file`: the stem of the checkpoint's file, for the message.
+    """
+    problems = [f"{name!r} is missing" for name in expected if name not in found]
+    problems += [f"{name!r} is unknown to this run" for name in found if name not in expected]
+    if not problems:
+        problems = [f"{name!r} {problem}" for name in expected if (problem := _problem(found[name], expected[name]))]
+    if problems:
+        lines = problems[:SHOWN] + ([f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else [])
+        raise ValueError(f"{file}.safetensors does not fit this run:\n  " + "\n  ".join(lines))
+
+
+def _problem(found: Tensor, expected: Tensor) -> str | None:
+    if found.shape != expected.shape:
+        return f"has shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
+    if found.dtype != expected.dtype:
+        return f"has dtype {found.dtype} instead of {expected.dtype}".replace("torch.", "")
+    if not bool(torch.isfinite(found).all()):
+        return "has non-finite values"
+    return None
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -83,15 +138,25 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
+def expected_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`optimizer_tensors` after an update of all trainable parameters, as tensors on the meta device."""
+    kind = type(getattr(optimizer, "optimizer", optimizer))  # Accelerate wraps the optimizer
+    expected = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            slots = {slot: parameter.detach().to("meta") for slot in OPTIMIZER_SLOTS[kind]}
+            slots["step"] = torch.empty((), dtype=torch.float32, device="meta")
+            expected |= {f"{name}/{slot}": tensor for slot, tensor in slots.items()}
+    return expected
+
+
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`. Raises ValueError for a name that the model does not have."""
+    """The inverse of `optimizer_tensors`, for tensors that were checked."""
     parameters = dict(model.named_parameters())
     numbers = {name: index for index, name in enumerate(parameters)}
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parameter, _, slot = name.rpartition("/")
-        if parameter not in numbers:
-            raise ValueError(f"the optimizer's state names {parameter!r}, which this model does not have")
         state.setdefault(numbers[parameter], {})[slot] = _laid_out_like(parameters[parameter], tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

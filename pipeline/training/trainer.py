@@ -308,7 +308,7 @@ class Trainer:
 
     def resume(self, progress: dict[str, int], tensors: dict[str, dict[str, Tensor]]) -> None:
         """Continues from what `progress` and `TrainingState.tensors` gave."""
-        self.state.load(tensors)
+        self.state.load(tensors, updates=progress["step"] - progress["skipped_steps"])
         self.step = progress["step"]
         self.skipped_steps = progress["skipped_steps"]
         self.skipped_in_a_row = progress["skipped_in_a_row"]

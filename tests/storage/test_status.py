@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.status import main
 from pipeline.storage.status import FILE, Status, StatusFile, read_status
 
 
@@ -38,13 +39,50 @@ def test_scripts_read_one_word(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{", '{"state": "rm -rf"}', '{"state": "running", "step": "1"}', '{"x": 1}']
+    "content",
+    [
+        "",
+        "[]",
+        "{",
+        '{"state": "rm -rf"}',
+        '{"state": ["running"]}',
+        '{"state": {"a": {}}}',
+        '{"state": "running", "step": "1"}',
+        '{"state": "running", "step": true}',
+        '{"state": "running", "step": -1}',
+        '{"state": "running", "total_steps": {}}',
+        '{"state": "running", "reason": []}',
+        '{"state": "running", "time": "now"}',
+        '{"x": 1}',
+        "[" * 100_000,
+        '{"state":' * 100_000,
+        f'{{"state": "running", "step": {"1" * 5000}}}',
+        '{"state": "running"}' + " " * 2**21,
+    ],
 )
 def test_a_damaged_file_tells_nothing(tmp_path, content):
     (tmp_path / FILE).write_text(content)
     assert read_status(tmp_path) == Status()
     assert StatusFile(tmp_path).begin(3, 10) == 1
     assert json.loads((tmp_path / FILE).read_text())["step"] == 3
+
+
+def test_status_in_other_encodings_and_links_are_unreadable(tmp_path):
+    (tmp_path / FILE).write_bytes(b"\xff\xfe\x00")
+    assert read_status(tmp_path) == Status()
+    (tmp_path / FILE).unlink()
+    (tmp_path / FILE).symlink_to("/dev/zero")
+    assert read_status(tmp_path) == Status()
+
+
+def test_the_command_explains_itself_and_refuses_a_missing_folder(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "usage: python -m pipeline.status" in capsys.readouterr().out
+    assert main([str(tmp_path / "nothing")]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, "nothing: no such folder; give the run folder" in printed.err) == ("", True)
 
 
 def test_a_disk_that_refuses_is_logged_and_borne(tmp_path, caplog, monkeypatch):
