@@ -7,6 +7,8 @@
 # ignored here; that outlives exec, and the script's own processes set a handler.
 set -euo pipefail
 trap '' USR1
+# Without GPUs the configuration below would be refused: a CPU job says so.
+if [ -z "${SLURM_GPUS_ON_NODE:-}" ]; then export ACCELERATE_USE_CPU=true; fi
 exec "$PYTHON" -m accelerate.commands.launch \
     --config_file "$FROZEN_CODE/accelerate_configs/multi_node.yaml" \
     --num_machines "$SLURM_JOB_NUM_NODES" --machine_rank "$SLURM_NODEID" --num_processes "$NUM_PROCESSES" \

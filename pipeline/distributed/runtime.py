@@ -39,7 +39,8 @@ class Runtime:
         """Joins the process group that the launcher set up.
 
         `collective_timeout`: seconds that processes wait in a collective for one that does not come; then all end.
-        Raises ValueError where the launcher made fewer processes than it announced or than `expect_processes` asks for.
+        Raises ValueError where the launcher made fewer processes than it announced or than `expect_processes` asks for,
+        and where it was configured for GPUs on a machine that has none.
         """
         self.watchdog = Watchdog()
         timeout = timedelta(seconds=collective_timeout + BACKEND_MARGIN)
@@ -57,6 +58,7 @@ class Runtime:
         self.world_size: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
         check_process_count(self.world_size, expect_processes)
+        check_gpus()
         if self.device.type == "cpu":
             torch.set_num_threads(cpu_threads or cores_per_process())
         # What the host knows is agreed among hosts: the devices go on working meanwhile. None is the default group.
@@ -248,6 +250,25 @@ def check_process_count(world_size: int, expected: int | None) -> None:
             f"train.expect_processes: {expected} processes were expected and {world_size} started; "
             "look at the launcher's num_processes (accelerate_configs/ holds configurations that work)"
         )
+
+
+def check_gpus() -> None:
+    """Raises ValueError where `accelerate launch` was configured for GPUs and this machine has none.
+
+    Its configurations for GPUs name some in CUDA_VISIBLE_DEVICES, or start processes with a LOCAL_RANK; those for CPUs
+    hide all GPUs there, or set ACCELERATE_USE_CPU.
+    """
+    environment = os.environ
+    selected = environment.get("CUDA_VISIBLE_DEVICES", "all" if "LOCAL_RANK" in environment else "")
+    for_cpu = selected in ("", "none") or selected.startswith("-1")
+    for_cpu = for_cpu or environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if for_cpu or "ACCELERATE_DYNAMO_BACKEND" not in environment or torch.cuda.is_available():
+        return
+    raise ValueError(
+        "the launcher was configured for GPUs and this machine has none; on CPUs launch with --config_file "
+        "accelerate_configs/cpu.yaml (one process) or accelerate_configs/cpu_2proc.yaml (two), or set "
+        "ACCELERATE_USE_CPU=true"
+    )
 
 
 def raised_on_all_ranks(error: Exception) -> Exception:
