@@ -159,7 +159,7 @@ told["any_of"] = runtime.any_of(rank == 0, False, rank == 1, True)
 told["all_agree"] = [runtime.all_agree(True), runtime.all_agree(rank == 0)]
 runtime.check_agreement({"code": "a", "data": "b"})
 told["disagreement"] = caught(lambda: runtime.check_agreement({"code": "a", "data": f"set {rank}"}))
-told["keys left"] = [key for key in ("count", "open") if runtime._store.check([f"meeting/1/{key}"])]
+told["keys left"] = [key for key in ("count", "open") if runtime._store.check([f"rendezvous/1/{key}"])]
 (folder / f"{rank}.json").write_text(json.dumps(told))
 if rank == 1:
     time.sleep(1)  # the first one waits for us before it leaves
