@@ -1,4 +1,4 @@
-"""What the command-line tools have in common: how they end, and how they start each other."""
+"""Shared by the command-line tools: exit codes, error messages, and starting other tools."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_tool(work: Callable[[], None]) -> int:
-    """Exit codes: 0 done, 2 something the user can mend, told in one message, 130 interrupted by Ctrl-C."""
+    """Exit codes: 0 done, 2 user error, reported in one message, 130 interrupted by Ctrl-C."""
     start_logging(None, is_main=True)
     try:
         work()
@@ -27,8 +27,8 @@ def run_tool(work: Callable[[], None]) -> int:
     return 0
 
 
-def run_python(*words: str) -> None:
-    """`python WORDS` in a process of its own, from this project. Raises ValueError where it fails, which says why."""
-    ended = subprocess.run([sys.executable, *words], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
+def run_python(*arguments: str) -> None:
+    """Runs `python ARGUMENTS` in a new process, with this project on its path. Raises ValueError if it fails."""
+    ended = subprocess.run([sys.executable, *arguments], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
     if ended.returncode != 0:
-        raise ValueError(f"`python {shlex.join(words)}` ended with exit code {ended.returncode}; see above")
+        raise ValueError(f"`python {shlex.join(arguments)}` ended with exit code {ended.returncode}; see above")

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Any model by its default recipe, or a recipe file of your own, named by the first word.
+# Any model by its default recipe, or a recipe file of your own. The first argument names it.
 #
 #   sbatch slurm/baselines.sh conv_vae
 #   slurm/submit.sh slurm/baselines.sh my_recipe.yaml optim.lr=1e-3
 #
-# docs/slurm.md tells the rest: more nodes, seeds, CPUs, what happens at the time limit.
+# See docs/slurm.md: more nodes, seeds, CPUs, what happens at the time limit.
 #SBATCH --job-name=baselines
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

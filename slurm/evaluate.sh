@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Evaluates a run on held-out images. Words are those of pipeline/evaluate.py.
+# Evaluates a run on held-out images. Takes the arguments of pipeline/evaluate.py.
 #
 #   sbatch slurm/evaluate.sh runs/nvae_celeba64 --data data/celeba64 --split test --importance-samples 1000
 #   slurm/submit.sh --gpus-per-node=8 slurm/evaluate.sh runs/nvae_celeba64 --data data/celeba64 --split test
 #
-# docs/slurm.md tells the rest: more nodes, seeds, CPUs, what happens at the time limit.
+# See docs/slurm.md: more nodes, seeds, CPUs, what happens at the time limit.
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Copies the code into .slurm/code-HASH and prints the folder's name. Equal code makes one folder, whoever asks.
+# Copies the code into .slurm/code-HASH and prints the folder's name. Equal code gives the same folder.
 #
-#   slurm/freeze.sh [WORD...]     # of a job's words, recipe files (*.yaml) are copied too
+#   slurm/freeze.sh [ARGUMENT...]     # recipe files (*.yaml) among a job's arguments are copied too
 #
-# Within a job, the first start copies and every later one finds the same folder again. What was changed between
-# submission and the first start is not known any more, so it ends the job: exit code 2, with the list.
+# Within a job, the first start copies the code and later ones use the same copy. If files changed between submission
+# and the first start, the submitted code is lost: the job ends with exit code 2 and lists them.
 set -euo pipefail
 shopt -s inherit_errexit
 
 sources=(pipeline shard_data accelerate_configs slurm)
 recipes=()
-for word in "$@"; do
-    if [[ $word == *.yaml && -f $word ]]; then recipes+=("$word"); fi
+for argument in "$@"; do
+    if [[ $argument == *.yaml && -f $argument ]]; then recipes+=("$argument"); fi
 done
 
 copy_code() {
@@ -29,7 +29,8 @@ copy_code() {
     echo "$PWD/$code"
 }
 
-# Files changed after the job was submitted; SLURM tells whole seconds, so the second of submission itself is let pass.
+# Files changed after the job was submitted; SLURM reports whole seconds, so changes within the second of
+# submission are accepted.
 changed_since() {
     find "${sources[@]}" "${recipes[@]}" -type f -not -path '*/__pycache__/*' -newerct "@$(($1 + 1))"
 }
@@ -38,16 +39,16 @@ code_of_this_job() {
     local link=.slurm/job-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.code job=$1 submitted changed code
     submitted=$(scontrol -o show job "$job" | sed -n 's/.* SubmitTime=\([^ ]*\) .*/\1/p')
     submitted=$(date -d "$submitted" +%s)
-    # An older link is of a job of the same number on another cluster, or from before SLURM began to count anew.
+    # An older link belongs to a job with the same id: of another cluster, or from before SLURM restarted its numbering.
     if [ -L "$link" ] && { [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || [ "$(stat -c %Y "$link")" -ge "$submitted" ]; }; then
         readlink "$link"
         return
     fi
     mapfile -t changed < <(changed_since "$submitted")
     if [ ${#changed[@]} -gt 0 ]; then
-        { echo "error: changed since the job was submitted, so that what was submitted is not there any more:"
+        { echo "error: these files changed since the job was submitted, so the submitted code is lost:"
           printf '  %s\n' "${changed[@]}"
-          echo "Submit again; slurm/submit.sh in place of sbatch copies the code at once, and files may change while the job waits."
+          echo "Submit again. slurm/submit.sh copies the code at submission; then files may change while the job waits."
         } >&2
         exit 2
     fi

@@ -1,17 +1,17 @@
 # shellcheck shell=bash
-# The launcher that all scripts of this folder share. A script sets what it is about, sources this file and calls `train`,
-# `evaluate` or `make_shards` with its words. docs/slurm.md is the user's guide.
+# The launcher that all scripts of this folder share. A script sets its variables, sources this file and calls `train`,
+# `evaluate` or `make_shards` with its arguments. docs/slurm.md is the user's guide.
 #
 # slurm/submit.sh calls a script first on the host that submits (SUBMITTING=1: check and stop), then SLURM does on the
-# job's first node. Exit codes: 0 done, or requeued; 2 something to mend; 75 unfinished and not requeued; others: the program's.
+# job's first node. Exit codes: 0 done, or requeued; 2 user error; 75 unfinished and not requeued; others: the program's.
 set -euo pipefail
 shopt -s inherit_errexit
 
-# The time limit is near (--signal in the scripts' headers), or the job is preempted. Noted from the first line on.
+# The time limit is near (--signal in the scripts' headers), or the job is preempted. Recorded from the first line on.
 stopping=${stopping:-}
-trap 'stopping=1; echo "$(date "+%F %T") asked to stop" >&2' USR1
+trap 'stopping=1; echo "$(date "+%F %T") received USR1, stopping" >&2' USR1
 
-# In a job that plain sbatch submitted, go on with the copy of the code that the job's first start has made.
+# In a job that plain sbatch submitted, continue with the copy of the code that its first start made.
 if [ -z "${FROZEN_CODE:-}" ]; then
     FROZEN_CODE=$(bash slurm/freeze.sh "${recipe:-}" "$@") || exit
     export FROZEN_CODE
@@ -27,13 +27,13 @@ export PYTHON PYTHONPATH=$FROZEN_CODE PYTHONFAULTHANDLER=1
 say() { echo "$(date '+%F %T') $*" >&2; }
 die() { echo "error: $*" >&2; exit 2; }
 
-# An array's task is named by array and index: the job id of one of the tasks is that of the whole array too.
+# An array's task is named by array and index: one task has the job id of the whole array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-${SLURM_JOB_ID:-}}
 attempt=${SLURM_RESTART_COUNT:-0}
 
-# Trains `$recipe` (a name, or a YAML file) in a run folder of its own; words are settings.
+# Trains `$recipe` (a name, or a YAML file) in a run folder of its own; arguments are settings.
 train() {
-    check_words "$@"
+    check_arguments "$@"
     find_recipe
     find_shards
     if [ -n "${SUBMITTING:-}" ]; then
@@ -51,10 +51,10 @@ train() {
     before=$(mark_time)
     launch train.py --config "$recipe" --data "$data" --run-dir "$run_dir" \
         train.expect_processes="$NUM_PROCESSES" train.cpu_threads="$OMP_NUM_THREADS" "$@" || rc=$?
-    settle_training "$rc" "$before"
+    report_training "$rc" "$before"
 }
 
-# Evaluates a run; all words go to pipeline/evaluate.py, the first is the run's folder.
+# Evaluates a run; all arguments go to pipeline/evaluate.py; the first is the run's folder.
 evaluate() {
     [ -d "${1:-}" ] || die "name the run's folder: slurm/evaluate.sh RUN --data DIR --split test; there is no '${1:-}' in $PWD"
     [ -z "${SUBMITTING:-}" ] || exit 0
@@ -62,10 +62,10 @@ evaluate() {
     count_processes
     local rc=0
     launch evaluate.py --threads "$OMP_NUM_THREADS" "$@" || rc=$?
-    settle_by_code "$rc"
+    report_by_code "$rc"
 }
 
-# Makes a shard set; all words go to `python -m shard_data`. It goes on where an attempt before it stopped.
+# Makes a shard set; all arguments go to `python -m shard_data`, which resumes an earlier attempt.
 make_shards() {
     [ $# -gt 0 ] || die "say what to make, for instance: slurm/shard_data.sh mnist --source DIR --out data/mnist"
     [ -z "${SUBMITTING:-}" ] || exit 0
@@ -73,18 +73,18 @@ make_shards() {
     local rc=0
     run_step srun --ntasks=1 --nodes=1 --kill-on-bad-exit=1 \
         "$PYTHON" -m shard_data "$1" --workers "${SLURM_CPUS_PER_TASK:-1}" "${@:2}" || rc=$?
-    settle_by_code "$rc"
+    report_by_code "$rc"
 }
 
 # --- before anything is launched
 
-check_words() {
-    local word
-    for word in "$@"; do
-        case $word in
-            --run-dir*) die "name the run folder by the variable RUN_DIR, not by $word: the job looks there for how training ended" ;;
-            --data | --data=* | data.root=*) die "name the shard set by the variable DATA, not by $word: the job checks and copies it" ;;
-            --model* | --config*) die "name a recipe as the first word of slurm/baselines.sh, not by $word" ;;
+check_arguments() {
+    local argument
+    for argument in "$@"; do
+        case $argument in
+            --run-dir*) die "name the run folder by the variable RUN_DIR, not by $argument: the job looks there for how training ended" ;;
+            --data | --data=* | data.root=*) die "name the shard set by the variable DATA, not by $argument: the job checks and copies it" ;;
+            --model* | --config*) die "name a recipe as the first argument of slurm/baselines.sh, not by $argument" ;;
         esac
     done
 }
@@ -100,7 +100,7 @@ find_recipe() {
     command -v "$PYTHON" > /dev/null || die "no python at $PYTHON: run \`make test\` once, or set PYTHON in slurm/site.sh"
 }
 
-# -> `$data`: what DATA names, or the recipe. A set that is not there is no reason to hold GPUs.
+# -> `$data`: what DATA names, or the recipe. Checked before GPUs are in use.
 find_shards() {
     local root source
     { read -r root; read -r source; } < <("$PYTHON" -c '
@@ -121,15 +121,15 @@ begin_attempt() { # WHAT
     say "code: $FROZEN_CODE ($(cat "$FROZEN_CODE/REVISION"))"
 }
 
-# Copies the shards to each node's own disk, and compares them with their hashes; whole ones from before are kept.
+# Copies the shards to each node's own disk, and compares them with their hashes; complete ones from an earlier attempt are kept.
 stage_shards() {
     if [ -z "$STAGE" ] || [[ $data == *://* ]]; then return; fi
     local rc=0
     run_step srun --ntasks-per-node=1 --kill-on-bad-exit=1 "$PYTHON" "$FROZEN_CODE/slurm/stage.py" "$data" "$STAGE" || rc=$?
     case $rc in
         0) data=$("$PYTHON" "$FROZEN_CODE/slurm/stage.py" --where "$data" "$STAGE") ;;
-        1) settle "$rc" killed 0 ;; # another node may have room
-        *) settle_by_code "$rc" ;;
+        1) requeue_or_give_up "$rc" killed 0 ;; # another node may have space
+        *) report_by_code "$rc" ;;
     esac
 }
 
@@ -145,17 +145,17 @@ count_processes() {
     export SRUN_CPUS_PER_TASK=$cpus # srun does not inherit it
     MAIN_PROCESS_IP=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     export MAIN_PROCESS_IP
-    export MAIN_PROCESS_PORT=$((20000 + SLURM_JOB_ID % 10000)) # two jobs on one node do not meet
+    export MAIN_PROCESS_PORT=$((20000 + SLURM_JOB_ID % 10000)) # two jobs on one node use different ports
 }
 
-launch() { # SCRIPT WORD...
+launch() { # SCRIPT ARGUMENT...
     local script=$FROZEN_CODE/pipeline/$1
     run_step srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash "$FROZEN_CODE/slurm/node.sh" "$script" "${@:2}"
 }
 
-# Runs a command in the background, for bash hears signals only between commands; gives the command's exit code, or 124
-# where it did not stop in time. USR1 goes to the processes of the step again and again, as one that comes before they
-# listen is lost.
+# Runs a command in the background, since bash handles signals only between commands. Returns the command's exit code, or
+# 124 if it did not stop in time. USR1 is sent to the step repeatedly: a signal that arrives before the processes handle
+# it is lost.
 run_step() {
     local step deadline rc=0
     "$@" &
@@ -167,7 +167,7 @@ run_step() {
     while kill -0 "$step" 2> /dev/null; do
         scancel --signal=USR1 "$job" || true
         sleep 3
-        [ "$(date +%s)" -lt "$deadline" ] || { say "the step goes on; not waiting any longer"; return 124; }
+        [ "$(date +%s)" -lt "$deadline" ] || { say "the step did not stop in time; not waiting any longer"; return 124; }
     done
     wait "$step" || rc=$?
     return "$rc"
@@ -185,8 +185,8 @@ nine_tenths_of_the_time_left() {
 
 mark_time() { stat -c %y "$run_dir/status.json" 2> /dev/null || true; }
 
-# What training says of itself in RUN/status.json decides, for an exit code does not tell a kill from an error.
-settle_training() { # RC MARK_TIME_BEFORE
+# RUN/status.json decides: an exit code does not distinguish a kill from an error.
+report_training() { # RC MARK_TIME_BEFORE
     local state step
     read -r state step < <("$PYTHON" -c '
 import pathlib, sys
@@ -200,34 +200,34 @@ print(status.state, status.step)' "$run_dir")
     case $state in
         finished) say "finished: step $step"; exit 0 ;;
         failed) say "failed: $run_dir/status.json says why; not requeued"; exit $(($1 > 0 ? $1 : 1)) ;;
-        *) settle "$1" "$state" "$step" ;;
+        *) requeue_or_give_up "$1" "$state" "$step" ;;
     esac
 }
 
-# Other programs have their exit code alone: below 124 they ended by themselves.
-settle_by_code() { # RC
+# Other programs have only an exit code: below 124 they ended by themselves.
+report_by_code() { # RC
     [ "$1" -ge 124 ] || exit "$1"
-    settle "$1" "$([ -n "$stopping" ] && echo preempted || echo killed)" 0
+    requeue_or_give_up "$1" "$([ -n "$stopping" ] && echo preempted || echo killed)" 0
 }
 
-settle() { # RC STATE STEP: unfinished
+requeue_or_give_up() { # RC STATE STEP: unfinished
     say "attempt $attempt stopped: $2 at step $3, exit code $1"
     echo "$2 $3" >> "$attempts"
     local failures
     failures=$(failures_in_a_row)
-    [ "$failures" -lt "$MAX_FAILURES" ] || give_up "$failures attempts in a row failed and brought it no step further (MAX_FAILURES)"
+    [ "$failures" -lt "$MAX_FAILURES" ] || give_up "$failures attempts in a row failed without progress (MAX_FAILURES)"
     [ $((attempt + 1)) -lt "$MAX_ATTEMPTS" ] || give_up "this was the last of $MAX_ATTEMPTS attempts (MAX_ATTEMPTS)"
     scontrol requeue "$job" || give_up "SLURM did not requeue the job"
     say "requeued"
     exit 0
 }
 
-# Failed attempts since the last that was stopped on purpose or went further than all before it.
+# Failed attempts since the last that was preempted or got further than all earlier ones.
 failures_in_a_row() {
     awk '{ failures = $1 == "preempted" || $2 > best ? 0 : failures + 1 } $2 > best { best = $2 } END { print failures }' "$attempts"
 }
 
 give_up() { # WHY
-    say "unfinished, not requeued: $1. Submit the same again to go on."
+    say "unfinished, not requeued: $1. Submit the same command again to resume."
     exit 75
 }

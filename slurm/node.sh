@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # What srun starts once on every node: `accelerate launch`, which starts the node's processes.
 #
-#   slurm/node.sh SCRIPT WORD...
+#   slurm/node.sh SCRIPT ARGUMENT...
 #
-# SLURM sends USR1 to every process of a step. The launcher would die of it, and take the processes with it, so it is
-# ignored here; that outlives exec, and the script's own processes set a handler.
+# SLURM sends USR1 to every process of a step. It would end the launcher and its processes, so it is ignored here;
+# exec keeps that, and the script's own processes set a handler.
 set -euo pipefail
 trap '' USR1
+# Without GPUs, training refuses the configuration below unless CPUs are requested.
+if [ -z "${SLURM_GPUS_ON_NODE:-}" ]; then export ACCELERATE_USE_CPU=true; fi
 exec "$PYTHON" -m accelerate.commands.launch \
     --config_file "$FROZEN_CODE/accelerate_configs/multi_node.yaml" \
     --num_machines "$SLURM_JOB_NUM_NODES" --machine_rank "$SLURM_NODEID" --num_processes "$NUM_PROCESSES" \

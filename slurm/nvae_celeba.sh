@@ -5,7 +5,7 @@
 #   slurm/submit.sh slurm/nvae_celeba.sh                     # the same, with code and settings as they are now
 #   slurm/submit.sh --nodes=2 slurm/nvae_celeba.sh train.steps=1000
 #
-# docs/slurm.md tells the rest: more nodes, seeds, CPUs, what happens at the time limit.
+# See docs/slurm.md: more nodes, seeds, CPUs, what happens at the time limit.
 #SBATCH --job-name=nvae_celeba
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -4,7 +4,7 @@
 #   sbatch slurm/nvae_cifar10.sh
 #   slurm/submit.sh --nodes=2 slurm/nvae_cifar10.sh train.steps=1000
 #
-# docs/slurm.md tells the rest: more nodes, seeds, CPUs, what happens at the time limit.
+# See docs/slurm.md: more nodes, seeds, CPUs, what happens at the time limit.
 #SBATCH --job-name=nvae_cifar10
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -4,7 +4,7 @@
 #   sbatch slurm/nvae_mnist.sh
 #   slurm/submit.sh slurm/nvae_mnist.sh train.epochs=100
 #
-# docs/slurm.md tells the rest: more nodes, seeds, CPUs, what happens at the time limit.
+# See docs/slurm.md: more nodes, seeds, CPUs, what happens at the time limit.
 #SBATCH --job-name=nvae_mnist
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes a shard set; an interrupted one goes on. Words are those of `python -m shard_data`.
+# Makes a shard set; resumes an interrupted one. Takes the arguments of `python -m shard_data`.
 #
 #   sbatch slurm/shard_data.sh celeba --size 64 --source ~/celeba --out data/celeba64
 #
-# docs/slurm.md tells the rest: more nodes, seeds, CPUs, what happens at the time limit.
+# See docs/slurm.md: more nodes, seeds, CPUs, what happens at the time limit.
 #SBATCH --job-name=shard_data
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What differs from site to site; the one file here to edit. slurm/submit.sh reads it on the host that submits, each job
-# reads it on its first node. NAME=${NAME:-value} gives way to a NAME that the submitting shell has exported.
+# reads it on its first node. NAME=${NAME:-value} keeps a NAME that the submitting shell has exported.
 
 # Environment: a python that has the project's packages (`make` makes .venv), and the modules it needs.
 # module purge
@@ -14,15 +14,15 @@ PYTHON=${PYTHON:-.venv/bin/python}
 
 # Network: needed where node names resolve to loopback, or where the fast network is not the first one.
 # export NCCL_SOCKET_IFNAME=ib0   # GPUs
-# export GLOO_SOCKET_IFNAME=ib0   # CPUs, and what hosts of GPU jobs agree on
+# export GLOO_SOCKET_IFNAME=ib0   # CPUs, and host memory in GPU jobs
 # export NCCL_IB_HCA=mlx5
 # export NCCL_DEBUG=WARN
 
-# Places. RUNS: where run folders are made. STAGE: a folder on each node's own disk, the same path on all of them and
-# left alone between jobs; shards are copied there and checked before training. Empty: shards are read where they are.
+# Folders. RUNS: run folders. STAGE: a folder on each node's own disk, the same path on all of them and
+# kept between jobs; shards are copied there and checked before training. Empty: shards are read in place.
 RUNS=${RUNS:-runs}
 STAGE=${STAGE:-}
 
-# How often a job is requeued: starts in all, and failed ones in a row that brought training no step further.
+# How often a job is requeued: all starts, and failed ones in a row without progress.
 MAX_ATTEMPTS=${MAX_ATTEMPTS:-100}
 MAX_FAILURES=${MAX_FAILURES:-5}

@@ -1,10 +1,10 @@
 """Copies a shard set to this node's own disk, and compares every file with its hash.
 
-    python slurm/stage.py SET FOLDER           into FOLDER/NAME-FINGERPRINT; whole files from before are kept
+    python slurm/stage.py SET FOLDER           into FOLDER/NAME-FINGERPRINT; complete files are kept
     python slurm/stage.py --where SET FOLDER   only print that folder
 
-Needs the repository on PYTHONPATH. Exit codes: 0 the copy is whole, 1 this node cannot take it, 2 the set itself is
-not in order.
+Needs the repository on PYTHONPATH. Exit codes: 0 the copy is complete, 1 this node cannot store it, 2 the original
+is damaged.
 """
 
 import fcntl
@@ -22,17 +22,17 @@ SECONDS_PER_LINE = 10
 
 
 def where(manifest: Manifest, folder: Path) -> Path:
-    """The copy's folder. Another set, or another version of it, has another one."""
+    """The copy's folder. Each set, and each version of it, has its own."""
     return folder / f"{manifest['name']}-{manifest['fingerprint'][:12]}"
 
 
 def stage(root: Path, folder: Path) -> None:
-    """Makes the copy whole. Raises DataError where the original is damaged, OSError where the copy cannot be made."""
+    """Completes the copy. Raises DataError where the original is damaged, OSError where the copy cannot be made."""
     manifest = load(root)
     target = where(manifest, folder)
     target.mkdir(parents=True, exist_ok=True)
     with open(target / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of the jobs on this node one copies, and the others find it done
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one job per node copies; the others wait, then use its copy
         copied = copy_shards(manifest, root, target)
         copy(root / FILE, target / FILE, sha256(root / FILE))
     say(f"{target} is whole: {len(hashes(manifest))} files, {copied} of them copied now")
@@ -41,14 +41,14 @@ def stage(root: Path, folder: Path) -> None:
 def copy_shards(manifest: Manifest, root: Path, target: Path) -> int:
     """Returns how many files had to be copied."""
     files = hashes(manifest)
-    copied, told = 0, time.monotonic()
+    copied, last_line = 0, time.monotonic()
     for number, (name, digest) in enumerate(files.items(), start=1):
         if not is_whole(target / name, digest):
             copy(root / name, target / name, digest)
             copied += 1
-        if time.monotonic() - told > SECONDS_PER_LINE:
+        if time.monotonic() - last_line > SECONDS_PER_LINE:
             say(f"{number} of {len(files)} files of {root} are here")
-            told = time.monotonic()
+            last_line = time.monotonic()
     return copied
 
 
@@ -63,32 +63,32 @@ def is_whole(path: Path, digest: str) -> bool:
 
 
 def copy(source: Path, target: Path, digest: str) -> None:
-    """Copies one file, and reads the copy again."""
+    """Copies one file, then reads the copy back."""
     with replacing(target) as file, open(source, "rb") as original:
         shutil.copyfileobj(original, file, 2**20)
     if is_whole(target, digest):
         return
     target.unlink()
     if is_whole(source, digest):
-        raise OSError(f"{target} is not what was written there; this node's disk is faulty")
-    raise DataError(f"{source} is damaged; `python -m shard_data verify {source.parent}` tells more")
+        raise OSError(f"{target} differs from what was written; this node's disk is faulty")
+    raise DataError(f"{source} is damaged; `python -m shard_data verify {source.parent}` lists the problems")
 
 
 def say(text: str) -> None:
     print(f"{socket.gethostname()}: {text}", file=sys.stderr, flush=True)
 
 
-def main(words: list[str]) -> int:
-    if words[:1] == ["--where"]:
-        print(where(load(Path(words[1])), Path(words[2])))
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--where"]:
+        print(where(load(Path(arguments[1])), Path(arguments[2])))
         return 0
     try:
-        stage(Path(words[0]), Path(words[1]))
+        stage(Path(arguments[0]), Path(arguments[1]))
     except DataError as error:
         say(f"error: {error}")
         return 2
     except OSError as error:
-        say(f"error: the shards could not be copied to {words[1]}: {error}")
+        say(f"error: the shards could not be copied to {arguments[1]}: {error}")
         return 1
     return 0
 

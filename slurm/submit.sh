@@ -1,22 +1,21 @@
 #!/usr/bin/env bash
-# sbatch, with the code and the settings as they are now. What can be checked is checked before the job is queued: the
-# settings, and whether the shards are there.
+# sbatch with a copy of the current code. Checks the settings, and that the shards exist, before the job is queued.
 #
-#   slurm/submit.sh [options of sbatch] slurm/SCRIPT.sh [words of the script]
+#   slurm/submit.sh [options of sbatch] slurm/SCRIPT.sh [arguments of the script]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 options=()
 while [ $# -gt 0 ] && [[ $1 != *.sh ]]; do
     case $1 in
-        -d* | --dependency*) export SHARDS_LATER=1 ;; # the job waited for may be the one that makes them
+        -d* | --dependency*) export SHARDS_LATER=1 ;; # the job it depends on may make them
     esac
     options+=("$1")
     shift
 done
 script=slurm/$(basename "${1:-}")
 if [ ! -f "$script" ] || [ $# = 0 ]; then
-    sed -n '2,5s/^# \{0,1\}//p' slurm/submit.sh >&2
+    sed -n '2,4s/^# \{0,1\}//p' slurm/submit.sh >&2
     exit 2
 fi
 shift

@@ -1,4 +1,4 @@
-"""What the processes of a run must have in common before they train together."""
+"""Facts that must be equal on all processes before they train."""
 
 import hashlib
 from collections import defaultdict
@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def code_version() -> str:
-    """A sha256 over this package's Python sources, so that nodes with different checkouts are noticed. Milliseconds."""
+    """A sha256 over this package's Python sources, to detect nodes with different checkouts. Takes milliseconds."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         content = path.read_bytes()
@@ -18,14 +18,14 @@ def code_version() -> str:
 
 
 def disagreement(facts: Sequence[Mapping[str, str]]) -> str | None:
-    """What differs between the ranks, whose facts these are, in rank order; None where nothing does."""
+    """A message about the facts that differ between ranks (`facts` in rank order); None if they are equal."""
     names = sorted(set().union(*facts))
     lines = [_line(name, [rank.get(name, "nothing") for rank in facts]) for name in names]
     differing = [line for line in lines if line is not None]
     if not differing:
         return None
-    remedy = "start all processes with the same command, from the same code and data"
-    return "\n".join(["the processes do not agree; " + remedy, *differing])
+    advice = "start all processes with the same command, from the same code and data"
+    return "\n".join(["the processes do not agree; " + advice, *differing])
 
 
 def _line(name: str, values: Sequence[str]) -> str | None:

@@ -1,22 +1,22 @@
-"""The launcher that started this process (`accelerate launch`, torchrun), and whether it still lives.
+"""The launcher that started this process (`accelerate launch`, torchrun), and whether it is alive.
 
-The kernel could tell of a parent's death by itself (PR_SET_PDEATHSIG), but it means the thread that started us rather
-than the process, knows no message, and exists on Linux only. Asking for the parent's number costs nothing.
+The kernel can signal a parent's death (PR_SET_PDEATHSIG), but it watches the parent's thread instead of the process,
+leaves no time for a message, and exists on Linux only. Comparing the parent's process id costs nothing.
 """
 
 import os
 
 MARKS = frozenset({"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND"})
-"""Environment variables that the launchers set always: torchrun (also below `accelerate launch` with several processes)
+"""Environment variables that the launchers always set: torchrun (also below `accelerate launch` with several processes)
 and `accelerate launch` with one."""
 
 
 class Launcher:
-    """Make one early: it remembers its maker's parent.
+    """Create it early: it stores the parent's process id.
 
-    A mark alone proves nothing, since it may come from a shell that a launcher started, or that a user put it into. The
-    launchers start us with their own interpreter. A shell as our parent is left in peace, so that a run under `nohup`
-    outlives it; anything else that took us in, from another session, did so because the launcher died before we looked.
+    A mark alone is not enough, since a shell may have exported it. The launchers start this process with their own
+    interpreter. If the parent is a shell, there is no launcher, so that a run under `nohup` survives the shell. If the
+    parent is another program in another session, the launcher died before this object was created.
     """
 
     def __init__(self):
@@ -32,7 +32,7 @@ class Launcher:
 
 
 def program(pid: int) -> str | None:
-    """The executable of a process, None where it cannot be told."""
+    """The executable of a process, None where it cannot be read."""
     try:
         return os.readlink(f"/proc/{pid}/exe")
     except OSError:

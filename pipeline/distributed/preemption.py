@@ -1,4 +1,4 @@
-"""Asked to stop: SIGTERM and SIGUSR1, which clusters send before they take a machine away, wait for a step's edge."""
+"""SIGTERM and SIGUSR1, which clusters send before they preempt a job, stop training between steps."""
 
 import signal
 from types import FrameType
@@ -8,15 +8,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """A context, entered in the main thread, in which the signals are noted and nothing else happens.
+    """A context, entered in the main thread, that records these signals instead of ending the process.
 
-    Once a stop was asked for, the signals stay ignored after the context: schedulers and launchers repeat them, and a
-    process that is about to end by itself must be able to say how it ended. Ctrl-C is left alone.
+    After a signal, the signals stay ignored when the context ends: schedulers and launchers repeat them, and the
+    process must be able to report how it ended. Ctrl-C is not handled here.
     """
 
     def __init__(self):
         self.reason: str | None = None
-        """Name of the first signal that came, as "SIGTERM"."""
+        """The name of the first signal, for instance "SIGTERM"."""
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -27,7 +27,7 @@ class StopRequest:
         for number, handler in self._previous.items():
             if self.reason is not None:
                 handler = signal.SIG_IGN
-            elif handler is None:  # a handler of another language's, which Python cannot put back
+            elif handler is None:  # a handler that Python did not set and cannot restore
                 handler = signal.SIG_DFL
             signal.signal(number, handler)
 

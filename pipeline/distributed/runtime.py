@@ -1,7 +1,7 @@
-"""Processes and devices: the one door to Accelerate, and every collective of the trainer.
+"""Processes and devices. The only module that uses Accelerate; the trainer's collectives go through it.
 
-Nothing here knows models or data. With one process each collective is the identity. A collective that a process does
-not join in time ends all of them (see `watchdog`); where one process works while others wait, they wait in patience.
+It does not depend on models or data. With one process each collective is the identity. If a process does not join a
+collective in time, all processes end (see `watchdog`). Processes wait without a timeout for the work of another one.
 """
 
 import os
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 from pipeline.distributed import collectives
 from pipeline.distributed.agreement import disagreement
-from pipeline.distributed.watchdog import Crew, Watchdog, wait_until
+from pipeline.distributed.watchdog import Watchdog, World, wait_until
 
 Precision = Literal["fp32", "bf16", "fp64"]
 Result = TypeVar("Result")
 
 BACKEND_MARGIN = 30.0
-"""Seconds by which gloo and NCCL give up later than the watchdog, which can say who is missing."""
+"""Seconds added to the timeout of gloo and NCCL, so that the watchdog ends the run first and names the missing rank."""
 
 
 class Runtime:
-    """Where this process stands among the others, and how they talk."""
+    """This process's rank and device, and its collectives."""
 
     def __init__(
         self,
@@ -38,12 +38,13 @@ class Runtime:
     ):
         """Joins the process group that the launcher set up.
 
-        `collective_timeout`: seconds that processes wait in a collective for one that does not come; then all end.
-        Raises ValueError where the launcher made fewer processes than it announced or than `expect_processes` asks for.
+        `collective_timeout`: seconds that processes wait for a rank in a collective before all of them end.
+        Raises ValueError where the launcher made fewer processes than it announced or than `expect_processes` asks for,
+        and where it was configured for GPUs on a machine that has none.
         """
         self.watchdog = Watchdog()
         timeout = timedelta(seconds=collective_timeout + BACKEND_MARGIN)
-        # Static shapes and synchronised batch norm leave DDP nothing to broadcast.
+        # With synchronized batch norm DDP has no buffers to broadcast.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         self.accelerator = Accelerator(
             mixed_precision="bf16" if precision == "bf16" else "no",
@@ -57,9 +58,10 @@ class Runtime:
         self.world_size: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
         check_process_count(self.world_size, expect_processes)
+        check_gpus()
         if self.device.type == "cpu":
             torch.set_num_threads(cpu_threads or cores_per_process())
-        # What the host knows is agreed among hosts: the devices go on working meanwhile. None is the default group.
+        # Flags and objects in host memory use their own group, so that no device has to wait. None: the default group.
         on_gpus = self.device.type == "cuda" and self.world_size > 1
         self._hosts = collectives.new_host_group(timeout) if on_gpus else None
         self._num_rendezvous = 0
@@ -73,12 +75,12 @@ class Runtime:
             return sum(map(collectives.num_collectives, groups))
 
         self._store = collectives.connect_store("watchdog")
-        self.watchdog.join(Crew(self.rank, self.world_size, self._store, timeout, joined))
+        self.watchdog.join(World(self.rank, self.world_size, self._store, timeout, joined))
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The model behind DDP (with more than one process) and autocast, and the optimizer, both on the device."""
         with warnings.catch_warnings():
-            # torch 2.13 deprecates an argument that Accelerate passes; nobody here can do anything about it.
+            # torch 2.13 deprecates an argument that Accelerate passes.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             return self.accelerator.prepare(model, optimizer)
 
@@ -119,15 +121,15 @@ class Runtime:
         return self.accelerator.gather(value)
 
     def run_on_main(self, work: Callable[[], Result]) -> Result | None:
-        """Runs `work` on the main process while the others wait, for as long as that takes.
+        """Runs `work` on the main process while the others wait without a timeout.
 
-        Its result stays there; its ValueError or OSError reaches every rank.
+        Returns its result there, and None elsewhere. Its ValueError or OSError is raised on every rank.
         """
         return self._run(work if self.is_main else lambda: None, workers=1)
 
     def run_on_all(self, work: Callable[[], Result]) -> Result:
-        """Runs `work` on every rank; the quick wait for the slow, for as long as that takes. A ValueError or OSError of
-        any rank reaches every rank, the first rank's first.
+        """Runs `work` on every rank. Blocks without a timeout until all ranks finish. A ValueError or OSError of any
+        rank is raised on every rank; if several fail, that of the lowest rank.
         """
         return self._run(work, workers=self.world_size)
 
@@ -144,13 +146,13 @@ class Runtime:
         return result
 
     def _rendezvous(self, workers: int) -> None:
-        """Until the first `workers` ranks have come here. No collective, which would time out: whether those who are
-        awaited live is the watchdog's matter.
+        """Blocks until the first `workers` ranks arrive. Not a collective, which would time out; the watchdog checks
+        that the other ranks are alive.
         """
         if self.world_size == 1:
             return
         self._num_rendezvous += 1
-        count, opened = f"meeting/{self._num_rendezvous}/count", f"meeting/{self._num_rendezvous}/open"
+        count, opened = f"rendezvous/{self._num_rendezvous}/count", f"rendezvous/{self._num_rendezvous}/open"
         if self.rank < workers and self._store.add(count, 1) == workers:
             self._store.set(opened, "")
         wait_until(lambda: self._store.check([opened]))
@@ -168,18 +170,18 @@ class Runtime:
         return collectives.from_main(value, self._hosts)
 
     def check_agreement(self, facts: Mapping[str, str]) -> None:
-        """Raises ValueError on every rank where any fact differs between ranks; it says who has what."""
+        """Raises ValueError on every rank where any fact differs between ranks, with the values and their ranks."""
         problem = disagreement(self.gather_objects(dict(facts)))
         if problem is not None:
             raise raised_on_all_ranks(ValueError(problem))
 
     def barrier(self) -> None:
-        """Every rank has come here; the quick wait for the slow, for as long as that takes."""
+        """Blocks without a timeout until all ranks arrive."""
         self._rendezvous(self.world_size)
 
     @contextmanager
     def propagate_failure(self) -> Iterator[None]:
-        """An error inside, unless every rank raises it alike, ends the other processes too, with its message."""
+        """An error inside ends the other processes too, with its message, unless every rank raises it."""
         try:
             yield
         except Exception as error:
@@ -189,7 +191,7 @@ class Runtime:
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """A script's whole work among processes: `propagate_failure`, and `close` at the end of it."""
+        """For a script's whole work: `propagate_failure`, then `close`."""
         try:
             with self.propagate_failure():
                 yield
@@ -204,19 +206,19 @@ class Runtime:
     def close(self) -> None:
         """Leaves the process group, so that the interpreter ends without a warning.
 
-        After a failure it stays as it is: to take it apart could mean to wait for processes that are gone.
+        Not after a failure: destroying the group could block on processes that no longer exist.
         """
         self.watchdog.close()
         if self.watchdog.failed:
             return
-        # What DDP holds must go before the process group does: at the interpreter's end its threads could abort us.
+        # Free DDP's state before the process group: its threads could abort the interpreter at exit.
         self.accelerator.free_memory()
         self.accelerator.end_training()
         collectives.leave()
 
     @property
     def device_name(self) -> str:
-        """As its maker calls it; "CPU" for any CPU."""
+        """The GPU's product name; "CPU" for any CPU."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     def describe(self) -> str:
@@ -236,7 +238,7 @@ def cores_per_process() -> int:
 
 
 def check_process_count(world_size: int, expected: int | None) -> None:
-    """Launchers may silently start one process where several were asked for; training on must not go unnoticed."""
+    """Raises ValueError where the launcher started another number of processes than it was configured for."""
     announced = int(os.environ.get("WORLD_SIZE", "1"))
     if announced != world_size:
         raise ValueError(
@@ -250,12 +252,31 @@ def check_process_count(world_size: int, expected: int | None) -> None:
         )
 
 
+def check_gpus() -> None:
+    """Raises ValueError where `accelerate launch` was configured for GPUs and this machine has none.
+
+    Its configurations for GPUs name some in CUDA_VISIBLE_DEVICES, or start processes with a LOCAL_RANK; those for CPUs
+    hide all GPUs there, or set ACCELERATE_USE_CPU.
+    """
+    environment = os.environ
+    selected = environment.get("CUDA_VISIBLE_DEVICES", "all" if "LOCAL_RANK" in environment else "")
+    for_cpu = selected in ("", "none") or selected.startswith("-1")
+    for_cpu = for_cpu or environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if for_cpu or "ACCELERATE_DYNAMO_BACKEND" not in environment or torch.cuda.is_available():
+        return
+    raise ValueError(
+        "the launcher was configured for GPUs and this machine has none; on CPUs launch with --config_file "
+        "accelerate_configs/cpu.yaml (one process) or accelerate_configs/cpu_2proc.yaml (two), or set "
+        "ACCELERATE_USE_CPU=true"
+    )
+
+
 def raised_on_all_ranks(error: Exception) -> Exception:
-    """Marks an error as one that every rank raises at the same place."""
+    """Marks an error that every rank raises at the same point."""
     error.on_every_rank = True
     return error
 
 
 def is_raised_on_all_ranks(error: Exception) -> bool:
-    """Whether every rank raises this error, so that a collective can still be had."""
+    """Whether every rank raises this error, so that collectives still work."""
     return getattr(error, "on_every_rank", False)

@@ -1,4 +1,4 @@
-"""Batch normalisation over the global batch, on any device and backend."""
+"""Batch normalization over the global batch, on any device and backend."""
 
 from collections.abc import Callable
 
@@ -17,11 +17,11 @@ SPACE = (0, 2, 3)  # all dimensions but the channels
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch norm, optionally followed by an activation, with statistics over all processes while training.
 
-    torch's SyncBatchNorm refuses CPU tensors; this one works wherever all_gather and all_reduce do, and gives the
-    numbers of a single process that sees the whole batch. Not twice differentiable when distributed.
+    torch's SyncBatchNorm refuses CPU tensors; this one works with any backend, and gives the
+    results of a single process that has the whole batch. Not twice differentiable when distributed.
 
-    `copies`: the input stands for one in which every pixel occurs that many times (nearest upsampling put off until
-    after the norm). Mean and variance are the same; the unbiased running variance is not.
+    `copies`: the input stands for one in which every pixel occurs that many times (nearest upsampling moved
+    behind the norm). Mean and variance are the same; the unbiased running variance is not.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     def _local(self, x: Tensor) -> Tensor:
         count = x.numel() // x.shape[1]
         running_var = self.running_var
-        # F.batch_norm scales the batch variance by count / (count - 1), which copies change: there it gets a blank one
+        # F.batch_norm scales the batch variance by count / (count - 1), which copies change: there it gets zeros
         if self.copies > 1:
             running_var = torch.zeros_like(running_var)
         y = F.batch_norm(x, self.running_mean, running_var, self.weight, self.bias, True, self.momentum, self.eps)
@@ -68,12 +68,12 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def keep_collectives_uncompiled() -> None:
-    """Call before compiling a model. (As a decorator it would load the compiler, a second, at every import.)"""
+    """Call before compiling a model. (A decorator would load the compiler at import, which takes a second.)"""
     BatchNorm2d._global = torch.compiler.disable(BatchNorm2d._global)
 
 
 class GlobalBatchNorm(Function):
-    """(x, weight, bias, eps) -> (normalised x, mean, biased variance, count), moments over all processes' batches."""
+    """(x, weight, bias, eps) -> (normalized x, mean, biased variance, count), moments over all processes' batches."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
@@ -87,12 +87,12 @@ class GlobalBatchNorm(Function):
     def backward(ctx, dy, *_):
         x, weight, mean, inverse_std, count = ctx.saved_tensors
         wide_dy = dy.to(weight.dtype)
-        centred = x.to(weight.dtype) - _channels(mean)
-        sums = torch.stack([wide_dy.sum(SPACE), (wide_dy * centred).sum(SPACE)])  # (2, C)
+        centered = x.to(weight.dtype) - _channels(mean)
+        sums = torch.stack([wide_dy.sum(SPACE), (wide_dy * centered).sum(SPACE)])  # (2, C)
         dbias, dweight = sums[0].clone(), sums[1] * inverse_std
         dy_mean, covariance = collectives.all_reduce(sums) / count
         dx = torch.addcmul(
-            wide_dy - _channels(dy_mean), centred, _channels(covariance * inverse_std.square()), value=-1
+            wide_dy - _channels(dy_mean), centered, _channels(covariance * inverse_std.square()), value=-1
         )
         return (dx * _channels(weight * inverse_std)).to(x.dtype), dweight, dbias, None
 

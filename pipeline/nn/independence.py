@@ -1,4 +1,4 @@
-"""How far two parts of a latent vector vary together, over the batch of all processes."""
+"""Covariance of two parts of a latent vector, over the batch of all processes."""
 
 import torch
 from torch import Tensor
@@ -11,12 +11,11 @@ from pipeline.distributed import collectives
 def cross_covariance(a: Tensor, b: Tensor) -> Tensor:
     """(): half the sum of squares of the covariances of a (B, n) with b (B, m); 0 where they are uncorrelated.
 
-    The XCov penalty of Cheung et al. 2014 (arXiv:1412.6583, eq. 4). A covariance belongs to the whole batch, so the
-    rows of all processes are gathered: each process then holds the number, and their averaged gradients are the
-    gradient, that one process would find for the whole batch.
+    The XCov penalty of Cheung et al. 2014 (arXiv:1412.6583, eq. 4). The rows of all processes are gathered, so the
+    value, and the gradient after averaging over processes, equal those of one process with the whole batch.
     """
     a, b = gathered_rows(torch.cat([a, b], dim=1)).split([a.shape[1], b.shape[1]], dim=1)
-    with torch.autocast(a.device.type, enabled=False):  # bfloat16 would blur what is near 0
+    with torch.autocast(a.device.type, enabled=False):  # bfloat16 is too coarse near 0
         covariance = (a - a.mean(0)).T @ (b - b.mean(0)) / len(a)  # (n, m)
     return covariance.square().sum() / 2
 
@@ -27,7 +26,7 @@ def gathered_rows(x: Tensor) -> Tensor:
 
 
 class GatherRows(Function):
-    """Each process's loss depends on the rows of all: a row's gradient is the sum of what all of them ask of it."""
+    """Each process's loss depends on the rows of all: a row's gradient is the sum over processes."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

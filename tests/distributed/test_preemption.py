@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.loader import _start_worker, start_workers
 from pipeline.distributed.preemption import SIGNALS, StopRequest
-from tests.distributed.test_watchdog import PATIENCE, environment, lives, run, started, until, write_script
+from tests.distributed.test_watchdog import TIMEOUT, environment, lives, run, started, until, write_script
 
 
 @pytest.fixture
@@ -160,5 +160,5 @@ next(batches)
 def test_leaving_while_a_worker_reads_ends_it():
     """At its end the interpreter sends SIGTERM to workers and waits for them, as long as that takes."""
     words = [sys.executable, "-c", LEAVES]
-    result = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+    result = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
     assert (result.returncode, result.stderr) == (0, "")

@@ -3,6 +3,7 @@ for each other, agree, and stop together."""
 
 import json
 import os
+import subprocess
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 
 from pipeline.distributed.agreement import code_version, disagreement
 from pipeline.distributed.logs import launched_rank
-from pipeline.distributed.runtime import check_process_count, cores_per_process
-from tests.distributed.test_watchdog import run, write_script
+from pipeline.distributed.runtime import check_gpus, check_process_count, cores_per_process
+from tests.distributed.test_watchdog import command, environment, run, write_script
 
 
 def test_with_one_process_collectives_are_the_identity(make_runtime):
@@ -71,6 +72,57 @@ def test_only_a_launcher_of_several_processes_gives_ranks(monkeypatch, environme
     assert launched_rank() == rank
 
 
+LAUNCHED = {"ACCELERATE_DYNAMO_BACKEND": "NO"}
+RANKED = LAUNCHED | {"LOCAL_RANK": "0"}
+
+
+def set_launcher(monkeypatch, variables: dict[str, str]) -> None:
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize(
+    "environment", [RANKED, RANKED | {"CUDA_VISIBLE_DEVICES": "0,1"}, LAUNCHED | {"CUDA_VISIBLE_DEVICES": "0"}]
+)
+def test_a_gpu_configuration_is_refused_without_gpus(monkeypatch, environment):
+    set_launcher(monkeypatch, environment)
+    with pytest.raises(ValueError, match="accelerate_configs/cpu_2proc.yaml"):
+        check_gpus()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_gpus()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        LAUNCHED,
+        {"LOCAL_RANK": "0"},
+        RANKED | {"CUDA_VISIBLE_DEVICES": "-1,-1"},
+        RANKED | {"CUDA_VISIBLE_DEVICES": ""},
+        RANKED | {"ACCELERATE_USE_CPU": "true"},
+    ],
+)
+def test_a_cpu_configuration_is_accepted_without_gpus(monkeypatch, environment):
+    set_launcher(monkeypatch, environment)
+    check_gpus()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
+def test_the_multi_gpu_configuration_ends_with_one_error(tmp_path):
+    """Before, it trained on CPU processes and exited with 0."""
+    launcher = command(2, write_script(tmp_path, "runtime.close()"))
+    config = launcher.index("--config_file") + 1
+    launcher[config] = launcher[config].replace("cpu_2proc", "multi_gpu")
+    launcher[config + 1 : config + 1] = ["--num_processes", "2"]
+    result = subprocess.run(launcher, env=environment(), capture_output=True, text=True, timeout=60)
+    assert result.returncode != 0
+    assert "the launcher was configured for GPUs and this machine has none" in result.stderr
+
+
 def test_one_process_needs_no_thread(make_runtime):
     """Without a launcher there is nobody to watch."""
     runtime = make_runtime()
@@ -107,7 +159,7 @@ told["any_of"] = runtime.any_of(rank == 0, False, rank == 1, True)
 told["all_agree"] = [runtime.all_agree(True), runtime.all_agree(rank == 0)]
 runtime.check_agreement({"code": "a", "data": "b"})
 told["disagreement"] = caught(lambda: runtime.check_agreement({"code": "a", "data": f"set {rank}"}))
-told["keys left"] = [key for key in ("count", "open") if runtime._store.check([f"meeting/1/{key}"])]
+told["keys left"] = [key for key in ("count", "open") if runtime._store.check([f"rendezvous/1/{key}"])]
 (folder / f"{rank}.json").write_text(json.dumps(told))
 if rank == 1:
     time.sleep(1)  # the first one waits for us before it leaves

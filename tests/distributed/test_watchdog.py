@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.distributed.heartbeat import LONGEST_TICK, Beat, Roll
+from pipeline.distributed.heartbeat import LONGEST_TICK, Heartbeat, Heartbeats
 from pipeline.distributed.launcher import MARKS
 from pipeline.distributed.watchdog import HUNG, ORPHANED, PEER_FAILED
 from tests.helpers.launching import ROOT
 
-PATIENCE = 60  # seconds until a test that should have ended fails
+TIMEOUT = 60  # seconds until a test that should have ended fails
 
 BEGIN = """
 import logging, os, sys, time, signal
@@ -72,13 +72,13 @@ def started(words: list[str], **options):
 
 def run(processes: int, script: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(processes, script), env=environment(), capture_output=True, text=True, timeout=PATIENCE
+        command(processes, script), env=environment(), capture_output=True, text=True, timeout=TIMEOUT
     )
 
 
 def until(done) -> None:
     """Waits for what must come; a test that waits in vain fails."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + TIMEOUT
     while not done():
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -141,9 +141,23 @@ def test_a_stopped_rank_is_named(tmp_path, rank):
             assert line, said
             said += line
         os.kill(pids[rank], signal.SIGCONT)
-        said += launcher.communicate(timeout=PATIENCE)[1]
+        said += launcher.communicate(timeout=TIMEOUT)[1]
     assert re.search(rf"rank {rank} on \S+: no heartbeat for \d+ s; it was last at: ", said)
     assert exit_codes(said) == {0: HUNG, 1: HUNG}
+
+
+SLOW = """
+for step in range(5):
+    time.sleep(1.6 * runtime.rank)
+    runtime.sum(torch.ones(2))
+runtime.close()
+"""
+
+
+def test_a_slow_rank_that_advances_is_not_missing(tmp_path):
+    """The other one waits for it more than twice the timeout in all, but never as long as the timeout."""
+    result = run(2, write_script(tmp_path, SLOW))
+    assert result.returncode == 0, result.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------ failing
@@ -251,7 +265,7 @@ def look(folder: Path, parent: list[str], marked: bool) -> str:
     script.write_text(LOOK)
     marks = {"TORCHELASTIC_RUN_ID": "none"} if marked else {}
     with started([*parent, str(script), str(folder)], env=environment() | marks) as process:
-        process.wait(PATIENCE)
+        process.wait(TIMEOUT)
         (folder / "look").write_text("")
         until((folder / "seen").exists)
     return (folder / "seen").read_text()
@@ -273,69 +287,69 @@ def test_a_shell_in_a_launchers_environment_is_no_launcher(tmp_path):
     (tmp_path / "look").write_text("")
     (tmp_path / "look.py").write_text(LOOK)
     words = ["sh", "-c", f'"{sys.executable}" "$0" "$1"; true', str(tmp_path / "look.py"), str(tmp_path)]
-    subprocess.run(words, env=environment() | {"TORCHELASTIC_RUN_ID": "none"}, check=True, timeout=PATIENCE)
+    subprocess.run(words, env=environment() | {"TORCHELASTIC_RUN_ID": "none"}, check=True, timeout=TIMEOUT)
     assert (tmp_path / "seen").read_text() == "False False"
 
 
-# ----------------------------------------------------------------------------------------------------------- the roll
+# ----------------------------------------------------------------------------------------------------------- heartbeats
 
 
-def beats(joined: list[int], count: int, silent: frozenset[int] = frozenset()) -> list[Beat]:
-    return [Beat(0 if rank in silent else count, n, "host", "a.py:1 in f") for rank, n in enumerate(joined)]
+def latest(joined: list[int], count: int, silent: frozenset[int] = frozenset()) -> list[Heartbeat]:
+    return [Heartbeat(0 if rank in silent else count, n, "host", "a.py:1 in f") for rank, n in enumerate(joined)]
 
 
 def test_who_is_behind_is_missing_after_the_timeout():
-    roll = Roll(beats([5, 5, 5], 0), timeout=10)
+    heartbeats = Heartbeats(latest([5, 5, 5], 0), timeout=10)
     for tick in range(1, 12):
-        roll.note(beats([6, 5, 6], tick), elapsed=1)
-        assert roll.missing() == []
-    roll.note(beats([6, 5, 6], 12), elapsed=1)
-    assert roll.missing() == [1]
-    assert roll.describe(1) == "rank 1 on host has not joined; it is at: a.py:1 in f"
+        heartbeats.update(latest([6, 5, 6], tick), elapsed=1)
+        assert heartbeats.missing() == []
+    heartbeats.update(latest([6, 5, 6], 12), elapsed=1)
+    assert heartbeats.missing() == [1]
+    assert heartbeats.describe(1) == "rank 1 on host has not joined; it is at: a.py:1 in f"
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=4), st.integers(1, 60))
 def test_waiting_without_a_collective_is_not_being_behind(extra, ticks):
     """All have entered as many; for how long does not matter. Nor does being ahead in turns."""
-    roll = Roll(beats([0] * len(extra), 0), timeout=3)
+    heartbeats = Heartbeats(latest([0] * len(extra), 0), timeout=3)
     for tick in range(1, ticks):
         ahead = [tick * 4 + n for n in extra] if tick % 2 else [tick * 4] * len(extra)
-        roll.note(beats(ahead, tick), elapsed=1)
-        assert roll.missing() == []
+        heartbeats.update(latest(ahead, tick), elapsed=1)
+        assert heartbeats.missing() == []
     for tick in range(ticks, ticks + 10):
-        roll.note(beats([ticks * 4 + 3] * len(extra), tick), elapsed=1)
-    assert roll.missing() == []
+        heartbeats.update(latest([ticks * 4 + 3] * len(extra), tick), elapsed=1)
+    assert heartbeats.missing() == []
 
 
 def test_a_silent_rank_is_missing_even_where_nobody_waits():
-    roll = Roll(beats([5, 5], 0), timeout=10)
+    heartbeats = Heartbeats(latest([5, 5], 0), timeout=10)
     for tick in range(1, 12):
-        roll.note(beats([5, 5], tick, silent=frozenset({0})), elapsed=1)
-    assert roll.missing() == [0]
-    assert roll.present() == [1]
-    assert roll.describe(0) == "rank 0 on host: no heartbeat for 11 s; it was last at: a.py:1 in f"
+        heartbeats.update(latest([5, 5], tick, silent=frozenset({0})), elapsed=1)
+    assert heartbeats.missing() == [0]
+    assert heartbeats.present() == [1]
+    assert heartbeats.describe(0) == "rank 0 on host: no heartbeat for 11 s; it was last at: a.py:1 in f"
 
 
 def test_a_rank_that_left_is_missed_only_by_those_who_wait_for_it():
-    def left(joined: int, tick: int) -> list[Beat]:
-        return [Beat(tick, joined, "host", "a.py:1 in f"), Beat(3, 5, "host", "its end", here=False)]
+    def left(joined: int, tick: int) -> list[Heartbeat]:
+        return [Heartbeat(tick, joined, "host", "a.py:1 in f"), Heartbeat(3, 5, "host", "its end", running=False)]
 
-    roll = Roll(left(5, 0), timeout=10)
+    heartbeats = Heartbeats(left(5, 0), timeout=10)
     for tick in range(1, 100):
-        roll.note(left(5, tick), elapsed=1)
-        assert roll.missing() == []
+        heartbeats.update(left(5, tick), elapsed=1)
+        assert heartbeats.missing() == []
     for tick in range(100, 112):
-        roll.note(left(6, tick), elapsed=1)
-    assert roll.missing() == [1]
-    assert roll.describe(1) == "rank 1 on host has left the run"
+        heartbeats.update(left(6, tick), elapsed=1)
+    assert heartbeats.missing() == [1]
+    assert heartbeats.describe(1) == "rank 1 on host has left the run"
 
 
 def test_a_suspended_observer_blames_nobody():
-    """All of a job stopped for a day, and continued: the others' beats come a moment later."""
-    roll = Roll(beats([6, 5], 0), timeout=2 * LONGEST_TICK)
-    roll.note(beats([6, 5], 1), elapsed=1)
-    roll.note(beats([6, 5], 1), elapsed=86400)
-    assert roll.missing() == []
+    """All of a job stopped for a day, and continued: the others' heartbeats come a moment later."""
+    heartbeats = Heartbeats(latest([6, 5], 0), timeout=2 * LONGEST_TICK)
+    heartbeats.update(latest([6, 5], 1), elapsed=1)
+    heartbeats.update(latest([6, 5], 1), elapsed=86400)
+    assert heartbeats.missing() == []
 
 
 def test_exit_codes_are_neither_signals_nor_taken():

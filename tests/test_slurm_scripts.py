@@ -1,0 +1,166 @@
+"""The scripts of slurm/ without a cluster: shellcheck, staging, and failure counting with stubs of SLURM's commands."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shard_data import ToyFaces, convert
+from shard_data.verify import verify
+from tests.helpers.slurm_lab import FOLDERS, OURS, ROOT
+
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(not SHELLCHECK, reason="shellcheck is not installed")
+def test_shellcheck():
+    scripts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "slurm").glob("*.sh"))
+    found = subprocess.run([SHELLCHECK, "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.fixture
+def faces(tmp_path) -> Path:
+    """A small set of six shards."""
+    convert(ToyFaces(16, train=17, val=1, test=1), tmp_path / "faces", shard_size=5)
+    return tmp_path / "faces"
+
+
+def stage(root: Path, scratch: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "slurm/stage.py", str(root), str(scratch)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True)
+
+
+def staged(root: Path, scratch: Path, copied: int) -> Path:
+    """Copies the set, which must have taken so many files; the copy is what `shard_data verify` calls in order."""
+    done = stage(root, scratch)
+    assert done.returncode == 0, done.stderr
+    assert f"is whole: 12 files, {copied} of them copied now" in done.stderr
+    (copy,) = (path.parent for path in scratch.glob("*/manifest.json"))
+    assert verify(copy, decode=True) == []
+    return copy
+
+
+def test_staged_shards_are_whole_and_only_what_is_not_is_copied_again(faces, tmp_path):
+    scratch = tmp_path / "scratch"
+    copy = staged(faces, scratch, copied=12)
+    staged(faces, scratch, copied=0)
+    for damage in (lambda data: data[:-1], lambda data: data[:700] + b"x" + data[701:], lambda data: b""):
+        tar = copy / "train-000001.tar"
+        tar.write_bytes(damage(tar.read_bytes()))
+        staged(faces, scratch, copied=1)
+    (copy / "test-000000.index.npy").unlink()
+    staged(faces, scratch, copied=1)
+
+
+def test_a_damaged_set_is_not_staged(faces, tmp_path):
+    tar = faces / "train-000002.tar"
+    tar.write_bytes(tar.read_bytes()[:-512])
+    done = stage(faces, tmp_path / "scratch")
+    assert done.returncode == 2
+    assert f"{tar} is damaged" in done.stderr
+    assert list((tmp_path / "scratch").rglob("manifest.json")) == []
+    assert list((tmp_path / "scratch").rglob(tar.name)) == []
+
+
+def test_a_node_that_cannot_take_the_shards_says_so(faces, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = stage(faces, tmp_path / "file" / "scratch")
+    assert done.returncode == 1
+    assert f"could not be copied to {tmp_path}/file/scratch" in done.stderr
+
+
+# --- launch.sh counts failures
+
+SRUN = """#!/usr/bin/env bash
+exec "$PYTHON" "$0.py" "$@"
+"""
+
+PROGRAM = """import os, sys
+from pathlib import Path
+from pipeline.storage.status import StatusFile
+state, step = os.environ["ENDS"].split()
+file = StatusFile(Path(sys.argv[sys.argv.index("--run-dir") + 1]))
+file.begin(int(step), 100)
+if state == "killed":
+    sys.exit(137)
+file.end(state, "SIGUSR1")
+"""
+"""What an attempt leaves of itself."""
+
+SCONTROL = """#!/usr/bin/env bash
+[ "$1" = requeue ] || echo node1
+"""
+
+
+def write_stand_ins(folder: Path) -> None:
+    for name, text in {"srun": SRUN, "srun.py": PROGRAM, "scontrol": SCONTROL}.items():
+        (folder / "bin").mkdir(exist_ok=True)
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    (folder / ".slurm").mkdir()
+    (folder / "code").mkdir()
+    for name in FOLDERS:
+        (folder / "code" / name).symlink_to(ROOT / name)
+    (folder / "code" / "REVISION").write_text("test")
+
+
+def attempt(folder: Path, number: int, ends: str, **settings: str) -> subprocess.CompletedProcess:
+    """One start of a job that trains; `ends`: the state and the step that the attempt leaves."""
+    kept = {k: v for k, v in os.environ.items() if k not in OURS and not k.startswith(("SLURM_", "SBATCH_"))}
+    job = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node1",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_RESTART_COUNT": str(number),
+        "PROCESSES_PER_NODE": "1",
+        "FROZEN_CODE": str(folder / "code"),
+        "PYTHON": sys.executable,
+        "DATA": "http://nowhere/set",
+        "ENDS": ends,
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+    }
+    command = ["bash", str(ROOT / "slurm" / "baselines.sh"), "mlp_vae"]
+    return subprocess.run(command, cwd=folder, env=kept | job | settings, capture_output=True, text=True, timeout=60)
+
+
+def attempts_until_the_end(folder: Path, ends: list[str], **settings: str) -> tuple[int, subprocess.CompletedProcess]:
+    """How many attempts the job makes, and the last one."""
+    write_stand_ins(folder)
+    for number, end in enumerate(ends):
+        done = attempt(folder, number, end, **settings)
+        if not done.stderr.endswith("requeued\n"):
+            break
+    return number + 1, done
+
+
+def test_failures_in_a_row_without_progress_end_the_job(tmp_path):
+    """Progress and a stop on purpose start the count again."""
+    ends = ["killed 0", "killed 5", "killed 5", "preempted 5", "killed 5", "killed 5", "killed 5"]
+    count, last = attempts_until_the_end(tmp_path, ends, MAX_FAILURES="2")
+    assert (count, last.returncode) == (6, 75), last.stderr
+    assert "2 attempts in a row failed" in last.stderr
+
+
+def test_progress_that_was_lost_again_counts_as_none(tmp_path):
+    """Behind the furthest step that any attempt reached, an attempt gained nothing."""
+    count, last = attempts_until_the_end(tmp_path, ["killed 9", "killed 3", "killed 4", "killed 5"], MAX_FAILURES="2")
+    assert (count, last.returncode) == (3, 75), last.stderr
+
+
+def test_attempts_are_limited_in_all(tmp_path):
+    ends = ["killed 1", "killed 2", "killed 3", "killed 4"]
+    count, last = attempts_until_the_end(tmp_path, ends, MAX_FAILURES="1", MAX_ATTEMPTS="3")
+    assert (count, last.returncode) == (3, 75), last.stderr
+    assert "the last of 3 attempts" in last.stderr
+
+
+def test_a_finished_or_failed_run_is_not_requeued(tmp_path):
+    assert attempts_until_the_end(tmp_path, ["finished 100"])[1].returncode == 0
+    shutil.rmtree(tmp_path / "runs")
+    failed = attempt(tmp_path, 0, "failed 3")
+    assert failed.returncode == 1
+    assert "not requeued" in failed.stderr
