@@ -1,27 +1,21 @@
 """Where data sets are published, and their md5; fetching them, or saying what arrived instead."""
 
 import argparse
-import contextlib
 import hashlib
 import shlex
 import sys
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Sequence
-from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-from shard_data.arrivals import HEAD, what_is
 from shard_data.errors import DataError
+from shard_data.fetch import Expected, FetchFailed
+from shard_data.fetch import fetch as fetch_file
 from shard_data.files import replacing
 
 REMEDY = "fetch it again with --download, or place the file there by hand"
-TIMEOUT = 30.0  # seconds without a byte
-CHUNK = 1 << 20
 
 
 class Download(NamedTuple):
@@ -30,6 +24,8 @@ class Download(NamedTuple):
     name: str
     md5: str
     addresses: tuple[str, ...]
+    limit: int = 2**31
+    """Bytes that are accepted at most; the largest file, CelebA's images, has 1.4 GB."""
 
 
 def _at(*folders: str, **md5: str) -> tuple[Download, ...]:
@@ -150,46 +146,15 @@ def _fetch(file: Download, path: Path, progress: bool) -> None:
 
 def _try(address: str, file: Download, path: Path, progress: bool) -> str | None:
     """Fetch one address; returns what went wrong, if anything did."""
-    if urllib.parse.urlsplit(address).scheme not in ("http", "https"):
-        return "not an http or https address"
-    request = urllib.request.Request(address, headers={"User-Agent": "shard_data"})
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, replacing(path) as out:
-            head, digest = _copy(answer, out, file.name, progress)
-            if digest != file.md5:
-                raise Wrong(f"{what_is(head)} arrived, with md5 {digest} instead of {file.md5}")
-    except Wrong as error:
-        return str(error)
-    except urllib.error.HTTPError as error:
-        return f"the server answers {error.code} {error.reason} with {what_is(_rest(error))}"
-    except urllib.error.URLError as error:
-        return f"no connection ({error.reason})"
-    except (HTTPException, TimeoutError, ConnectionError) as error:
-        return f"the connection broke off ({error or type(error).__name__})"
+    with tqdm(unit="B", unit_scale=True, desc=file.name, disable=None if progress else True, file=sys.stderr) as bar:
+
+        def show(count: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(count - bar.n)
+
+        try:
+            with replacing(path) as out:
+                fetch_file(address, out, Expected(file.limit, algorithm="md5", digest=file.md5), show)
+        except FetchFailed as error:
+            return error.reason
     return None
-
-
-class Wrong(Exception):
-    """Something else arrived than was asked for."""
-
-
-def _rest(error: urllib.error.HTTPError) -> bytes:
-    with contextlib.suppress(OSError, HTTPException):
-        return error.read(HEAD)
-    return b""
-
-
-def _copy(answer, out: BinaryIO, name: str, progress: bool) -> tuple[bytes, str]:
-    """Copy what arrives; returns its first bytes and its md5."""
-    head, digest, size = b"", hashlib.md5(), 0
-    total = answer.length  # that the server promises, if it does
-    with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=not progress, file=sys.stderr) as bar:
-        while chunk := answer.read(CHUNK):
-            head = head or chunk[:HEAD]
-            digest.update(chunk)
-            out.write(chunk)
-            size += len(chunk)
-            bar.update(len(chunk))
-    if total is not None and size < total:
-        raise Wrong(f"the connection broke off after {size:,} of {total:,} bytes")
-    return head, digest.hexdigest()

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-RETRY_SECONDS = 0.5
+RETRY_SECONDS = 0.1
 HOLDER_BYTES = 1024
 
 

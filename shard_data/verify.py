@@ -24,7 +24,7 @@ def verify(root: str | Path, decode: bool = False, progress: bool = False) -> li
     manifest = manifests.load(root)
     faults, keys = [], set()
     total = sum(split["count"] for split in manifest["splits"].values())
-    with tqdm(total=total, unit=" images", desc="verify", disable=not progress) as bar:
+    with tqdm(total=total, unit=" images", desc="verify", disable=None if progress else True) as bar:
         for shard in manifests.all_shards(manifest):
             faults += check_shard(root, shard, manifest, decode, keys)
             bar.update(shard["count"])

@@ -3,9 +3,10 @@
 The plan (header, splits, order, shard size) decides every byte; the workers only decide how fast it is carried out.
 """
 
+import contextlib
 import errno
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from tqdm import tqdm
 from shard_data import manifest as manifests
 from shard_data import plan
 from shard_data.errors import AlreadyComplete, DataError, Incomplete
+from shard_data.file_lock import FileLock, LockHeld
 from shard_data.journal import Journal
 from shard_data.manifest import Manifest
 from shard_data.shard import ENCODINGS
 from shard_data.source import Omission, Source
 from shard_data.workers import ShardWriter, Task, write_all
 
+LOCK = "conversion.lock"
 SHOWN = 10  # names per reason in a message; the manifest of a partial set has them all
 
 Entries = dict[str, dict[str, Any]]
@@ -59,13 +62,32 @@ def convert(
     tasks = plan.plan_tasks(records, shard_size or plan.default_shard_size(source.image_shape))
     writer = ShardWriter(source, folder, plan.plan_layout(source, encoding, records))
     try:
-        journal = _open_folder(writer, json.loads(json.dumps(plan.describe(head, records, tasks))), tasks)
-        entries = _carry_out(writer, tasks, journal, workers, progress)
-        unreadable = _take_omissions(tasks, entries)
-        _refuse_incomplete(source, unreadable, partial)
-        return _finish(folder, head, _by_split(folder, tasks, entries), [*missing, *unreadable], journal)
+        with _locked(folder):
+            if not overwrite:
+                _refuse_complete(folder)  # again: another process may have finished since
+            journal = _open_folder(writer, json.loads(json.dumps(plan.describe(head, records, tasks))), tasks)
+            entries = _carry_out(writer, tasks, journal, workers, progress)
+            unreadable = _take_omissions(tasks, entries)
+            _refuse_incomplete(source, unreadable, partial)
+            return _finish(folder, head, _by_split(folder, tasks, entries), [*missing, *unreadable], journal)
     except OSError as error:
         raise DataError(_explain(error, folder)) from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder while this process converts into it. Raises DataError where another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / LOCK).acquire()
+    except LockHeld as error:
+        raise DataError(
+            f"{folder}: {error.holder} is converting into this folder; wait until it ends, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release(delete=True)
 
 
 def _check_options(encoding: str, shard_size: int | None, workers: int) -> None:
@@ -108,7 +130,6 @@ def _files(tasks: Sequence[Task]) -> list[str]:
 def _open_folder(writer: ShardWriter, content: dict[str, Any], tasks: Sequence[Task]) -> Journal:
     """Make the folder ready for the plan. Only files that a manifest or journal of ours names are ever deleted."""
     folder, files = writer.folder, _files(tasks)
-    folder.mkdir(parents=True, exist_ok=True)
     journal = Journal(folder)
     ours = list(journal.ours)
     if (folder / manifests.FILE).exists():
@@ -137,7 +158,7 @@ def _carry_out(writer: ShardWriter, tasks: list[Task], journal: Journal, workers
         tqdm.write(
             f"{writer.folder}: going on; {len(tasks) - len(open_tasks)} of {len(tasks)} shards are finished already"
         )
-    with tqdm(total=total, unit=" images", desc=writer.source.name, disable=not progress) as bar:
+    with tqdm(total=total, unit=" images", desc=writer.source.name, disable=None if progress else True) as bar:
         for entry in write_all(writer, open_tasks, workers, bar):
             entries[entry["file"]] = entry
             if "omitted" not in entry:

@@ -6,19 +6,14 @@ Nobody is trusted: the manifest says how many bytes are taken, and names files o
 """
 
 import contextlib
-import fcntl
-import functools
 import hashlib
-import http.client
 import io
 import logging
+import math
 import os
 import shutil
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -26,30 +21,19 @@ from tqdm import tqdm
 
 from pipeline.data.manifest import FILE_NAME, Manifest, parse_manifest
 from pipeline.storage.atomic import replacing
+from shard_data.fetch import Expected, FetchFailed, WrongContent, fetch
+from shard_data.file_lock import FileLock, LockHeld
 
-ATTEMPTS = 4
-FIRST_WAIT = 1.0
-"""Seconds before the second attempt; each later wait is twice as long."""
-TIMEOUT = 30.0
-"""Seconds to connect, and to wait for more bytes."""
-SLOWEST = 2**16
-"""Bytes per second that an answer must reach on the whole, after the first TIMEOUT seconds."""
-CHUNK = 2**20
 MAX_MANIFEST_BYTES = 2**26
 MAX_INDEX_HEADER = 2**16
 MIN_SAMPLE_BYTES = 2**10
 """Of a sample in a tar: a header and a block. An index, whose size no manifest tells, has less for each."""
-PASSING_CODES = (408, 425, 429, 500, 502, 503, 504)
 
 log = logging.getLogger("pipeline")
 
 
 class FetchError(ValueError):
     """A set that cannot be fetched. The message names the address and the remedy."""
-
-
-class _Passing(Exception):
-    """A fault that another attempt may not meet."""
 
 
 class RemoteFile(NamedTuple):
@@ -92,7 +76,7 @@ def fetch_manifest(address: str) -> bytes:
     """The text of ADDRESS/manifest.json. Raises FetchError, or ValueError where it is no manifest."""
     place = f"{address}/{FILE_NAME}"
     content = io.BytesIO()
-    _receive(place, None, MAX_MANIFEST_BYTES, content)
+    _fetch(place, content, Expected(MAX_MANIFEST_BYTES))
     parse_manifest(content.getvalue(), place)
     return content.getvalue()
 
@@ -112,7 +96,7 @@ def fetch_set(address: str, manifest: bytes, splits: Sequence[str], cache: Path,
         _check_room(folder, missing)
         log.info("fetching %d files of %s into %s", len(missing), address, folder)
         _fetch_all(folder, missing, progress)
-    with _locked(folder / f"{FILE_NAME}.lock", wait=True), replacing(folder / FILE_NAME) as file:
+    with FileLock(folder / f"{FILE_NAME}.lock").acquire(math.inf), replacing(folder / FILE_NAME) as file:
         file.write(manifest)
     return folder
 
@@ -159,139 +143,35 @@ def _fetch_all(folder: Path, missing: list[RemoteFile], progress: bool) -> None:
     """In the first round processes take what nobody is fetching; in the second each waits for what others fetch."""
     total = sum(file.size or 0 for file in missing)
     with tqdm(total=total, desc="fetch", unit="B", unit_scale=True, disable=None if progress else True) as bar:
-        for wait in (False, True):
+        for wait in (0.0, math.inf):
             for file in list(missing):
-                with _locked(folder / f"{file.name}.lock", wait) as mine:
-                    if mine:
-                        _fetch_file(folder, file)
-                        missing.remove(file)
-                        bar.update(file.size or 0)
+                with contextlib.suppress(LockHeld), FileLock(folder / f"{file.name}.lock").acquire(wait, _log_wait):
+                    _fetch_file(folder, file)
+                    missing.remove(file)
+                    bar.update(file.size or 0)
 
 
-@contextlib.contextmanager
-def _locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Whether the lock is held; the kernel lets go of it when the process ends, however it ends."""
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+def _log_wait(holder: str) -> None:
+    log.info("waiting for the files that %s fetches", holder)
 
 
 def _fetch_file(folder: Path, file: RemoteFile) -> None:
     if _is_there(folder, file):  # since another process had the lock
         return
     with replacing(folder / file.name) as target:
-        if _receive(file.address, file.size, file.limit, target) != file.sha256:
-            raise FetchError(
-                f"{file.address}: its sha256 is not the manifest's, so it is damaged or of another set; "
-                "copy the set there again, and check it there with: python -m shard_data verify"
-            )
+        _fetch(file.address, target, Expected(file.limit, file.size, "sha256", file.sha256))
 
 
-def _receive(address: str, size: int | None, limit: int, target: BinaryIO) -> str:
-    """Writes the body of the answer, of `size` or at most `limit` bytes, to `target`; its sha256. Tries repeatedly."""
-    for number in range(ATTEMPTS):
-        target.seek(0)
-        target.truncate()
-        try:
-            return _attempt(address, size, limit, target)
-        except _Passing as error:
-            fault = error
-        if number + 1 < ATTEMPTS:
-            log.info("%s: %s; trying again", address, fault)
-            time.sleep(FIRST_WAIT * 2**number)
-    raise FetchError(
-        f"{address}: {fault} ({ATTEMPTS} attempts); is the server up, and data.root its address? "
-        "The same command goes on where this one stopped"
-    )
-
-
-def _attempt(address: str, size: int | None, limit: int, target: BinaryIO) -> str:
-    deadline = time.monotonic() + TIMEOUT + limit / SLOWEST
-    digest, received = hashlib.sha256(), 0
-    with contextlib.closing(_open(address)) as answer:
-        expected = size if size is not None else answer.length
-        if answer.length is not None and (answer.length > limit or answer.length != expected):
-            raise _wrong_size(address, f"{answer.length} bytes", size, limit)
-        while chunk := _next_chunk(answer):
-            received += len(chunk)
-            if received > limit:
-                raise _wrong_size(address, "more", size, limit)
-            if time.monotonic() > deadline:
-                raise _Passing(f"slower than {SLOWEST // 1024} KiB/s")
-            digest.update(chunk)
-            target.write(chunk)
-    if expected is not None and received < expected:
-        raise _Passing(f"broke off after {received} of {expected} bytes")
-    return digest.hexdigest()
-
-
-def _wrong_size(address: str, found: str, size: int | None, limit: int) -> FetchError:
-    allowed = f"the {size} bytes that the manifest says" if size is not None else f"at most {limit} bytes"
-    return FetchError(f"{address}: the server sends {found} instead of {allowed}; copy the set there again")
-
-
-def _open(address: str) -> http.client.HTTPResponse:
-    # "identity": a proxy that compresses would change the bytes.
-    headers = {"User-Agent": "nvae-pipeline", "Accept-Encoding": "identity"}
+def _fetch(address: str, target: BinaryIO, expected: Expected) -> None:
     try:
-        return _opener().open(urllib.request.Request(address, headers=headers), timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        error.close()
-        answer = f"{error.code} {str(error.reason).splitlines()[0] if error.reason else ''}".strip()
-        if error.code in PASSING_CODES:
-            raise _Passing(f"the server answers {answer}") from None
+        fetch(address, target, expected)
+    except WrongContent as error:
         raise FetchError(
-            f"{address}: the server answers {answer}; is data.root the address of a complete shard set "
-            f"(the folder that holds {FILE_NAME})?"
+            f"{error}; the file is corrupt or belongs to another set: copy the set there again, and check it there "
+            "with: python -m shard_data verify"
         ) from None
-    except (OSError, http.client.HTTPException) as error:
-        raise _Passing(_reason(error)) from None
-
-
-def _next_chunk(answer: http.client.HTTPResponse) -> bytes:
-    try:
-        return answer.read1(CHUNK)  # what is there: a server that trickles is noticed by the deadline
-    except (OSError, http.client.HTTPException) as error:
-        raise _Passing(_reason(error)) from None
-
-
-def _reason(error: Exception) -> str:
-    cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(cause, TimeoutError):
-        return f"no answer within {TIMEOUT:g} s"
-    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """A few, to http and https alone, and never from https to http."""
-
-    max_redirections = 5
-
-    def redirect_request(self, request, answer, code, message, headers, address):
-        """The request that follows, or HTTPError."""
-        answer.close()  # urllib would read the body, however long
-        if urllib.parse.urlsplit(address).scheme not in ("https", request.type):
-            raise urllib.error.HTTPError(address, code, "redirected to another protocol", headers, answer)
-        return super().redirect_request(request, answer, code, message, headers, address)
-
-
-@functools.cache
-def _opener() -> urllib.request.OpenerDirector:
-    """http and https and nothing else: urllib's own opener also reads file:, ftp: and data: addresses."""
-    opener = urllib.request.OpenerDirector()
-    handlers = (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPErrorProcessor,
-        urllib.request.UnknownHandler,
-        _Redirects,
-    )
-    for handler in handlers:
-        opener.add_handler(handler())
-    return opener
+    except FetchFailed as error:
+        raise FetchError(
+            f"{error}; is the server up, and data.root the address of a complete shard set (the folder that holds "
+            f"{FILE_NAME})? The same command resumes where this one stopped"
+        ) from None

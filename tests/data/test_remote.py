@@ -16,6 +16,7 @@ import yaml
 from pipeline.data import remote
 from pipeline.data.remote import FetchError, check_address, default_cache, fetch_manifest, fetch_set, is_address
 from pipeline.data.shards import TarShards, UnreadableShard
+from shard_data import fetch as fetching
 from tests.helpers.launching import train, train_alone
 from tests.helpers.recipes import tiny_settings
 from tests.helpers.run_folders import metrics
@@ -27,9 +28,8 @@ FILES = [f"train-{n:06d}{end}" for n in range(4) for end in (".tar", ".index.npy
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(fetching, "FIRST_WAIT", 0.01)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    remote._opener.cache_clear()
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_faults_that_pass_are_tried_again(server, samples, tmp_path, fault, name
 @pytest.mark.parametrize("fault", PASSING)
 def test_tries_are_bounded_and_finished_files_are_kept(server, tmp_path, fault):
     server.faults["train-000002.tar"] = [PASSING[fault]] * 4
-    with pytest.raises(FetchError, match=r"/train-000002\.tar: .*\(4 attempts\).* goes on where this one stopped"):
+    with pytest.raises(FetchError, match=r"/train-000002\.tar: .*\(4 attempts\).* resumes where this one stopped"):
         fetch(server, tmp_path / "cache")
     kept = names(tmp_path / "cache")
     assert kept == set(FILES[:4])  # no manifest, and nothing half
@@ -187,9 +187,9 @@ def test_tries_are_bounded_and_finished_files_are_kept(server, tmp_path, fault):
 
 
 def test_a_server_that_falls_silent_is_left(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "TIMEOUT", 0.1)
+    monkeypatch.setattr(fetching, "TIMEOUT", 0.1)
     server.faults["train-000000.tar"] = [_stall] * 4
-    with pytest.raises(FetchError, match=r"train-000000\.tar: no answer within 0\.1 s \(4 attempts\)"):
+    with pytest.raises(FetchError, match=r"train-000000\.tar: no (complete )?answer within 0\.1\d* s \(4 attempts\)"):
         fetch(server, tmp_path / "cache")
 
 
@@ -201,10 +201,10 @@ def test_a_server_that_trickles_is_left(server, tmp_path, monkeypatch):
             handler.wfile.write(content[place : place + 1])
             time.sleep(0.02)
 
-    monkeypatch.setattr(remote, "TIMEOUT", 0.1)
-    monkeypatch.setattr(remote, "SLOWEST", 2**20)
+    monkeypatch.setattr(fetching, "TIMEOUT", 0.1)
+    monkeypatch.setattr(fetching, "SLOWEST", 2**20)
     server.faults["train-000000.tar"] = [trickle] * 4
-    with pytest.raises(FetchError, match=r"slower than 1024 KiB/s \(4 attempts\)"):
+    with pytest.raises(FetchError, match=r"no complete answer within 0\.1\d* s \(4 attempts\)"):
         fetch(server, tmp_path / "cache")
 
 
@@ -231,7 +231,7 @@ def test_changed_bytes_are_refused(server, root, tmp_path):
         whole = path.read_bytes()
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         with pytest.raises(
-            FetchError, match=rf"{server.address}/{name}: its sha256 is not the manifest's.*copy the set"
+            FetchError, match=rf"{server.address}/{name}: .* arrived, with sha256 .* instead of .*copy the set"
         ):
             fetch(server, tmp_path / "cache")
         assert name not in names(tmp_path / "cache")
@@ -246,7 +246,7 @@ def test_a_shard_of_another_size_is_refused(server, tmp_path, size, announced):
         answer(handler, body, -1 if announced else None)
 
     server.faults["train-000000.tar"] = [other] * 4
-    with pytest.raises(FetchError, match=r"train-000000\.tar: (the server sends|broke off)"):
+    with pytest.raises(FetchError, match=r"train-000000\.tar: (the server sends|the connection broke off|data that)"):
         fetch(server, tmp_path / "cache")
 
 
@@ -311,11 +311,11 @@ def test_the_body_of_a_redirect_is_not_read(server):
 
 
 def test_no_redirect_leaves_https():
-    request = remote.urllib.request.Request("https://host/x")
+    request = fetching.urllib.request.Request("https://host/x")
     nothing = io.BytesIO()
-    with pytest.raises(remote.urllib.error.HTTPError, match="another protocol"):
-        remote._Redirects().redirect_request(request, nothing, 302, "Found", {}, "http://host/x")
-    assert remote._Redirects().redirect_request(request, nothing, 302, "Found", {}, "https://other/x").type == "https"
+    with pytest.raises(fetching.urllib.error.HTTPError, match="another protocol"):
+        fetching._Redirects().redirect_request(request, nothing, 302, "Found", {}, "http://host/x")
+    assert fetching._Redirects().redirect_request(request, nothing, 302, "Found", {}, "https://other/x").type == "https"
 
 
 # ---------------------------------------------------------------------------------------------------- hostile manifests
@@ -347,7 +347,7 @@ HOSTILE = {
         r"train-000000\.tar: 1152921504606846976 samples in \d+ bytes; do not use",
     ),
     "a negative size": (_first_shard(bytes=-1), "bytes: .* greater than"),
-    "another hash": (_first_shard(sha256="0" * 64), r"train-000000\.tar: its sha256 is not"),
+    "another hash": (_first_shard(sha256="0" * 64), r"train-000000\.tar: .* arrived, with sha256"),
 }
 
 
@@ -447,5 +447,7 @@ def test_a_set_that_cannot_be_fetched_gets_one_line_and_exit_code_2(tiny, tmp_pa
     server.faults["manifest.json"] = [_code(404)]
     result = train_alone(recipe, "--run-dir", str(tmp_path / "run"), "--data", server.address, no_proxy="127.0.0.1")
     assert result.returncode == 2
-    assert f"error: {server.address}/manifest.json: the server answers 404 Not Found; is data.root" in result.stderr
+    place = f"error: {server.address}/manifest.json"
+    assert f"{place}: the server answers 404 Not Found with a web page" in result.stderr
+    assert "data.root" in result.stderr
     assert "Traceback" not in result.stderr
