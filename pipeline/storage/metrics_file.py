@@ -1,7 +1,7 @@
-"""`metrics.jsonl`: what a run measured, one JSON object per step that has something to tell.
+"""`metrics.jsonl`: the scalars of a run, one JSON object per logged step.
 
-A record has `step`, `time` (seconds since 1970), then the figures by their names. Numbers that JSON does not know are
-the strings "NaN", "Infinity" and "-Infinity", which Python's `float` reads. Steps ascend without repetition, also over
+A record has `step`, `time` (seconds since 1970), then the scalars by name. Numbers that JSON cannot represent are the
+strings "NaN", "Infinity" and "-Infinity", which Python's `float` reads. Steps ascend without repetition, also over
 restarts.
 """
 
@@ -19,25 +19,23 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """Appends records, each by one write. What could not be written (full disk) is written with the next record.
+    """Appends records, each with one write. A record that cannot be written (full disk) is written with the next one.
 
-    Records after `last_step`, which the run is about to repeat, are removed first. Raises OSError where that fails.
+    Records after `last_step`, whose steps are about to be repeated, are removed first. Raises OSError if that fails.
     """
 
     def __init__(self, path: Path, last_step: int):
         cut_records(path, last_step)
         self._file = open(path, "r+b" if path.exists() else "x+b", buffering=0)  # noqa: SIM115 - open for the run's length
         self._offset = self._file.seek(0, os.SEEK_END)
-        self._tail = (
-            b""  # what belongs at the offset: the last record, and before it those that could not be written yet
-        )
+        self._tail = b""  # the bytes from the offset on: records that are not written yet, then the last record
         self._step: int | None = None
         self._keys: set[str] = set()
         self._failing = False
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Add figures to the record of `step`, beginning it if it is new. A key keeps its first value."""
-        assert self._step is None or step >= self._step, f"records go forward: step {step} after {self._step}"
+        """Add scalars to the record of `step`, which is created if it is new. A key keeps its first value."""
+        assert self._step is None or step >= self._step, f"steps must not decrease: step {step} after {self._step}"
         if not values:
             return
         if step != self._step:
@@ -62,15 +60,15 @@ class MetricsFile:
         except OSError as error:
             fault = error.strerror
         if fault and not self._failing:
-            logger.warning("%s: %s; its records are kept in memory until it can be written", self._file.name, fault)
+            logger.warning("%s: %s; records are kept in memory until they can be written", self._file.name, fault)
         self._failing = fault is not None
 
     def sync(self) -> None:
-        """Bring what was written to the disk."""
+        """Flush the file to disk."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            logger.warning("%s: not brought to the disk: %s", self._file.name, error.strerror)
+            logger.warning("%s: could not be flushed to disk: %s", self._file.name, error.strerror)
 
     def close(self) -> None:
         """Close the file."""
@@ -78,14 +76,14 @@ class MetricsFile:
 
 
 def read_records(path: Path) -> list[dict[str, float]]:
-    """The whole records of a file, in order; none where there is no file. A torn line is left out."""
+    """The complete records of a file, in order; none if there is no file. An incomplete line is skipped."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     records = [parse(line) for line in lines if line.endswith(b"\n")]
     return [{key: float(v) if isinstance(v, str) else v for key, v in record.items()} for record in records if record]
 
 
 def cut_records(path: Path, last_step: int) -> None:
-    """Remove records after `last_step`, and lines that a kill or a full disk tore; the file is replaced at once."""
+    """Remove records after `last_step` and incomplete lines (from a kill or a full disk), atomically."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
@@ -95,7 +93,7 @@ def cut_records(path: Path, last_step: int) -> None:
     with replacing(path) as file:
         file.writelines(kept)
     logger.info(
-        "%s: %d records after step %d removed, since they are about to be repeated",
+        "%s: removed %d records after step %d, which are about to be repeated",
         path,
         len(lines) - len(kept),
         last_step,
@@ -103,7 +101,7 @@ def cut_records(path: Path, last_step: int) -> None:
 
 
 def parse(line: bytes) -> dict[str, int | float | str] | None:
-    """A record as its line has it; None for what is no record."""
+    """The record in a line; None if the line is not a record."""
     try:
         record = json.loads(line)
         return record if isinstance(record["step"], int) else None
@@ -112,7 +110,7 @@ def parse(line: bytes) -> dict[str, int | float | str] | None:
 
 
 def json_number(value: float) -> int | float | str:
-    """A number as JSON can hold it; "NaN", "Infinity" or "-Infinity" where it has none."""
+    """A number that JSON can represent, or one of the strings "NaN", "Infinity" and "-Infinity"."""
     if isinstance(value, int):
         return value
     value = float(value)

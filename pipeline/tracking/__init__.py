@@ -1,1 +1,1 @@
-"""What a run reports: metrics.jsonl, W&B, averages over an interval. Imports `storage` and below."""
+"""Logging of a run: metrics.jsonl, W&B, and averages over an interval. Imports `storage` and below."""

@@ -1,4 +1,4 @@
-"""Running means on the device, throughput, and the units they are told in."""
+"""Running means on the device, active units, throughput and memory."""
 
 import math
 import time
@@ -19,15 +19,15 @@ def bits_per_dimension(nats: float, num_dimensions: int) -> float:
 class Meter:
     """Means over samples, exact for ragged batches on any number of processes: sums and counts are added, then divided.
 
-    `add` never reads the device; `reduce` makes one collective and one read. Sums are kept in float64.
-    `names` are those that a process must report even if it never sees a sample of them, because every process has to
-    bring the same names to `reduce`.
+    `add` never synchronizes with the device; `reduce` makes one collective call and one device read. Sums are float64.
+    `names` are reported even by a process that has no sample of them, because every process must pass the same names
+    to `reduce`.
     """
 
     def __init__(self, device: torch.device | str = "cpu", names: Iterable[str] = ()):
         self.device = torch.device(device)
         self._declared = tuple(names)
-        self._sums: dict[tuple[str, ...], Tensor] = {}  # a batch of names that came together -> (names,)
+        self._sums: dict[tuple[str, ...], Tensor] = {}  # names that are added in one call -> (names,)
         self._counts: dict[tuple[str, ...], Tensor | float] = {}
 
     def add(self, name: str, value_sum: Tensor | float, count: Tensor | float) -> None:
@@ -35,7 +35,7 @@ class Meter:
         self.add_all({name: value_sum}, count)
 
     def add_all(self, value_sums: Mapping[str, Tensor | float], count: Tensor | float) -> None:
-        """Add several sums of `count` values each, in one go on the device."""
+        """Add several sums of `count` values each, with one operation on the device."""
         if not value_sums:
             return
         names = tuple(value_sums)
@@ -44,10 +44,7 @@ class Meter:
         self._counts[names] = self._counts.get(names, 0.0) + count
 
     def reduce(self, across_ranks: Callable[[Tensor], Tensor] = all_reduce) -> dict[str, float]:
-        """{name: mean over all processes since the last call}, sorted by name; NaN where nothing was counted.
-
-        Then starts anew.
-        """
+        """{name: mean over all processes since the last call}, sorted by name; NaN where the count is 0. Resets."""
         names = tuple(dict.fromkeys((*self._declared, *(name for group in self._sums for name in group))))
         if not names:
             return {}
@@ -64,7 +61,7 @@ class Meter:
         }
 
     def _stack(self, values: Iterable[Tensor | float]) -> Tensor:
-        """One float64 vector; tensors that are on the device already cost one kernel for all of them."""
+        """One float64 vector, made by one kernel if the values are on the device."""
         return torch.stack([self._scalar(value) for value in values]).double()
 
     def _scalar(self, value: Tensor | float) -> Tensor:
@@ -76,8 +73,8 @@ class Meter:
 class ActiveUnits:
     """How many channels of each latent group are in use: those with a mean KL above 0.1 nats.
 
-    The mean is over an interval and all processes; the threshold comes after it, so one process and many agree, and a
-    small batch does not blur it.
+    The threshold is applied to the mean over an interval and all processes, so the result does not depend on the number
+    of processes or the batch size.
     """
 
     THRESHOLD = 0.1
@@ -88,8 +85,9 @@ class ActiveUnits:
         self._count = 0
 
     def add(self, kl_units: Sequence[Tensor], count: float = 1) -> None:
-        """Batch means of the KL per channel, one tensor (channels,) per group, nats, of batches whose sizes are as
-        `count`. Does not read the device.
+        """Add the mean KL per channel of a batch, in nats: one tensor (channels,) per group, weighted by `count`.
+
+        Does not synchronize with the device.
         """
         self._sizes = [len(units) for units in kl_units]
         units = torch.cat(list(kl_units)).detach().double() * count
@@ -97,8 +95,9 @@ class ActiveUnits:
         self._count += count
 
     def reduce(self, across_ranks: Callable[[Tensor], Tensor] = all_reduce) -> dict[str, float]:
-        """{"active_units/GROUP": number} since the last call; empty where nothing was added. Every process comes with
-        something, be it zeros with a count of 0.
+        """{"active_units/GROUP": number} since the last call; empty if nothing was added.
+
+        Every process must have added something, at least zeros with a count of 0.
         """
         if self._sum is None:
             return {}
@@ -124,20 +123,20 @@ class Throughput:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the fetch of a batch."""
+        """Use around the fetch of a batch."""
         start = self._clock()
         yield
         self._waited += self._clock() - start
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training: validation, pictures, checkpoints."""
+        """Use around work that is not training: validation, pictures, checkpoints."""
         start = self._clock()
         yield
         self._paused += self._clock() - start
 
     def count(self, images: int) -> None:
-        """One optimiser step of `images` images (of all processes) is done."""
+        """Count one optimizer step of `images` images (of all processes)."""
         self._steps += 1
         self._images += images
 
@@ -161,7 +160,7 @@ class Throughput:
 
 
 def gpu_memory(device: torch.device) -> dict[str, float]:
-    """Highest memory held by tensors on a CUDA `device` since the last call, GiB; empty on other devices."""
+    """Peak memory of tensors on a CUDA `device` since the last call, in GiB; empty on other devices."""
     if device.type != "cuda":
         return {}
     peak = torch.cuda.max_memory_allocated(device)

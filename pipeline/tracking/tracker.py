@@ -1,6 +1,6 @@
-"""What a run tells: `metrics.jsonl` always, Weights & Biases (W&B) beside it, one run over all attempts.
+"""Logging of a run: always to `metrics.jsonl`, and optionally to one Weights & Biases (W&B) run over all attempts.
 
-`metrics.jsonl` is the truth: W&B is brought up to it at each start, and what it has already it is not told again.
+`metrics.jsonl` is authoritative: an online start sends the steps that W&B lacks, and none that it has.
 """
 
 import logging
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.storage.metrics_file import MetricsFile, read_records
+from pipeline.tracking.history import read_history
 from pipeline.tracking.wandb_run import TrackingConfig, WandbRun, start_wandb
 
 logger = logging.getLogger(__name__)
@@ -20,14 +21,15 @@ WALL_CLOCK = "perf/wall_clock_s"
 
 
 class Tracker:
-    """`log` figures and pictures, `alert` people, `finish`. Does nothing on processes other than the main one.
+    """Logs scalars and pictures, and sends alerts. Does nothing on processes other than the main one.
 
-    `run_config` is what W&B shows as the run's configuration. Records after `start_step`, which the run is about to
-    repeat, are cut off `metrics.jsonl`; those up to it that W&B lacks (earlier attempts were killed before they had
-    sent them, or were offline) are sent first. `attempt` counts the starts of this run from 1.
+    `run_config` is what W&B shows as the run's configuration. Records after `start_step`, whose steps are about to be
+    repeated, are removed from `metrics.jsonl`. If the run is online, the steps up to `start_step` that W&B lacks
+    (because earlier attempts were killed or offline) are sent first, with their pictures. `attempt` counts the starts
+    of this run from 1.
 
-    Raises ValueError where a fresh start (`start_step` 0) asked for W&B online and is refused. A context manager: an
-    exception that passes through marks the W&B run as failed.
+    Raises ValueError if a fresh start (`start_step` 0) with `tracking.wandb=online` is refused by W&B. A context
+    manager: an exception that passes through marks the W&B run as failed.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class Tracker:
             return
         self._started = time.monotonic()
         self._attempt = attempt
-        self._dated: int | None = None
+        self._timed_step: int | None = None
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         path, last_step = run_dir / "metrics.jsonl", start_step or -1
@@ -55,14 +57,14 @@ class Tracker:
         self._spent = max((record.get(WALL_CLOCK, 0.0) for record in earlier), default=0.0)
         self._metrics = MetricsFile(path, last_step)
         if self._wandb is not None:
-            self._wandb.catch_up([record for record in earlier if record["step"] <= last_step])
+            self._wandb.send_missing(read_history(run_dir, last_step))
 
     def log(self, step: int, scalars: Mapping[str, float], images: Mapping[str, np.ndarray] | None = None) -> None:
-        """Record figures, and pictures (uint8, height x width x 3) for W&B, of `step`, which never goes back.
+        """Log the scalars of `step`, and its pictures (uint8, height x width x 3) to W&B. Steps must not decrease.
 
         Several calls for one step make one record. Log a step before saving its checkpoint: a kill then leaves no gap.
-        Each record of figures also gets `attempt`, and `perf/wall_clock_s`: seconds of training over all attempts, each
-        counted from its start to the last record that the next one finds, without the time between.
+        Each record also gets `attempt` and `perf/wall_clock_s`: seconds of training over all attempts, each counted
+        from its start to the last record that the next one finds, without the time in between.
         """
         if self._metrics is None:
             return
@@ -72,26 +74,26 @@ class Tracker:
             self._wandb.log(step, scalars, images or {})
 
     def _with_cost(self, step: int, scalars: Mapping[str, float]) -> Mapping[str, float]:
-        if not scalars or step == self._dated:
+        if not scalars or step == self._timed_step:
             return scalars
-        self._dated = step
+        self._timed_step = step
         seconds = self._spent + time.monotonic() - self._started
         return {**scalars, "attempt": self._attempt, WALL_CLOCK: round(seconds, 3)}
 
     def sync(self) -> None:
-        """Bring `metrics.jsonl` to the disk: before a checkpoint, so that a power cut leaves no gap either."""
+        """Flush `metrics.jsonl` to disk. Call it before saving a checkpoint: a power failure then leaves no gap."""
         if self._metrics is not None:
             self._metrics.sync()
 
     def alert(self, title: str, text: str) -> None:
-        """Tell people of something to look at: in the log, and through W&B (by mail or Slack, as they chose)."""
+        """Log a warning, and send it as a W&B alert (by e-mail or Slack, depending on the user's W&B settings)."""
         if self._metrics is not None:
             logger.warning("%s: %s", title, text)
         if self._wandb is not None:
             self._wandb.alert(title, text)
 
     def finish(self, exit_code: int = 0) -> None:
-        """Hand the rest over to W&B, within `wandb_timeout`."""
+        """Send the rest to W&B and finish its run, within twice `wandb_timeout`."""
         if self._wandb is not None:
             self._wandb.finish(exit_code)
         if self._metrics is not None:

@@ -1,16 +1,12 @@
-"""The run in Weights & Biases (W&B). The one door to wandb.
+"""The run in Weights & Biases (W&B). The only module that imports wandb.
 
-W&B's page puts each key into a section named after what precedes the key's slash, and a run has no other way to name
-sections (docs.wandb.ai, "How can I organize my logged charts and media in the W&B UI?"). So every key is logged twice:
-as in `metrics.jsonl`, for programs, marked hidden from automatic panels; and under its section, for eyes. The page then
-opens with the sections Latent groups, Objective, Samples, Throughput and Validation, over the step.
+W&B receives the resolved settings, scalars, pictures, and wandb's own measurements of the machine. It does not receive
+the code, the state of git, the output of the terminal or a key. Each key of `metrics.jsonl` is logged once, under the
+same name; W&B's page groups keys into sections by the part before the slash.
 
-What W&B gets: the resolved settings, figures, pictures, and what it measures of the machine. Not the code, the state of
-git, the terminal's text or a key.
-
-A run is one in W&B over all its attempts, online and offline. W&B takes steps in ascending order only (a lower one is
-dropped, and by `wandb sync` even renumbered), so each attempt finds out what W&B has, and tells what comes after it:
-online the server says its last step, offline the earlier attempts' files do, which are to be synced in their order.
+A run is one W&B run over all its attempts. W&B accepts steps in ascending order only, so an online attempt reads the
+last step from the server and sends what comes after it. An offline attempt writes wandb's local files without reading
+those of earlier attempts: `python -m pipeline.tracking.upload RUN` uploads such a run from `metrics.jsonl`.
 """
 
 import contextlib
@@ -19,10 +15,13 @@ import netrc
 import os
 import queue
 import re
+import shlex
 import signal
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -31,20 +30,9 @@ import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from pipeline.schema import Section
-from pipeline.tracking.wandb_files import cut_torn_end, is_offline, mark_synced, record_files, whole_records
+from pipeline.tracking.history import LoggedStep
 
 logger = logging.getLogger(__name__)
-
-PANELS = {
-    "train": "Objective/",
-    "kl": "Latent groups/kl ",
-    "active_units": "Latent groups/active units ",
-    "samples": "Samples/",
-    "reconstructions": "Samples/reconstructions",
-    "perf": "Throughput/",
-    "val": "Validation/",
-}
-"""What W&B's page shows in place of a key's beginning, up to its slash."""
 
 SUMMARIES = {
     "val/elbo": "max,last",
@@ -53,106 +41,124 @@ SUMMARIES = {
     "val/bpd_nll": "min,last",
     "perf/images_per_second": "mean,last",
 }
-"""What W&B's table of runs shows of a key, where it is more than the last value."""
+"""What W&B's table of runs shows for a key, where it is more than the last value."""
+
+HIDDEN = ("attempt", "samples_seen")
+"""Keys for which W&B's page shows no chart unless one is added."""
 
 DEFAULT_SERVER = "https://api.wandb.ai"
 
 
 class TrackingConfig(Section):
-    """Where figures and pictures go, beside `metrics.jsonl`."""
+    """Where metrics and pictures are logged, in addition to `metrics.jsonl`."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online where a W&B key is found, offline where not. online: a fresh start ends if W&B refuses it."""
+    """auto: online if a W&B key is found, otherwise offline. online: a fresh start fails if W&B refuses it."""
     project: str = "nvae-pipeline"
     """W&B project."""
     entity: str | None = None
-    """W&B user or team; null is the key's own."""
+    """W&B user or team; null is the default of the key."""
     name: str | None = None
     """Name of the run in W&B; null is the name of the run folder."""
     tags: list[str] = Field(default_factory=list)
     """W&B tags."""
     log_every: PositiveInt = 50
-    """Steps between records of training figures."""
+    """Steps between records of training metrics."""
     wandb_timeout: PositiveFloat = 30.0
-    """Seconds that W&B may take to find its server (it tries twice), and to finish."""
+    """Seconds that W&B may take to log in, to start the run, and to finish it."""
 
 
 class WandbRun:
     """A W&B run that can neither stop nor delay training.
 
-    `last_step` is the last that W&B has from earlier attempts (-1: none); up to it, nothing is told again. Its calls
-    are made one after the other on a thread of its own. After an error, or when a thousand calls wait because the W&B
-    service is stuck, W&B is off for the rest of the attempt, which is said once.
+    `last_step` is the last step that W&B has (-1: none; None: unknown, because the run is offline). Steps up to it are
+    not sent. All calls run one after the other on a separate thread. After an error, or when 1000 calls are queued
+    because the wandb service does not answer, W&B is switched off for the rest of the attempt, with one warning.
     """
 
-    def __init__(self, run: Any, timeout: float, last_step: int):
+    def __init__(self, run: Any, run_dir: Path, timeout: float, last_step: int | None):
+        self.last_step = last_step
         self._run = run
+        self._run_dir = run_dir
         self._timeout = timeout
-        self._last_step = last_step
+        self._exit_code = 0
         self._defined: set[str] = set()
         self._off = False
         self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=1000)
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
-    def log(self, step: int, scalars: Mapping[str, float], images: Mapping[str, np.ndarray]) -> None:
-        """Figures and pictures of a step, each under its key and, for W&B's page, under its section."""
-        if step > self._last_step:
-            self._send(lambda: self._log(step, dict(scalars), dict(images)))
+    @property
+    def url(self) -> str:
+        """The address of the run's page."""
+        return self._run.url
 
-    def catch_up(self, records: Sequence[Mapping[str, float]]) -> None:
-        """Tell what W&B lacks of the records of `metrics.jsonl` from earlier attempts. Their pictures are not told."""
-        if self._last_step > max((record["step"] for record in records), default=-1):
-            logger.info("W&B has steps up to %d already; they are not told again", self._last_step)
-        missing = [record for record in records if record["step"] > self._last_step]
+    def log(self, step: int, scalars: Mapping[str, float], pictures: Mapping[str, np.ndarray]) -> None:
+        """Log the scalars and pictures of a step."""
+        if self.last_step is None or step > self.last_step:
+            self._send(lambda: self._log(step, dict(scalars), dict(pictures), time=None))
+
+    def send_missing(self, history: Sequence[LoggedStep]) -> list[LoggedStep]:
+        """Send the steps that W&B lacks, and return them. Sends none if the run is offline."""
+        if self.last_step is None:
+            return []
+        if self.last_step > max((logged.step for logged in history), default=-1):
+            logger.info("W&B already has steps up to %d; they are not sent again", self.last_step)
+        missing = [logged for logged in history if logged.step > self.last_step]
         if missing:
-            steps = missing[0]["step"], missing[-1]["step"]
-            logger.info("W&B: %d records of earlier attempts are sent now, steps %d to %d", len(missing), *steps)
-            self._send(lambda: self._log_again(missing))
+            steps = missing[0].step, missing[-1].step
+            logger.info("W&B: sending %d steps that it lacks, %d to %d", len(missing), *steps)
+            self._send(lambda: self._log_files(missing))
+        return missing
 
     def alert(self, title: str, text: str) -> None:
-        """A message to the people who watch this run."""
+        """Send an alert to those who watch this run."""
         self._send(lambda: self._run.alert(title=title[:63], text=text, level="WARN"))
 
-    def finish(self, exit_code: int) -> None:
-        """Ends the run; returns within twice the timeout, whatever the service does."""
-        self._send(lambda: self._run.finish(exit_code=exit_code))
-        self._send(None)
-        self._thread.join(2 * self._timeout if not self._off else 1.0)
+    def finish(self, exit_code: int) -> bool:
+        """Finish the run. Returns whether W&B received everything.
+
+        Takes at most twice the timeout: a wandb service that has not finished by then is killed.
+        """
+        self._exit_code = exit_code
+        try:
+            self._calls.put_nowait(None)
+            self._thread.join(2 * self._timeout)
+        except queue.Full:
+            self._switch_off("its service does not answer")
         if self._thread.is_alive():
-            logger.warning("W&B did not finish in time; what it has not sent lies in %s", self._run.dir)
-            end_service()  # otherwise wandb waits for it when Python exits
+            self._switch_off("it did not finish in time")
+            kill_service()  # otherwise wandb would wait for it when Python exits
+        return not self._off
 
-    def _log_again(self, records: Sequence[Mapping[str, float]]) -> None:
-        for record in records:
-            scalars = {key: value for key, value in record.items() if key not in ("step", "time")}
-            self._log(record["step"], scalars, {}, record["time"])
-
-    def _log(
-        self, step: int, scalars: dict[str, float], images: dict[str, np.ndarray], seconds: float | None = None
-    ) -> None:
-        """`seconds` since 1970, where it was not now."""
+    def _log_files(self, history: Sequence[LoggedStep]) -> None:
         import wandb
 
-        values = {**scalars, **images}
-        record: dict[str, Any] = {"step": step} if seconds is None else {"step": step, "_timestamp": seconds}
-        for key, value in values.items():
-            for name in dict.fromkeys((key, panel_name(key))):
-                record[name] = wandb.Image(value) if key in images else value
-            self._define(key)
+        for logged in history:
+            pictures = {}
+            for key, path in logged.pictures.items():
+                try:
+                    pictures[key] = wandb.Image(str(path))
+                except Exception as error:  # a file that is no picture
+                    logger.warning("W&B: %s cannot be sent: %s", path, describe(error))
+            self._log(logged.step, logged.scalars, pictures, logged.time)
+
+    def _log(self, step: int, scalars: Mapping[str, float], pictures: Mapping[str, Any], time: float | None) -> None:
+        """`pictures` are arrays or wandb's images; `time` is in seconds since 1970 (None: now)."""
+        import wandb
+
+        record: dict[str, Any] = {"step": step, **scalars}
+        if time is not None:
+            record["_timestamp"] = time
+        for key, picture in pictures.items():
+            record[key] = picture if isinstance(picture, wandb.Image) else wandb.Image(picture)
+        for key in [*scalars, *pictures]:
+            if key not in self._defined:
+                self._defined.add(key)
+                self._run.define_metric(key, step_metric="step", summary=SUMMARIES.get(key), hidden=key in HIDDEN)
         self._run.log(record, step=step)
 
-    def _define(self, key: str) -> None:
-        if key in self._defined:
-            return
-        self._defined.add(key)
-        panel = panel_name(key)
-        has_panel = panel != key
-        self._run.define_metric(key, step_metric="step", summary=SUMMARIES.get(key), hidden=has_panel or "/" not in key)
-        if has_panel:
-            self._run.define_metric(panel, step_metric="step", summary="none")
-
-    def _send(self, call: Callable[[], None] | None) -> None:
+    def _send(self, call: Callable[[], None]) -> None:
         if self._off:
             return
         try:
@@ -162,53 +168,57 @@ class WandbRun:
 
     def _work(self) -> None:
         for call in iter(self._calls.get, None):
-            try:
-                call()
-            except Exception as error:  # nothing that W&B does may end training
-                self._switch_off(describe(error))
-                return
+            self._try(call)
+        self._try(lambda: self._run.finish(exit_code=self._exit_code), even_if_off=True)
+
+    def _try(self, call: Callable[[], None], even_if_off: bool = False) -> None:
+        if self._off and not even_if_off:
+            return
+        try:
+            call()
+        except Exception as error:  # no error of W&B may end training
+            self._switch_off(describe(error))
 
     def _switch_off(self, why: str) -> None:
         if self._off:
             return
         self._off = True
-        logger.warning("W&B is off from here on (%s); metrics.jsonl goes on", why)
-
-
-def panel_name(key: str) -> str:
-    """`kl/8x8_group03` -> `Latent groups/kl 8x8_group03`; a key of no section as it is."""
-    prefix, _, rest = key.partition("/")
-    return PANELS[prefix] + rest if prefix in PANELS else key
+        logger.warning("W&B is off (%s). metrics.jsonl is still written; %s", why, how_to_upload(self._run_dir))
 
 
 def start_wandb(
     config: TrackingConfig, run_dir: Path, run_config: Mapping[str, Any], *, fresh: bool
 ) -> WandbRun | None:
-    """The W&B run of a run folder, the same one after a restart; None where W&B is disabled or cannot work at all."""
+    """The W&B run of a run folder, the same one after a restart; None if W&B is disabled or cannot be started."""
     mode, reason = choose_mode(config.wandb)
     if mode == "disabled":
         return None
     if mode == "online":
-        run, reason = connect(config, run_dir, run_config)
-        if run is not None:
-            return WandbRun(run, config.wandb_timeout, last_step=run.starting_step - 1)
+        try:
+            return connect(config, run_dir, run_config)
+        except ConnectionError as error:
+            reason = str(error)
         if fresh and config.wandb == "online":
             raise ValueError(
                 f"tracking.wandb=online, but W&B cannot be used: {reason}. Check the key (wandb login --relogin) and "
                 "the network, or run with tracking.wandb=offline"
             )
     try:
-        last_steps = close_files(run_dir)
-        run = init_run("offline", config, run_dir, run_config)
+        run = run_within(2 * config.wandb_timeout, lambda: init_run("offline", config, run_dir, run_config))
     except Exception as error:  # wandb raises many kinds
-        logger.warning("W&B is off (%s); metrics.jsonl has everything", describe(error))
+        logger.warning("W&B is off (%s); metrics.jsonl is written", describe(error))
         return None
-    say_offline(reason, run_dir, last_steps)
-    return WandbRun(run, config.wandb_timeout, max(last_steps.values(), default=-1))
+    logger.info("W&B: offline (%s); %s", reason, how_to_upload(run_dir))
+    return WandbRun(run, run_dir, config.wandb_timeout, last_step=None)
+
+
+def how_to_upload(run_dir: Path) -> str:
+    """The command that uploads a run, for messages."""
+    return f"to upload this run later: python -m pipeline.tracking.upload {shlex.quote(str(run_dir))}"
 
 
 def choose_mode(wanted: str) -> tuple[str, str]:
-    """(online, offline or disabled; why). `auto` follows WANDB_MODE where set, then asks whether there is a key."""
+    """(online, offline or disabled; why). `auto` uses WANDB_MODE if it is set, otherwise it checks for a key."""
     if wanted == "auto":
         wanted = os.environ.get("WANDB_MODE", "auto")
         if wanted in ("offline", "disabled"):
@@ -217,66 +227,75 @@ def choose_mode(wanted: str) -> tuple[str, str]:
     return wanted, f"tracking.wandb={wanted}"
 
 
-def connect(config: TrackingConfig, run_dir: Path, run_config: Mapping[str, Any]) -> tuple[Any, str]:
-    """(online run, "") or (None, why not). Never asks for a key."""
+def connect(
+    config: TrackingConfig, run_dir: Path, run_config: Mapping[str, Any], upload_timeout: float | None = None
+) -> WandbRun:
+    """The online run. Never prompts for a key. Raises ConnectionError, without the key in its message.
+
+    `upload_timeout` (seconds) replaces `config.wandb_timeout` for finishing the run.
+    """
     if not find_key():
-        return None, "no key found: set WANDB_API_KEY or run `wandb login`"
+        raise ConnectionError("no key found: set WANDB_API_KEY or run `wandb login`")
+    finish_timeout = upload_timeout or config.wandb_timeout
     try:
-        run = init_run("online", config, run_dir, run_config)
-        for path in filter(is_offline, record_files(run_dir, run_id(run_dir))):
-            mark_synced(path)  # what it holds is now sent from metrics.jsonl
-        logger.info("W&B: %s", run.url)
-        return run, ""
+        run = run_within(
+            2 * config.wandb_timeout, lambda: init_run("online", config, run_dir, run_config, finish_timeout)
+        )
+        last_step = run.starting_step - 1
     except Exception as error:  # wandb raises many kinds
         with contextlib.suppress(Exception):
-            import wandb
-
-            wandb.teardown()  # its service holds the run's id until then
-        return None, describe(error)
-
-
-def close_files(run_dir: Path) -> dict[Path, int]:
-    """The earlier attempts' files, made fit for `wandb sync`, and the last step that each holds (-1: none)."""
-    last_steps = {}
-    for path in record_files(run_dir, run_id(run_dir)):
-        cut_torn_end(path)
-        last_step = read_last_step(path)
-        if last_step is None:
-            mark_synced(path)  # otherwise `wandb sync` stops there and leaves the others, too
-        last_steps[path] = -1 if last_step is None else last_step
-    return last_steps
+            run_within(config.wandb_timeout, teardown)  # until then its service holds the run's id
+        raise ConnectionError(describe(error)) from None
+    for path in run_dir.glob("wandb/offline-run-*/*.wandb"):
+        # Their content is sent from metrics.jsonl; this is how `wandb sync` marks a file as uploaded.
+        path.with_name(path.name + ".synced").touch()
+    logger.info("W&B: %s", run.url)
+    return WandbRun(run, run_dir, finish_timeout, last_step)
 
 
-def read_last_step(path: Path) -> int | None:
-    """The last step of an attempt's file; -1 where it holds none, None where it does not even name its run."""
-    from wandb.proto.wandb_internal_pb2 import Record
+def teardown() -> None:
+    """End wandb's service."""
+    import wandb
 
-    last_step = None
-    for data, _ in whole_records(path.read_bytes()):
-        record = Record.FromString(data)
-        if record.HasField("history"):
-            last_step = record.history.step.num
-        elif record.HasField("run") and last_step is None:
-            last_step = -1
-    return last_step
+    wandb.teardown()
 
 
-def say_offline(reason: str, run_dir: Path, last_steps: Mapping[Path, int]) -> None:
-    """Why a run is offline, and how it comes to W&B. What the server has of attempts that were online is not known."""
-    was_online = any(step >= 0 and not is_offline(path) for path, step in last_steps.items())
-    later = f"To upload this run later: wandb sync {run_dir / 'wandb'}"
-    how = "The next attempt that reaches W&B sends what this one tells" if was_online else later
-    logger.info("W&B: offline (%s). %s", reason, how)
+def run_within(seconds: float, call: Callable[[], Any]) -> Any:
+    """The result of `call`, which runs on a thread. Raises what it raises.
+
+    If it takes longer than `seconds`, the wandb service is killed and TimeoutError is raised.
+    """
+    outcome: Future = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, name="wandb", daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except FutureTimeout:
+        kill_service()
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
 
 
-def init_run(mode: str, config: TrackingConfig, run_dir: Path, run_config: Mapping[str, Any]) -> Any:
-    """`wandb.init`, bounded in time, silent, and with nothing captured that is not told here."""
+def init_run(
+    mode: str,
+    config: TrackingConfig,
+    run_dir: Path,
+    run_config: Mapping[str, Any],
+    finish_timeout: float | None = None,
+) -> Any:
+    """`wandb.init` with time limits, without output, and without recording code, git state or terminal output."""
     import wandb
 
     settings = {
         "init_timeout": config.wandb_timeout,
         "login_timeout": config.wandb_timeout,
-        "finish_timeout": config.wandb_timeout,
+        "finish_timeout": finish_timeout or config.wandb_timeout,
+        "finish_timeout_raises": True,
         "silent": True,
         "console": "off",
         "disable_git": True,
@@ -284,7 +303,7 @@ def init_run(mode: str, config: TrackingConfig, run_dir: Path, run_config: Mappi
         "save_code": False,
         "x_transaction_log_flush_interval": 1.0,  # seconds of records that a kill can take from the offline file
     }
-    # Older releases of wandb lack the flush interval, and the timeout of finish, which is bounded here too.
+    # Older releases of wandb lack some of these; `finish` is limited in WandbRun as well.
     known = {name: value for name, value in settings.items() if name in wandb.Settings.model_fields}
     return wandb.init(
         mode=mode,
@@ -302,7 +321,7 @@ def init_run(mode: str, config: TrackingConfig, run_dir: Path, run_config: Mappi
 
 
 def run_id(run_dir: Path) -> str:
-    """The W&B id of a run folder, kept in its file `wandb_run_id`. A new folder takes a sweep's WANDB_RUN_ID."""
+    """The W&B id of a run folder, stored in its file `wandb_run_id`. A new folder uses a sweep's WANDB_RUN_ID."""
     path = run_dir / "wandb_run_id"
     found = path.read_text().strip() if path.is_file() else os.environ.get("WANDB_RUN_ID", "")
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", found):
@@ -312,7 +331,7 @@ def run_id(run_dir: Path) -> str:
 
 
 def find_key() -> str | None:
-    """The W&B key that wandb would find in the environment or in netrc; nobody is asked and it is told to nobody."""
+    """The W&B key that wandb would find in the environment or in netrc. Never prompts, and never logs the key."""
     for variable in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
         if os.environ.get(variable):
             return os.environ[variable]
@@ -328,15 +347,15 @@ def find_key() -> str | None:
 
 
 def describe(error: Exception) -> str:
-    """An error in one line, without the key."""
+    """The message of an error in one line, with the key masked."""
     text = " ".join(str(error).split()) or type(error).__name__
     key = find_key()
     return text.replace(key, "***") if key else text
 
 
-def end_service() -> None:
-    """Kill the wandb service that this process started, by its id."""
-    for listing in Path("/proc/self/task").glob("*/children"):
-        for pid in listing.read_text().split():
+def kill_service() -> None:
+    """Kill the wandb service that this process started, by its process id."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        for pid in children.read_text().split():
             if Path(f"/proc/{pid}/comm").read_text().startswith("wandb-core"):
                 os.kill(int(pid), signal.SIGKILL)

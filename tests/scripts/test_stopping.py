@@ -13,7 +13,7 @@ from pipeline.storage.status import read_status
 from tests.helpers.launching import ROOT, TRAIN, clean_environment, launch_command, ranks_of, wait_until
 from tests.helpers.recipes import write_tiny_recipe, write_tiny_set
 from tests.helpers.run_folders import differences, metrics
-from tests.tracking.wandb_server import WandbServer
+from tests.helpers.wandb_server import WandbServer
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,16 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pipeline.storage.metrics_file import read_records
-from pipeline.tracking.wandb_files import cut_torn_end, whole_records
-from tests.tracking.test_tracker import log_chunks
-from tests.tracking.wandb_server import WandbServer
+from tests.helpers.trackers import KEY
+from tests.helpers.wandb_server import WandbServer
 
 ROOT = Path(__file__).parents[2]
-KEY = "local-0123456789abcdef0123456789abcdef01234567"[-40:]
 SAME_IN_EACH_ATTEMPT = {"train/loss", "kl/8x8_group00", "val/elbo"}
 
 LOGGING_PROCESS = """
@@ -135,7 +130,7 @@ class Attempts:
         return [{key: float(v) if isinstance(v, str) else v for key, v in json.loads(line).items()} for line in lines]
 
     def sync(self) -> str:
-        """`wandb sync` of everything, as the log says that it is done."""
+        """The messages of `wandb sync`."""
         result = subprocess.run(
             [Path(sys.executable).parent / "wandb", "sync", self.folder / "wandb"],
             cwd=self.folder.parent,
@@ -146,6 +141,16 @@ class Attempts:
         )
         assert result.returncode == 0, result.stderr
         return result.stderr
+
+
+def upload(attempts: Attempts) -> str:
+    """The messages of an upload of the run."""
+    folder = attempts.folder
+    (folder / "config.yaml").write_text("seed: 1\n")
+    command = [sys.executable, "-m", "pipeline.tracking.upload", str(folder)]
+    result = subprocess.run(command, cwd=ROOT, env=attempts.environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return result.stderr
 
 
 def same(a: float, b: float) -> bool:
@@ -164,7 +169,7 @@ def assert_one_run(server: WandbServer, attempts: Attempts) -> list[dict]:
         assert {key for key in record if "/" in key} <= row.keys()
         for key in SAME_IN_EACH_ATTEMPT & record.keys():
             assert same(row[key], record[key]), (record["step"], key)
-        assert row["attempt"] <= record["attempt"]  # W&B keeps a step as it was told first
+        assert row["attempt"] <= record["attempt"]  # W&B keeps a step as it was logged first
         if row["attempt"] == record["attempt"]:
             assert row["perf/wall_clock_s"] == record["perf/wall_clock_s"]
             assert abs(row["_timestamp"] - record["time"]) < 5
@@ -187,22 +192,26 @@ def test_online_over_ten_kills(tmp_path, server):
     attempts.finish("auto")
     history = assert_one_run(server, attempts)
     pairs = zip(history, attempts.metrics(), strict=True)
-    assert any(row["attempt"] < record["attempt"] for row, record in pairs)  # steps were replayed and not told again
-    assert "already; they are not told again" in attempts.said
-    assert "records of earlier attempts are sent now" in attempts.said
+    assert any(row["attempt"] < record["attempt"] for row, record in pairs)  # steps were replayed and not sent again
+    assert "they are not sent again" in attempts.said
+    assert "steps that it lacks" in attempts.said
     assert next(iter(server.runs.values())).exit_codes == [0]
 
 
-def test_offline_over_ten_kills(tmp_path, server):
+def test_offline_over_ten_kills_and_an_upload(tmp_path, server):
+    """The upload sends each step once, also where the last attempt was killed; repeating it sends nothing."""
     attempts = Attempts(tmp_path / "run", server)
     for number, moment in enumerate(attempts.moments(seed=2)):
         attempts.kill("offline", 0.5 if number % 5 == 2 else moment, whole_group=number % 2 == 1)
-    attempts.finish("offline")
     assert server.runs == {}
-    assert len(list(attempts.folder.glob("wandb/offline-run-*/*.wandb"))) == 11
-    attempts.sync()
+    assert len(list(attempts.folder.glob("wandb/offline-run-*/*.wandb"))) == 10
+    upload(attempts)
     assert_one_run(server, attempts)
-    assert "records of earlier attempts are sent now" in attempts.said
+    assert "sent 0 steps" in upload(attempts)
+    attempts.finish("offline")
+    upload(attempts)
+    assert_one_run(server, attempts)
+    assert "No runs to sync" in attempts.sync()
 
 
 def test_offline_and_online_in_turn(tmp_path, server):
@@ -211,12 +220,12 @@ def test_offline_and_online_in_turn(tmp_path, server):
     attempts.kill("offline", 0.3)
     attempts.kill("online", 1.0)
     server.stop()
-    attempts.kill("auto", 1.5)  # nobody answers: offline
+    attempts.kill("auto", 1.5)  # the server cannot be reached: offline
     server.start()
     attempts.finish("auto")
-    assert "The next attempt that reaches W&B" in attempts.said
+    assert "to upload this run later" in attempts.said
     assert_one_run(server, attempts)
-    assert "No runs to sync" in attempts.sync()  # all that was kept offline has been sent
+    assert "No runs to sync" in attempts.sync()  # everything that was logged offline has been sent
     assert_one_run(server, attempts)
 
 
@@ -232,87 +241,3 @@ def test_a_server_that_is_away_for_a_while(tmp_path, server):
     assert process.returncode == 0, error
     assert 0 < sent < 600
     assert_one_run(server, attempts)
-
-
-# --- the offline files ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def offline_attempt(tmp_path_factory):
-    """A folder in which one attempt was offline for 400 steps, and its file in there."""
-    with WandbServer() as server:
-        attempts = Attempts(tmp_path_factory.mktemp("offline") / "run", server)
-        attempts.reached = 370
-        attempts.finish("offline")
-    (path,) = attempts.folder.glob("wandb/offline-run-*/*.wandb")
-    return attempts.folder, path.relative_to(attempts.folder)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_whole_records_end_where_the_file_is_torn_or_flipped(offline_attempt, data):
-    content = offline_attempt[0].joinpath(offline_attempt[1]).read_bytes()
-    records = list(log_chunks(content))
-    found = list(whole_records(content))
-    assert [record for record, _ in found] == records
-    assert found[-1][1] == len(content) > 3 * 32768
-    place = data.draw(st.integers(0, len(content) - 1))
-    flipped = bytearray(content)
-    flipped[place] ^= data.draw(st.integers(1, 255))
-    whole = [pair for pair in found if pair[1] <= place]
-    assert list(whole_records(content[:place])) == whole
-    after_flip = list(whole_records(bytes(flipped)))
-    assert after_flip == (found if 4 <= place < 7 else [] if place < 4 else whole) or is_padding(content, place)
-
-
-def is_padding(content: bytes, place: int) -> bool:
-    """Whether a byte fills up a block: fewer than 7 are left of it."""
-    return place % 32768 > 32768 - 7
-
-
-def test_no_file_of_wandb_has_no_records(tmp_path):
-    assert list(whole_records(b"")) == list(whole_records(b"something else" * 10)) == []
-    path = tmp_path / "a.wandb"
-    path.write_bytes(b"something else")
-    cut_torn_end(path)
-    assert path.read_bytes() == b"something else"
-
-
-def torn_at_the_end_of_a_block(content, ends):
-    """As the service leaves it: whole blocks are written at once, the rest once in a second."""
-    assert 2 * 32768 not in ends
-    return content[: 2 * 32768]
-
-
-def torn_in_a_chunk(content, ends):
-    return content[: ends[len(ends) // 2] + 20]
-
-
-def zeros_after_a_power_cut(content, ends):
-    return content[: ends[len(ends) // 2]] + bytes(5000)
-
-
-def dead_before_the_run_had_a_name(content, ends):
-    return content[: ends[0]]
-
-
-def whole(content, ends):
-    return content
-
-
-@pytest.mark.parametrize(
-    "torn",
-    [torn_at_the_end_of_a_block, torn_in_a_chunk, zeros_after_a_power_cut, dead_before_the_run_had_a_name, whole],
-)
-def test_wandb_sync_passes_over_what_a_kill_tore(tmp_path, server, offline_attempt, torn):
-    folder, path = offline_attempt
-    content = (folder / path).read_bytes()
-    shutil.copytree(folder, tmp_path / "run", symlinks=True)
-    (tmp_path / "run" / path).write_bytes(torn(content, [end for _, end in whole_records(content)]))
-    attempts = Attempts(tmp_path / "run", server)
-    attempts.number, attempts.reached = 1, 400
-    attempts.finish("offline")
-    assert ("records of earlier attempts are sent now" in attempts.said) == (torn is not whole)
-    attempts.sync()
-    assert_one_run(server, attempts)
-    assert "No runs to sync" in attempts.sync()
