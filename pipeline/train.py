@@ -32,7 +32,7 @@ from pipeline.storage.checkpoint import Checkpoint, Checkpoints  # noqa: E402
 from pipeline.storage.run_lock import RunLock  # noqa: E402
 from pipeline.storage.status import StatusFile  # noqa: E402
 from pipeline.tracking.tracker import Tracker  # noqa: E402
-from pipeline.training.trainer import TrainingDiverged  # noqa: E402
+from pipeline.training.progress import TrainingDiverged  # noqa: E402
 
 log = logging.getLogger("pipeline")
 
@@ -147,11 +147,11 @@ def train_in(folder: Path, recipe: Recipe, runtime: Runtime, parsed: argparse.Na
         start_logging(folder / "log.txt" if runtime.is_main else None, runtime.is_main)
         log.info("%s on %s in %s", recipe.model.name, runtime.describe(), folder)
         session = open_session(folder, recipe, runtime, parsed)
-        session.trainer.stop_asked = lambda: stop.reason is not None
         told = runtime.from_main(session.status.status.state) == "finished"
+        completed = True
         if not (session.finished and told):  # killed after its last step, it has still to close its records
-            train_with_tracker(session, recipe, runtime)
-        tell_end(session, runtime, stop)
+            completed = train_with_tracker(session, recipe, runtime, stop)
+        report_end(session, runtime, stop, completed)
     except (ValueError, TrainingDiverged) as error:  # not OSError: a disk may be there again at the next attempt
         if lock is not None:
             StatusFile(folder).end("failed", str(error))
@@ -189,8 +189,8 @@ def find_checkpoint(runtime: Runtime, checkpoints: Checkpoints, resume: str) -> 
     return checkpoints.load(path)
 
 
-def train_with_tracker(session: Session, recipe: Recipe, runtime: Runtime) -> None:
-    """Trains to the last step, or to a stop, while metrics.jsonl and W&B listen."""
+def train_with_tracker(session: Session, recipe: Recipe, runtime: Runtime, stop: StopRequest) -> bool:
+    """Trains to the last step (True) or to a stop request (False), with metrics.jsonl and W&B open."""
     step, total_steps = session.trainer.step, session.trainer.total_steps
 
     def tracker(is_main: bool) -> Tracker:
@@ -199,19 +199,19 @@ def train_with_tracker(session: Session, recipe: Recipe, runtime: Runtime) -> No
             recipe.tracking, session.folder, session.settings, is_main=is_main, start_step=step, attempt=attempt
         )
 
-    # Within the tracker, whose last words to W&B must not hold up what the other processes are told.
+    # Inside the tracker: its last upload to W&B must not delay the failure report to the other processes.
     with (
-        runtime.run_on_main(lambda: tracker(is_main=True)) or tracker(is_main=False) as listening,
+        runtime.run_on_main(lambda: tracker(is_main=True)) or tracker(is_main=False) as opened,
         runtime.propagate_failure(),
     ):
-        session.run(listening)
+        return session.run(opened, should_stop=lambda: stop.reason is not None)
 
 
-def tell_end(session: Session, runtime: Runtime, stop: StopRequest) -> None:
-    """Says, and notes in status.json, whether the run is finished or was stopped on purpose."""
+def report_end(session: Session, runtime: Runtime, stop: StopRequest, completed: bool) -> None:
+    """Logs, and writes to status.json, whether the run is finished or was stopped by a signal."""
     trainer, folder = session.trainer, session.folder
     reasons = [reason for reason in runtime.gather_objects(stop.reason) if reason is not None]
-    if trainer.stopped:
+    if not completed:
         state, reason = "preempted", reasons[0]
         words = "stopped by %s at step %d of %d with a checkpoint; run the same command again to go on"
         log.info(words, reason, trainer.step, trainer.total_steps)

@@ -94,7 +94,7 @@ def test_the_condition_matters_once_trained(case, data, runtime):
     if not CASES[case][1]:
         pytest.skip("not conditional")
     trainer = make_trainer(make_recipe(case, data), runtime)
-    stream = iter(trainer.batches(0))
+    stream = iter(trainer.data.batches(0))
     for step in range(3):
         trainer.train_step(step, [next(stream)])
     model = trainer.model.eval()
@@ -140,14 +140,14 @@ def test_eight_images_are_learnt_by_heart(case, data, runtime):
         "optim.schedule=constant",
     ]
     trainer = make_trainer(make_recipe(case, data, *words), runtime)
-    batch = next(iter(trainer.batches(0)))
+    batch = next(iter(trainer.data.batches(0)))
     elbos = []
     for step in range(steps):
         fresh_noise = batch.positions + 8 * step
         assert trainer.train_step(step, [batch._replace(positions=fresh_noise)])
         elbos.append(trainer.interval_scalars()["train/elbo"])
-        trainer.step += 1
-    x, condition = trainer.inputs(batch)
+        trainer.progress.step += 1
+    x, condition = trainer.data.model_inputs(batch)
     model = trainer.model.eval()
     with torch.no_grad():
         noise = [torch.zeros(8, *group.shape) for group in model.groups]

@@ -10,6 +10,7 @@ from pipeline.recipe import Recipe
 from pipeline.run.session import Session, choose_checkpoint
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def train(make_recipe, make_runtime):
         if checkpoint is not None:
             session.resume(checkpoint)
         if stop is not None:
-            session.trainer.on_batches = stop_after(stop)
+            interrupt_after(session.trainer, stop)
         tracker = Tracker(recipe.tracking, folder, session.settings, is_main=True, start_step=session.trainer.step)
         try:
             session.run(tracker)
@@ -40,12 +41,17 @@ class Interrupted(Exception):
     pass
 
 
-def stop_after(step):
-    def check(current, _batches):
-        if current == step:
-            raise Interrupted
+def interrupt_after(trainer: Trainer, last: int) -> None:
+    """As a kill would, between the update of step `last` and everything that follows a step."""
+    train_step = trainer.train_step
 
-    return check
+    def interrupted(step: int, micro_batches: list) -> bool:
+        finite = train_step(step, micro_batches)
+        if step == last:
+            raise Interrupted
+        return finite
+
+    trainer.train_step = interrupted
 
 
 def final_bytes(folder: Path) -> dict[str, bytes]:
@@ -65,7 +71,8 @@ def test_resumed_equals_straight_bit_for_bit(train, tmp_path, stop):
     """
     words = ("data.trace=true", "tracking.log_every=1")
     train(tmp_path / "straight", *words)
-    train(tmp_path / "parts", *words, stop=stop)
+    stopped = train(tmp_path / "parts", *words, stop=stop)
+    assert stopped.trainer.step == stop
     resumed = train(tmp_path / "parts", *words)
     assert resumed.trainer.step == 6
     expected, found = final_bytes(tmp_path / "straight"), final_bytes(tmp_path / "parts")
@@ -177,8 +184,8 @@ def test_a_finished_run_stays_as_it_is(train, tmp_path):
 
 def test_validation_is_the_same_each_time_and_for_any_batch_size(train, tmp_path):
     session = train(tmp_path)
-    figures = session.evaluator.run(session.trainer.model)
-    assert figures == session.evaluator.run(session.trainer.model)
+    figures = session.evaluator.run(session.trainer.model, step=6)
+    assert figures == session.evaluator.run(session.trainer.model, step=6)
     assert set(figures) == {"val/elbo", "val/bpd", "val/nll", "val/bpd_nll", "val/log_px", "val/kl"}
     assert -figures["val/elbo"] + 1e-3 > figures["val/nll"]  # more samples tighten the bound, on average
     assert torch.tensor(list(figures.values())).isfinite().all()
