@@ -18,9 +18,8 @@ from pipeline.run.build import build_trainer
 from pipeline.run.data import RunData
 from pipeline.run.data_trace import Trace
 from pipeline.run.flops import peak_flops, step_flops
-from pipeline.run.resume import changed_settings, check_fingerprint
 from pipeline.storage.atomic import replacing
-from pipeline.storage.checkpoint import Checkpoint, Checkpoints
+from pipeline.storage.checkpoint import Checkpoints
 from pipeline.storage.checkpoint_writer import CheckpointWriter
 from pipeline.storage.status import StatusFile
 from pipeline.tracking.tracker import Tracker
@@ -33,7 +32,7 @@ SHOWN = ("train/loss", "train/elbo", "train/bpd", "train/kl", "train/lr", "perf/
 
 
 class Session:
-    """A run in its folder. `resume()` continues from a checkpoint; `run()` trains to the end."""
+    """A run in its folder. `run()` trains to the end; `pipeline.run.resume.restore` continues from a checkpoint."""
 
     def __init__(self, recipe: Recipe, runtime: Runtime, folder: Path):
         self.recipe = recipe
@@ -56,15 +55,6 @@ class Session:
         self.stall_ms = 0.0
 
     # ------------------------------------------------------------------------------------------------- beginning
-
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Continues from a checkpoint. Raises ValueError where it belongs to another model, recipe or data set."""
-        check_fingerprint(checkpoint.facts["data_fingerprint"], self.data.train.fingerprint)
-        for change in changed_settings(checkpoint.facts["settings"], self.settings):
-            log.info("changed since the checkpoint: %s", change)
-        self.trainer.resume(checkpoint.facts["progress"], checkpoint.tensors)
-        self.saved_step = self.trainer.step
-        log.info("resumed from %s at step %d", checkpoint.path, self.trainer.step)
 
     @property
     def finished(self) -> bool:
@@ -178,25 +168,6 @@ class Session:
             "torch": torch.__version__,
             "world_size": self.runtime.world_size,
         }
-
-
-def choose_checkpoint(checkpoints: Checkpoints, resume: str) -> Checkpoint | None:
-    """The checkpoint that `--resume` means: `auto` the run's latest, `never` none, or a path to start this run from.
-
-    A run that has checkpoints of its own goes on from them also when a path is given, so that repeating a command
-    continues it. Raises ValueError where `never` meets a run that has some, or a path has none.
-    """
-    if resume == "never":
-        if checkpoints.steps():
-            raise ValueError(
-                f"--resume never: {checkpoints.folder} holds checkpoints up to step {checkpoints.steps()[-1]}; "
-                "name another --run-dir, or remove that folder"
-            )
-        return None
-    own = checkpoints.latest()
-    if own is not None or resume == "auto":
-        return own
-    return checkpoints.load(resume)
 
 
 def describe(recipe: Recipe) -> str:

@@ -38,8 +38,8 @@ class Progress:
         if self.skipped_in_a_row >= max_skipped_in_a_row:
             advice = (
                 f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient. The last checkpoint is "
-                "good: run the same command again with a lower optim.lr, with optim.clip set (for instance "
-                "optim.clip=200), or with train.precision=fp32. train.max_skipped_steps sets how many such steps in a "
-                "row are tolerated."
+                "good: run the same command again with `--resume changed` and a lower optim.lr, or with optim.clip set "
+                "(for instance optim.clip=200), or with train.precision=fp32. train.max_skipped_steps sets how many "
+                "such steps in a row are tolerated."
             )
             raise raised_on_all_ranks(TrainingDiverged(advice))

@@ -14,6 +14,7 @@ from pipeline import models
 from pipeline.distributed.runtime import Runtime
 from pipeline.models.base import VAE, VAEOutput
 from pipeline.recipe import build_model
+from pipeline.run.resume import restore
 from pipeline.run.session import Session
 from pipeline.tracking.tracker import Tracker
 from tests.helpers.model_cases import CASES, make_recipe, make_trainer, train_losses, write_data, zeros_and_noise
@@ -183,7 +184,7 @@ def test_resumed_equals_straight_bit_for_bit(case, data, runtime, tmp_path):
         session = Session(recipe, runtime, tmp_path / folder)
         checkpoint = session.checkpoints.latest()
         if checkpoint is not None:
-            session.resume(checkpoint)
+            restore(session, checkpoint)
         session.trainer.total_steps = stop or session.trainer.total_steps
         with Tracker(recipe.tracking, tmp_path / folder, {}, is_main=True, start_step=session.trainer.step) as tracker:
             session.run(tracker)

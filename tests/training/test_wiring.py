@@ -16,7 +16,8 @@ from pipeline.data.order import Order
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluate import build_parser, evaluate
 from pipeline.recipe import Recipe, build_model
-from pipeline.run.session import Session, choose_checkpoint
+from pipeline.run.resume import choose_checkpoint, restore
+from pipeline.run.session import Session
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.progress import TrainingDiverged
@@ -66,7 +67,7 @@ def train(
     session = Session(recipe, Runtime(recipe.train.precision, cpu_threads=1), folder)
     checkpoint = choose_checkpoint(session.checkpoints, "auto")
     if checkpoint is not None:
-        session.resume(checkpoint)
+        restore(session, checkpoint)
     prepare(session)
     start = session.trainer.step
     with Tracker(recipe.tracking, folder, session.settings, is_main=True, start_step=start) as tracker:
