@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -123,7 +124,8 @@ def build_ours(case: str, **train) -> Callable[[int], None]:
     from pipeline.training.optim import LearningRate, OptimConfig, build_optimizer
     from pipeline.training.regularizers import RegularizerConfig, Regularizers
     from pipeline.training.state import TrainingState
-    from pipeline.training.trainer import TrainConfig, Trainer
+    from pipeline.training.train_config import TrainConfig
+    from pipeline.training.trainer import Trainer
 
     options, batch_size = reference_options(case)
     config = TrainConfig(steps=TOTAL_STEPS, batch_size=batch_size, **train)
@@ -132,19 +134,19 @@ def build_ours(case: str, **train) -> Callable[[int], None]:
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = NVAE(*config_from_reference(options)).to(memory_format=layout).to(runtime.device)
     wrapped, optimizer = runtime.prepare(model, build_optimizer(model, OptimConfig(warmup_steps=50)))
+
+    def model_inputs(batch: Batch) -> tuple[torch.Tensor, None]:
+        return to_model_input(batch.images.to(runtime.device)).contiguous(memory_format=layout), None
+
     trainer = Trainer(
         config,
         runtime=runtime,
-        model=model,
-        wrapped_model=wrapped,
+        data=SimpleNamespace(total_steps=TOTAL_STEPS, model_inputs=model_inputs),
         state=TrainingState(model, optimizer, Regularizers(RegularizerConfig(), model, 0), None),
+        wrapped_model=wrapped,
         objective=Objective(ObjectiveConfig(), model.groups, TOTAL_STEPS),
         learning_rate=LearningRate(OptimConfig(warmup_steps=50), TOTAL_STEPS, TOTAL_STEPS),
         clip=None,
-        total_steps=TOTAL_STEPS,
-        batches=lambda step: (),
-        report_unreadable=lambda *_: 0,
-        inputs=lambda batch: (to_model_input(batch.images.to(runtime.device)).contiguous(memory_format=layout), None),
     )
     images = random_images(case, batch_size)
 

@@ -34,7 +34,7 @@ from pipeline.inference.report import (  # noqa: E402
 )
 from pipeline.inference.trained import TrainedModel, find_checkpoint, load  # noqa: E402
 from pipeline.recipe import Recipe  # noqa: E402
-from pipeline.run.data import Data  # noqa: E402
+from pipeline.run.data import RunData  # noqa: E402
 
 log = logging.getLogger("pipeline")
 METRICS = ("elbo", "edit", "recognition")
@@ -97,7 +97,7 @@ def evaluate(parsed: argparse.Namespace, runtime: Runtime) -> None:
     trained, recipe = runtime.run_on_all(lambda: prepare(parsed, path, runtime))
     seed = recipe.train.seed if parsed.seed is None else parsed.seed
     log.info("%s at step %d on %s, split %s", recipe.model.name, trained.step, recipe.data.root, parsed.split)
-    data = Data(recipe, runtime)
+    data = RunData(recipe, runtime, progress=True)
     runtime.check_agreement({"data": data.held_out.fingerprint, "code": code_version()})
     figures = measure(parsed, trained, data, runtime, seed)
     report = describe_measurement(trained, data, runtime, seed, figures)
@@ -123,7 +123,7 @@ def prepare(parsed: argparse.Namespace, path: str, runtime: Runtime) -> tuple[Tr
 
 
 def measure(
-    parsed: argparse.Namespace, trained: TrainedModel, data: Data, runtime: Runtime, seed: int
+    parsed: argparse.Namespace, trained: TrainedModel, data: RunData, runtime: Runtime, seed: int
 ) -> dict[str, float]:
     """The figures asked for with --metrics."""
     figures = {}

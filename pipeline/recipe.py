@@ -29,7 +29,7 @@ from pipeline.tracking.tracker import TrackingConfig
 from pipeline.training.objective import ObjectiveConfig
 from pipeline.training.optim import OptimConfig
 from pipeline.training.regularizers import RegularizerConfig
-from pipeline.training.trainer import TrainConfig
+from pipeline.training.train_config import TrainConfig
 
 RECIPES = Path(__file__).parent / "configs"
 

@@ -1,7 +1,7 @@
 """Figures on held-out images: the evidence lower bound and the importance-weighted likelihood, exact on any number of
 processes."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import log
 from typing import Any
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pipeline.data.loader import Batch
 from pipeline.data.shards import UnreadableShard
-from pipeline.data.unreadable import SkippedSample
+from pipeline.data.training_data import TrainingData
+from pipeline.distributed.runtime import Runtime
 from pipeline.models.base import VAE, VAEOutput, evaluating
 from pipeline.models.noise import draw_noise
 from pipeline.schema import Section
@@ -44,67 +45,59 @@ class Evaluator:
     def __init__(
         self,
         config: ValidationConfig,
-        batches: Callable[[], Iterable[Batch]],
-        inputs: Callable[[Batch], tuple[Tensor, Tensor | None]],
+        data: TrainingData,
+        runtime: Runtime,
         seed: int,
-        device: torch.device,
-        autocast: Callable,
-        sum_over_ranks: Callable[[Tensor], Tensor],
-        report_unreadable: Callable[[Sequence[SkippedSample], UnreadableShard | None], int],
         by_group: bool = False,
+        wait_for_ranks: bool = False,
     ):
-        """`report_unreadable` is told on every rank what could not be read; it gives the number of samples left out
-        on all
-        ranks, or raises on all. `by_group`: also KL and active units of each latent group.
+        """`by_group`: also the KL and the active units of each latent group. `wait_for_ranks`: ranks that finish early
+        wait for the others without a timeout, which long measurements need.
         """
         self.config = config
-        self.batches = batches
-        self.inputs = inputs
+        self.data = data
+        self.runtime = runtime
         self.seed = seed
-        self.device = device
-        self.autocast = autocast
-        self.sum_over_ranks = sum_over_ranks
-        self.report_unreadable = report_unreadable
         self.by_group = by_group
+        self.wait_for_ranks = wait_for_ranks
 
     @torch.no_grad()
-    def run(self, model: VAE) -> dict[str, float]:
+    def run(self, model: VAE, step: int) -> dict[str, float]:
         """`val/elbo` and, with importance samples, `val/nll` in nats per image; each in bits per dimension too. By
         group, `val/kl/GROUP` in nats and `val/active_units/GROUP`. Where images could not be read,
-        `val/skipped_samples` is their number, and the others' figures are given.
+        `val/skipped_samples` is their number, and the figures are those of the others.
 
-        The model is left in its mode.
+        `step` is that of the model, for the list of unreadable samples. The model is left in its mode.
         """
-        meter = Meter(self.device, self._names(model))
+        meter = Meter(self.runtime.device, self._names(model))
         active = ActiveUnits(group.name for group in model.groups)
-        active.add([torch.zeros(group.shape[0], device=self.device) for group in model.groups], count=0)
-        world_size = int(self.sum_over_ranks(torch.ones((), device=self.device)))
-        rows = max(1, self.config.batch_size // world_size)
+        active.add([torch.zeros(group.shape[0], device=self.runtime.device) for group in model.groups], count=0)
         skipped, error = [], None
         try:
             with evaluating(model):
-                for batch in self.batches():
+                for batch in self.data.held_out_batches():
                     skipped += batch.skipped
                     if len(batch.images):
-                        self._add(meter, active, model, batch, rows)
-        except UnreadableShard as damaged:
-            error = damaged
-        skipped = self.report_unreadable(skipped, error)
-        figures = self._figures(meter.reduce(self.sum_over_ranks), model.num_dimensions)
+                        self._add(meter, active, model, batch)
+        except UnreadableShard as unreadable:
+            error = unreadable
+        if self.wait_for_ranks:
+            self.runtime.barrier()
+        num_skipped = self.data.report_unreadable(step, skipped, error, split="held_out")
+        figures = self._figures(meter.reduce(self.runtime.sum), model.num_dimensions)
         if self.by_group:
-            figures |= {f"val/{name}": number for name, number in active.reduce(self.sum_over_ranks).items()}
-        return figures | ({"val/skipped_samples": float(skipped)} if skipped else {})
+            figures |= {f"val/{name}": number for name, number in active.reduce(self.runtime.sum).items()}
+        return figures | ({"val/skipped_samples": float(num_skipped)} if num_skipped else {})
 
-    def _add(self, meter: Meter, active: ActiveUnits, model: VAE, batch: Batch, rows: int) -> None:
-        """`rows`: images times draws in one pass."""
-        x, condition = self.inputs(batch)
+    def _add(self, meter: Meter, active: ActiveUnits, model: VAE, batch: Batch) -> None:
+        x, condition = self.data.model_inputs(batch)
         count = len(x)
         positions = batch.positions.tolist()
 
         def noise(draw: int) -> list[Tensor]:
             return draw_noise(model.noise_groups, self.seed, f"validate/{draw}", positions, x.device, x.dtype)
 
-        draws = Draws(model, x, condition, noise, self.autocast)
+        draws = Draws(model, x, condition, noise, self.runtime.autocast)
         first = draws.bound(range(1))
         meter.add("elbo", first.elbo.sum(), count)
         meter.add("log_px", first.log_px.sum(), count)
@@ -113,11 +106,12 @@ class Evaluator:
             meter.add_all(dict(zip(_kl_names(model), first.kl.double().sum(dim=0), strict=True)), count)
             active.add(first.kl_units, count)
         if self.config.importance_samples:
+            rows = max(1, self.config.batch_size // self.runtime.world_size)  # images times draws in one pass
             log_px = draws.log_likelihood(self.config.importance_samples, rows, first)  # (B,)
             meter.add("nll", -log_px.sum(), count)
 
     def _names(self, model: VAE) -> list[str]:
-        """Every rank brings these to the reduction, also one that had no image."""
+        """Every rank reduces these names, also one that had no image."""
         by_group = _kl_names(model) if self.by_group else []
         return ["elbo", "log_px", "kl", *by_group] + (["nll"] if self.config.importance_samples else [])
 

@@ -1,16 +1,14 @@
 """What evaluate.py measures of a trained model on a split of a shard set, and the JSON that tells it."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline.config import build
-from pipeline.data.loader import Batch
 from pipeline.distributed.agreement import code_version
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.class_recognition import recognition
@@ -20,7 +18,7 @@ from pipeline.inference.trained import TrainedModel
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.recipe import Recipe
 from pipeline.run.classifier_folder import load_classifier
-from pipeline.run.data import Data
+from pipeline.run.data import RunData
 from pipeline.storage.atomic import replacing
 
 HEADLINES = ("elbo", "bpd", "nll", "bpd_nll", "log_px", "kl")
@@ -60,44 +58,28 @@ def check_metrics(metrics: Sequence[str], trained: TrainedModel, classifier: Pat
         raise ValueError("--metrics edit and recognition need a judge: --classifier FOLDER, of train_classifier.py")
 
 
-def bound_figures(trained: TrainedModel, data: Data, runtime: Runtime, seed: int) -> dict[str, float]:
+def bound_figures(trained: TrainedModel, data: RunData, runtime: Runtime, seed: int) -> dict[str, float]:
     """`elbo`, `log_px`, `kl`, `nll` in nats per image, `bpd` and `bpd_nll` in bits per dimension, and for each group
     `kl/GROUP` in nats and `active_units/GROUP`: means over the split, the same for any number of processes.
 
     With the seed that the model was trained with, `elbo` is `val/elbo` of the training's validation.
     """
-
-    def report(skipped: Sequence, error: Exception | None) -> int:
-        runtime.barrier()  # as in sum_after_barrier
-        return data.damage.report(trained.step, data.held_out.split, skipped, error)
-
-    evaluator = Evaluator(
-        data.recipe.validation,
-        batches=lambda: with_progress(data.held_out_batches(), shown=runtime.is_main),
-        inputs=data.inputs,
-        seed=seed,
-        device=runtime.device,
-        autocast=runtime.autocast,
-        sum_over_ranks=runtime.sum,
-        report_unreadable=report,
-        by_group=True,
-    )
-    figures = {name.removeprefix("val/"): value for name, value in evaluator.run(trained.model).items()}
+    evaluator = Evaluator(data.recipe.validation, data, runtime, seed, by_group=True, wait_for_ranks=True)
+    figures = {name.removeprefix("val/"): value for name, value in evaluator.run(trained.model, trained.step).items()}
     groups = [group.name for group in trained.model.groups]
     order = [f"{kind}/{group}" for kind in ("kl", "active_units") for group in groups]
     return {name: figures[name] for name in (*HEADLINES, *order, "skipped_samples") if name in figures}
 
 
 def edit_measurement(
-    trained: TrainedModel, data: Data, runtime: Runtime, classifier: Path, seed: int
+    trained: TrainedModel, data: RunData, runtime: Runtime, classifier: Path, seed: int
 ) -> dict[str, float]:
     """See pipeline.evaluation.edit_metric.edit_figures."""
     judge = runtime.run_on_all(lambda: load_classifier(classifier))
-    batches = with_progress(data.held_out_batches(), shown=runtime.is_main)
     return edit_figures(
         trained.model,
         trained.recipe.condition,
-        held_out_faces(batches, data.held_out, data.inputs, judge),
+        held_out_faces(data.held_out_batches(), data.held_out, data.model_inputs, judge),
         judge,
         seed,
         hidden_by(data.held_out, judge),
@@ -115,7 +97,7 @@ def recognition_measurement(
 
 
 def sum_after_barrier(runtime: Runtime) -> Callable[[Tensor], Tensor]:
-    """The sum over ranks that may end minutes apart, for which collectives alone have no patience."""
+    """The sum over ranks that may finish minutes apart: they wait for each other without a timeout."""
 
     def total(values: Tensor) -> Tensor:
         runtime.barrier()
@@ -124,13 +106,8 @@ def sum_after_barrier(runtime: Runtime) -> Callable[[Tensor], Tensor]:
     return total
 
 
-def with_progress(batches: Iterable[Batch], shown: bool) -> Iterator[Batch]:
-    """The batches, with a bar on the main process where it has a terminal."""
-    return iter(tqdm(batches, desc="evaluating", unit="batch", disable=None if shown else True))
-
-
 def describe_measurement(
-    trained: TrainedModel, data: Data, runtime: Runtime, seed: int, figures: dict[str, Any]
+    trained: TrainedModel, data: RunData, runtime: Runtime, seed: int, figures: dict[str, Any]
 ) -> dict[str, Any]:
     """The figures with everything that they depend on."""
     recipe, shards = data.recipe, data.held_out

@@ -7,7 +7,7 @@ from pipeline.models.base import VAE
 from pipeline.nn.batch_norm import keep_collectives_uncompiled
 from pipeline.recipe import Recipe, build_model
 from pipeline.run.classifier_folder import load_frozen_classifier
-from pipeline.run.data import Data
+from pipeline.run.data import RunData
 from pipeline.training.ema import EMA
 from pipeline.training.objective import Objective
 from pipeline.training.optim import LearningRate, build_optimizer
@@ -16,8 +16,8 @@ from pipeline.training.state import TrainingState
 from pipeline.training.trainer import Trainer
 
 
-def build_trainer(recipe: Recipe, runtime: Runtime, data: Data) -> Trainer:
-    """The trainer at step 0. Weights are drawn from the recipe's seed, alike on every rank."""
+def build_trainer(recipe: Recipe, runtime: Runtime, data: RunData) -> Trainer:
+    """The trainer at step 0. The initial weights depend on the recipe's seed alone."""
     train = recipe.train
     folder = recipe.model.classifier_folder
     classifier = runtime.run_on_all(lambda: load_frozen_classifier(folder)) if folder else None
@@ -34,16 +34,12 @@ def build_trainer(recipe: Recipe, runtime: Runtime, data: Data) -> Trainer:
     return Trainer(
         train,
         runtime=runtime,
-        model=model,
-        wrapped_model=wrapped,
+        data=data,
         state=TrainingState(model, optimizer, Regularizers(recipe.regularizers, model, train.seed), ema),
+        wrapped_model=wrapped,
         objective=Objective(recipe.objective, model.groups, data.total_steps, runtime.mean),
         learning_rate=LearningRate(recipe.optim, data.total_steps, steps_per_epoch),
         clip=recipe.optim.clip,
-        total_steps=data.total_steps,
-        batches=data.batches,
-        inputs=data.inputs,
-        report_unreadable=data.report_unreadable,
     )
 
 

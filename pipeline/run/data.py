@@ -1,10 +1,12 @@
-"""The shard set of a run as its parts need it."""
+"""The data of a run, as the recipe describes them."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from pipeline.data.loader import Batch, build_eval_loader, build_train_loader, check_data
 from pipeline.data.order import Order
@@ -17,13 +19,15 @@ from pipeline.recipe import Recipe, total_steps
 from pipeline.run.unreadable_log import UnreadableLog
 
 
-class Data:
-    """The shard set of a run as its parts need it: micro-batches for training, a split for validation, floats for the
-    model.
+class RunData:
+    """The training split and the held-out split of a recipe's shard set: a `TrainingData`.
+
+    With `progress`, `held_out_batches` shows a progress bar where the main process has a terminal.
     """
 
-    def __init__(self, recipe: Recipe, runtime: Runtime):
+    def __init__(self, recipe: Recipe, runtime: Runtime, progress: bool = False):
         self.recipe = recipe
+        self._bar = {"desc": "evaluating", "unit": "batch", "disable": None if progress and runtime.is_main else True}
         self.runtime = runtime
         config = recipe.data
         self.train, self.held_out = self._open_shards()
@@ -31,14 +35,14 @@ class Data:
         if recipe.condition is not None:
             recipe.condition.check(self.train.classes, self.train.attribute_names)
         self.order = Order(self.train.shard_sizes, recipe.train.seed, config.window)
-        self.damage = UnreadableLog(runtime)
+        self.unreadable = UnreadableLog(runtime)
         self._augment = Preprocess(recipe.train.seed, flip=config.flip, binarize=config.binarize, pad=config.pad)
         self._plain = Preprocess(recipe.train.seed, binarize=config.binarize, pad=config.pad)
 
     def _open_shards(self) -> list[TarShards]:
         """Of the training and the validation split; from an address, they are fetched first."""
         config, runtime = self.recipe.data, self.runtime
-        verify = config.verify and config.on_error == "raise"  # a hash does not tell which sample to leave out
+        verify = config.verify and config.on_error == "raise"  # a hash cannot say which sample to skip
         splits = config.train_split, self.recipe.validation.split
         if not is_address(config.root):
             return runtime.run_on_all(lambda: [TarShards(config.root, split, verify) for split in splits])
@@ -68,7 +72,7 @@ class Data:
     def held_out_batches(self) -> Iterable[Batch]:
         """This rank's share of the validation images, in their natural order."""
         config = self.recipe.validation
-        return build_eval_loader(
+        loader = build_eval_loader(
             self.held_out,
             self._plain,
             batch_size=config.batch_size,
@@ -77,20 +81,28 @@ class Data:
             limit=config.images,
             on_error=self.recipe.data.on_error,
         )
+        return tqdm(loader, **self._bar)
 
     def held_out_inputs(self, count: int) -> tuple[Tensor, Tensor | None]:
         """The first `count` images of the validation split as model input, and their conditions, the same on every
-        rank; fewer where some are left out.
+        rank; fewer where some are unreadable.
         """
         on_error = self.recipe.data.on_error
         batches = build_eval_loader(self.held_out, self._plain, batch_size=count, on_error=on_error)
-        return self.inputs(self.runtime.run_on_all(lambda: first_with_images(batches)))
+        return self.model_inputs(self.runtime.run_on_all(lambda: first_with_images(batches)))
 
-    def report_unreadable(self, step: int, skipped: Sequence[SkippedSample], error: UnreadableShard | None) -> int:
-        """See UnreadableLog.settle, of the training split."""
-        return self.damage.report(step, self.train.split, skipped, error)
+    def report_unreadable(
+        self,
+        step: int,
+        skipped: Sequence[SkippedSample],
+        error: UnreadableShard | None,
+        split: Literal["train", "held_out"] = "train",
+    ) -> int:
+        """See TrainingData and UnreadableLog.report."""
+        shards = self.train if split == "train" else self.held_out
+        return self.unreadable.report(step, shards.split, skipped, error)
 
-    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def model_inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """What the model takes of a batch, on the device: (b, C, H, W) in [0, 1], and (b, K) or None."""
         device, dtype = self.runtime.device, self.runtime.dtype
         x = to_model_input(batch.images.to(device, non_blocking=True), self.recipe.data.bits, dtype)

@@ -1,14 +1,22 @@
-"""What may differ between a checkpoint and the command that continues it."""
+"""Resuming: which checkpoint a command continues, what may differ from it, and restoring its state."""
 
+import logging
 from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
 from typing import Any
 
-from pipeline.config import flatten, with_present_names
+from pipeline.config import ConfigError, build, flatten, with_present_names
+from pipeline.distributed.runtime import Runtime
+from pipeline.recipe import Recipe
+from pipeline.run.session import Session
+from pipeline.storage.checkpoint import Checkpoint, Checkpoints
+
+log = logging.getLogger("pipeline")
 
 CHANGEABLE = (
     "train.steps",
     "train.epochs",
-    "train.micro_batch",
     "train.precision",
     "train.channels_last",
     "train.compile",
@@ -16,9 +24,6 @@ CHANGEABLE = (
     "train.expect_processes",
     "train.max_skipped_steps",
     "train.collective_timeout",
-    "optim.lr",
-    "optim.lr_min",
-    "optim.clip",
     "model.classifier",
     "data.root",
     "data.source",
@@ -32,28 +37,98 @@ CHANGEABLE = (
     "validation.",
     "samples.",
 )
-"""Settings, or whole sections, that may change when a run is resumed. Anything else would make it another run."""
+"""Settings, or whole sections, that may change when a run is resumed: none of them changes what is optimized."""
+
+LENGTH = {"train.steps", "train.epochs"}
 
 
-def changed_settings(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """One line for each setting that differs and may. Raises ValueError naming those that may not."""
-    old, new = flatten(with_present_names(saved)), flatten(wanted)
+class ResumeRefused(ValueError):
+    """The command does not fit the run that is in its folder. Nothing in the folder has changed."""
+
+
+def choose_checkpoint(checkpoints: Checkpoints, resume: str) -> Checkpoint | None:
+    """The checkpoint that `--resume` means: `auto` and `changed` the run's latest, `never` none, or the path of a
+    checkpoint or of a run, whose latest it is.
+
+    A run that has checkpoints of its own continues from them also when a path is given, so that repeating a command
+    continues it. Raises ResumeRefused where `never` is given for a run that has some, ValueError where a path has none.
+    """
+    if resume == "never":
+        if checkpoints.steps():
+            raise ResumeRefused(
+                f"--resume never: {checkpoints.folder} holds checkpoints up to step {checkpoints.steps()[-1]}; "
+                f"use another --run-dir, for instance {unused_name(checkpoints.folder.parent)}, or remove that folder"
+            )
+        return None
+    own = checkpoints.latest() if resume in ("auto", "changed") or checkpoints.own_steps() else None
+    if own is not None or resume in ("auto", "changed"):
+        return own
+    of_run = Path(resume) / "checkpoints"
+    return Checkpoints(of_run).load("latest") if of_run.is_dir() else checkpoints.load(resume)
+
+
+def find_checkpoint(runtime: Runtime, checkpoints: Checkpoints, resume: str) -> Checkpoint | None:
+    """The main process chooses; every rank reads the checkpoint that it chose."""
+    chosen = runtime.run_on_main(lambda: choose_checkpoint(checkpoints, resume))
+    path = runtime.from_main(chosen.path if chosen is not None else None)
+    if path is None or chosen is not None:
+        return chosen
+    return checkpoints.load(path)
+
+
+def restore(session: Session, checkpoint: Checkpoint, resume: str = "auto") -> None:
+    """Continues a session from a checkpoint.
+
+    Raises ResumeRefused where the run's own checkpoint was made with other settings or data, unless `resume` is
+    `changed`. A checkpoint of another run starts this one, with the settings of this one.
+    """
+    allowed, other = changed_settings(checkpoint.facts["settings"], session.settings)
+    saved, found = checkpoint.facts["data_fingerprint"], session.data.train.fingerprint
+    if saved != found:
+        other.append(f"data.root: data with the fingerprint {saved[:12]} -> {found[:12]}")
+    is_own = checkpoint.path.resolve().parent == session.checkpoints.folder.resolve()
+    if other and is_own and resume != "changed":
+        raise ResumeRefused(
+            "the checkpoint was made with other settings:\n  " + "\n  ".join(other) + "\nGive the old settings, or\n"
+            f"  --run-dir {unused_name(session.folder)}  to start a new run with the new settings\n"
+            "  --resume changed  to continue this run with the new settings"
+        )
+    for change in allowed:
+        log.info("changed since the checkpoint: %s", change)
+    for change in other:
+        log.warning("changed since the checkpoint: %s", change)
+    trainer = session.trainer
+    if any(change.partition(":")[0] in LENGTH for change in allowed):
+        log.info("the schedules of the learning rate and of beta now span %d steps", trainer.total_steps)
+    trainer.resume(checkpoint.facts["progress"], checkpoint.tensors)
+    session.saved_step = trainer.step
+    log.info("resumed from %s at step %d", checkpoint.path, trainer.step)
+
+
+def changed_settings(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """One line for each setting that differs: those that may change, and the others.
+
+    A setting that the checkpoint lacks counts as its default.
+    """
+    old, new = flatten(with_defaults(saved)), flatten(wanted)
     paths = [path for path in dict.fromkeys([*old, *new]) if old.get(path) != new.get(path)]
     lines = {path: f"{path}: {old.get(path)} -> {new.get(path)}" for path in paths}
-    refused = [line for path, line in lines.items() if not path.startswith(CHANGEABLE)]
-    if refused:
-        raise ValueError(
-            "the checkpoint was made with other settings:\n  "
-            + "\n  ".join(refused)
-            + "\nGive the old settings to continue it, or start another run with --run-dir."
-        )
-    return list(lines.values())
+    return (
+        [line for path, line in lines.items() if path.startswith(CHANGEABLE)],
+        [line for path, line in lines.items() if not path.startswith(CHANGEABLE)],
+    )
 
 
-def check_fingerprint(saved: str, found: str) -> None:
-    """Raises ValueError where the data are not those that the run began with."""
-    if saved != found:
-        raise ValueError(
-            f"data.root: the checkpoint was trained on data with fingerprint {saved[:12]}, this is {found[:12]}; "
-            "give the old data with --data, or start another run with --run-dir"
-        )
+def with_defaults(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings of a checkpoint, which an earlier version may have written, as this version would write them."""
+    present = with_present_names(settings)
+    try:
+        return build(Recipe, present).model_dump(mode="json")
+    except ConfigError:  # this version does not accept them: compare what is written
+        return present
+
+
+def unused_name(folder: Path) -> Path:
+    """The first of FOLDER-2, FOLDER-3 ... that does not exist."""
+    names = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return next(name for name in names if not name.exists())

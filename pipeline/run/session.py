@@ -1,7 +1,7 @@
 """One training run: its folder, and what is done at which cadence."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,20 +9,17 @@ from typing import Any
 import torch
 
 from pipeline.config import dump
-from pipeline.data.shards import UnreadableShard
-from pipeline.data.unreadable import SkippedSample
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.images import image_grid, reconstruction_grid, save_png
 from pipeline.evaluation.likelihood_bounds import Evaluator
 from pipeline.evaluation.sample_grids import Pictures, plan_grid
 from pipeline.recipe import Recipe, build_model
 from pipeline.run.build import build_trainer
-from pipeline.run.data import Data
+from pipeline.run.data import RunData
 from pipeline.run.data_trace import Trace
 from pipeline.run.flops import peak_flops, step_flops
-from pipeline.run.resume import changed_settings, check_fingerprint
 from pipeline.storage.atomic import replacing
-from pipeline.storage.checkpoint import Checkpoint, Checkpoints
+from pipeline.storage.checkpoint import Checkpoints
 from pipeline.storage.checkpoint_writer import CheckpointWriter
 from pipeline.storage.run_id import find_run_id, write_run_id
 from pipeline.storage.status import StatusFile
@@ -36,29 +33,20 @@ SHOWN = ("train/loss", "train/elbo", "train/bpd", "train/kl", "train/lr", "perf/
 
 
 class Session:
-    """A run in its folder. `resume()` continues from a checkpoint; `run()` trains to the end."""
+    """A run in its folder. `run()` trains to the end; `pipeline.run.resume.restore` continues from a checkpoint."""
 
     def __init__(self, recipe: Recipe, runtime: Runtime, folder: Path, check_folder: Callable[[], None] = lambda: None):
         """`check_folder` raises where this process has lost the run folder; it is called before writing there."""
         self.recipe = recipe
         self.runtime = runtime
         self.folder = folder
-        self.data = Data(recipe, runtime)
+        self.data = RunData(recipe, runtime)
         self.trainer = build_trainer(recipe, runtime, self.data)
         self.checkpoints = Checkpoints(
             folder / "checkpoints", recipe.checkpoint.keep, find_run_id(folder), check_folder
         )
         self.pictures = Pictures(recipe.samples, recipe.train.seed, runtime.device, runtime.dtype, runtime.autocast)
-        self.evaluator = Evaluator(
-            recipe.validation,
-            batches=self.data.held_out_batches,
-            inputs=self.data.inputs,
-            seed=recipe.train.seed,
-            device=runtime.device,
-            autocast=runtime.autocast,
-            sum_over_ranks=runtime.sum,
-            report_unreadable=self._report_unreadable,
-        )
+        self.evaluator = Evaluator(recipe.validation, self.data, runtime, recipe.train.seed)
         self.settings: dict[str, Any] = recipe.model_dump(mode="json")
         self.validated: tuple[int, float] | None = None  # step and its negative ELBO, nats
         self.peak_flops = peak_flops(runtime.device_name, recipe.train.precision)
@@ -72,21 +60,13 @@ class Session:
 
     # ------------------------------------------------------------------------------------------------- beginning
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Continues from a checkpoint. Raises ValueError where it belongs to another model, recipe or data set."""
-        check_fingerprint(checkpoint.facts["data_fingerprint"], self.data.train.fingerprint)
-        for change in changed_settings(checkpoint.facts["settings"], self.settings):
-            log.info("changed since the checkpoint: %s", change)
-        self.trainer.resume(checkpoint.facts["progress"], checkpoint.tensors)
-        self.saved_step = self.trainer.step
-        log.info("resumed from %s at step %d", checkpoint.path, self.trainer.step)
-
     @property
     def finished(self) -> bool:
         return self.trainer.step >= self.trainer.total_steps
 
-    def run(self, tracker: Tracker) -> None:
-        """Trains to the last step, or until `trainer.stop_asked` on some rank. Then the state is in a checkpoint.
+    def run(self, tracker: Tracker, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Trains to the last step. Returns False where `should_stop` was true on some rank before it. In both cases the
+        state is in a checkpoint.
 
         Raises OSError on every rank where that last checkpoint cannot be written; earlier ones may fail.
         """
@@ -95,27 +75,28 @@ class Session:
             write_run_id(self.folder, self.checkpoints.run_id)
             with replacing(self.folder / "config.yaml") as file:
                 file.write(dump(self.recipe).encode())
-        recipe, trainer = self.recipe, self.trainer
-        self.runtime.run_on_main(lambda: self.data.damage.open(self.folder, trainer.step))
-        trainer.cadences = [
+        recipe = self.recipe
+        self.runtime.run_on_main(lambda: self.data.unreadable.open(self.folder, self.trainer.step))
+        cadences = [
             Cadence(recipe.validation.every, self.validate),
             Cadence(recipe.tracking.log_every, self.report),
             Cadence(recipe.samples.every, self.draw),
             Cadence(recipe.checkpoint.every, self.save),
         ]
-        if recipe.data.trace:
-            trainer.on_batches = Trace(self.folder, trainer.step, self.data.train, self.runtime).add
         if not self.runtime.is_main:
-            self._train()
-            return
+            return self._train(cadences, should_stop)
         with CheckpointWriter(self.checkpoints, self._report_unsaved, on_written=self.status.saved) as self.writer:
-            self._train()
+            return self._train(cadences, should_stop)
 
-    def _train(self) -> None:
-        self.trainer.fit()
-        if self.trainer.stopped:
+    def _train(self, cadences: list[Cadence], should_stop: Callable[[], bool]) -> bool:
+        observers = {}
+        if self.recipe.data.trace:
+            observers["on_batches"] = Trace(self.folder, self.trainer.step, self.data.train, self.runtime).add
+        completed = self.trainer.fit(cadences, should_stop, **observers)
+        if not completed:
             self.save(self.trainer.step)
-        self.runtime.run_on_main(lambda: self.writer.finish())  # the other ranks wait for the disk in patience
+        self.runtime.run_on_main(lambda: self.writer.finish())  # the other ranks wait for the disk without a timeout
+        return completed
 
     def _report_unsaved(self, step: int, message: str) -> None:
         self.tracker.alert(f"checkpoint of step {step} not written", f"{message}. Training goes on.")
@@ -145,15 +126,12 @@ class Session:
         """Held-out figures of the averaged weights, where there are any."""
         self.checkpoints.check()
         with self.trainer.averaged_weights():
-            figures = self.evaluator.run(self.trainer.model)
+            figures = self.evaluator.run(self.trainer.model, step)
         self.validated = step, -figures["val/elbo"]
         self.tracker.log(step, figures)
         log.info(
             "step %d validation: %s", step, "  ".join(f"{name[4:]} {value:.4f}" for name, value in figures.items())
         )
-
-    def _report_unreadable(self, skipped: Sequence[SkippedSample], error: UnreadableShard | None) -> int:
-        return self.data.damage.report(self.trainer.step, self.data.held_out.split, skipped, error)
 
     def draw(self, step: int) -> None:
         """Prior samples and reconstructions, as PNG files and in W&B.
@@ -191,32 +169,13 @@ class Session:
 
     def _facts(self) -> dict[str, Any]:
         return {
-            "progress": self.trainer.progress(),
+            "progress": self.trainer.counters(),
             "settings": self.settings,
             "data_fingerprint": self.data.train.fingerprint,
             "classes": self.data.train.classes and list(self.data.train.classes),
             "torch": torch.__version__,
             "world_size": self.runtime.world_size,
         }
-
-
-def choose_checkpoint(checkpoints: Checkpoints, resume: str) -> Checkpoint | None:
-    """The checkpoint that `--resume` means: `auto` the run's latest, `never` none, or a path to start this run from.
-
-    A run that has checkpoints of its own goes on from them also when a path is given, so that repeating a command
-    continues it. Raises ValueError where `never` meets a run that has some, or a path has none.
-    """
-    if resume == "never":
-        if checkpoints.steps():
-            raise ValueError(
-                f"--resume never: {checkpoints.folder} holds checkpoints up to step {checkpoints.steps()[-1]}; "
-                "name another --run-dir, or remove that folder"
-            )
-        return None
-    own = checkpoints.latest() if resume == "auto" or checkpoints.own_steps() else None
-    if own is not None or resume == "auto":
-        return own
-    return checkpoints.load(resume)
 
 
 def describe(recipe: Recipe) -> str:

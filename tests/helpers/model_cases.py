@@ -8,7 +8,7 @@ import torch
 from pipeline.config import build, overlay
 from pipeline.recipe import Recipe
 from pipeline.run.build import build_trainer
-from pipeline.run.data import Data
+from pipeline.run.data import RunData
 from tests.helpers.recipes import tiny_settings
 from tests.helpers.shard_sets import random_samples, write_set
 
@@ -72,18 +72,18 @@ def make_recipe(case: str, root: Path, *words: str) -> Recipe:
 
 
 def make_trainer(recipe: Recipe, runtime):
-    return build_trainer(recipe, runtime, Data(recipe, runtime))
+    return build_trainer(recipe, runtime, RunData(recipe, runtime))
 
 
 def train_losses(recipe: Recipe, runtime, steps: int) -> list[float]:
     """The loss of each step, averaged over all ranks."""
     trainer = make_trainer(recipe, runtime)
-    stream = iter(trainer.batches(0))
+    stream = iter(trainer.data.batches(0))
     losses = []
     for step in range(steps):
         assert trainer.train_step(step, [next(stream)])
         losses.append(trainer.interval_scalars()["train/loss"])
-        trainer.step += 1
+        trainer.progress.step += 1
     return losses
 
 

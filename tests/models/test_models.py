@@ -14,6 +14,7 @@ from pipeline import models
 from pipeline.distributed.runtime import Runtime
 from pipeline.models.base import VAE, VAEOutput
 from pipeline.recipe import build_model
+from pipeline.run.resume import restore
 from pipeline.run.session import Session
 from pipeline.tracking.tracker import Tracker
 from tests.helpers.model_cases import CASES, make_recipe, make_trainer, train_losses, write_data, zeros_and_noise
@@ -94,7 +95,7 @@ def test_the_condition_matters_once_trained(case, data, runtime):
     if not CASES[case][1]:
         pytest.skip("not conditional")
     trainer = make_trainer(make_recipe(case, data), runtime)
-    stream = iter(trainer.batches(0))
+    stream = iter(trainer.data.batches(0))
     for step in range(3):
         trainer.train_step(step, [next(stream)])
     model = trainer.model.eval()
@@ -140,14 +141,14 @@ def test_eight_images_are_learnt_by_heart(case, data, runtime):
         "optim.schedule=constant",
     ]
     trainer = make_trainer(make_recipe(case, data, *words), runtime)
-    batch = next(iter(trainer.batches(0)))
+    batch = next(iter(trainer.data.batches(0)))
     elbos = []
     for step in range(steps):
         fresh_noise = batch.positions + 8 * step
         assert trainer.train_step(step, [batch._replace(positions=fresh_noise)])
         elbos.append(trainer.interval_scalars()["train/elbo"])
-        trainer.step += 1
-    x, condition = trainer.inputs(batch)
+        trainer.progress.step += 1
+    x, condition = trainer.data.model_inputs(batch)
     model = trainer.model.eval()
     with torch.no_grad():
         noise = [torch.zeros(8, *group.shape) for group in model.groups]
@@ -183,7 +184,7 @@ def test_resumed_equals_straight_bit_for_bit(case, data, runtime, tmp_path):
         session = Session(recipe, runtime, tmp_path / folder)
         checkpoint = session.checkpoints.latest()
         if checkpoint is not None:
-            session.resume(checkpoint)
+            restore(session, checkpoint)
         session.trainer.total_steps = stop or session.trainer.total_steps
         with Tracker(recipe.tracking, tmp_path / folder, {}, is_main=True, start_step=session.trainer.step) as tracker:
             session.run(tracker)

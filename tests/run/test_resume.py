@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from pipeline.recipe import Recipe
-from pipeline.run.session import Session, choose_checkpoint
+from pipeline.run.resume import ResumeRefused, changed_settings, choose_checkpoint, restore
+from pipeline.run.session import Session
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -21,9 +23,9 @@ def train(make_recipe, make_runtime):
         session = Session(recipe, make_runtime(recipe.train.precision), folder)
         checkpoint = choose_checkpoint(session.checkpoints, resume)
         if checkpoint is not None:
-            session.resume(checkpoint)
+            restore(session, checkpoint, resume)
         if stop is not None:
-            session.trainer.on_batches = stop_after(stop)
+            interrupt_after(session.trainer, stop)
         tracker = Tracker(recipe.tracking, folder, session.settings, is_main=True, start_step=session.trainer.step)
         try:
             session.run(tracker)
@@ -40,12 +42,17 @@ class Interrupted(Exception):
     pass
 
 
-def stop_after(step):
-    def check(current, _batches):
-        if current == step:
-            raise Interrupted
+def interrupt_after(trainer: Trainer, last: int) -> None:
+    """As a kill would, between the update of step `last` and everything that follows a step."""
+    train_step = trainer.train_step
 
-    return check
+    def interrupted(step: int, micro_batches: list) -> bool:
+        finite = train_step(step, micro_batches)
+        if step == last:
+            raise Interrupted
+        return finite
+
+    trainer.train_step = interrupted
 
 
 def final_bytes(folder: Path) -> dict[str, bytes]:
@@ -65,7 +72,8 @@ def test_resumed_equals_straight_bit_for_bit(train, tmp_path, stop):
     """
     words = ("data.trace=true", "tracking.log_every=1")
     train(tmp_path / "straight", *words)
-    train(tmp_path / "parts", *words, stop=stop)
+    stopped = train(tmp_path / "parts", *words, stop=stop)
+    assert stopped.trainer.step == stop
     resumed = train(tmp_path / "parts", *words)
     assert resumed.trainer.step == 6
     expected, found = final_bytes(tmp_path / "straight"), final_bytes(tmp_path / "parts")
@@ -106,25 +114,53 @@ def test_workers_do_not_change_the_run(train, tmp_path):
         (["model.latent_channels=3"], "model.latent_channels: 2 -> 3"),
         (["train.batch_size=4"], "train.batch_size: 8 -> 4"),
         (["train.seed=2"], "train.seed: 1 -> 2"),
+        (["train.micro_batch=4"], "train.micro_batch: None -> 4"),
+        (["optim.lr=0.005"], "optim.lr: 0.01 -> 0.005"),
+        (["optim.clip=1.0"], "optim.clip: 0.0 -> 1.0"),
         (["optim.name=adamw"], "optim.name: adamax -> adamw"),
         (["data.flip=false"], "data.flip: True -> False"),
         (["train.ema_decay=0.0"], "train.ema_decay: 0.9 -> 0.0"),
     ],
 )
 def test_another_run_is_refused(train, tmp_path, words, named):
-    train(tmp_path, stop=2)
-    with pytest.raises(ValueError, match="other settings") as error:
-        train(tmp_path, *words)
+    train(tmp_path / "run", stop=2)
+    with pytest.raises(ResumeRefused, match="other settings") as error:
+        train(tmp_path / "run", *words)
     assert named in str(error.value)
+    assert f"--run-dir {tmp_path}/run-2" in str(error.value)
+    assert "--resume changed" in str(error.value)
 
 
 def test_what_may_change_is_logged(train, tmp_path, monkeypatch):
     said = []
     train(tmp_path, stop=2)
-    monkeypatch.setattr("pipeline.run.session.log.info", lambda text, *values: said.append(text % values))
-    train(tmp_path, "optim.lr=0.005", "train.steps=7", "data.workers=1")
+    monkeypatch.setattr("pipeline.run.resume.log.info", lambda text, *values: said.append(text % values))
+    train(tmp_path, "train.steps=7", "data.workers=1", "train.channels_last=false")
     changes = [line.partition(": ")[2] for line in said if line.startswith("changed since the checkpoint")]
-    assert changes == ["data.workers: 0 -> 1", "train.steps: 6 -> 7", "optim.lr: 0.01 -> 0.005"]
+    assert changes == ["data.workers: 0 -> 1", "train.steps: 6 -> 7", "train.channels_last: True -> False"]
+    assert "the schedules of the learning rate and of beta now span 7 steps" in said
+
+
+def test_changed_continues_with_other_settings(train, tmp_path):
+    train(tmp_path, "train.steps=4")
+    session = train(tmp_path, "optim.lr=0.005", "train.seed=2", resume="changed")
+    assert session.trainer.step == 6
+    saved = session.checkpoints.latest().facts["settings"]
+    assert (saved["optim"]["lr"], saved["train"]["seed"]) == (0.005, 2)
+    assert train(tmp_path, "optim.lr=0.005", "train.seed=2").finished  # the new settings are now those of the run
+
+
+def test_a_setting_that_the_checkpoint_lacks_counts_as_its_default(make_recipe):
+    wanted = make_recipe("optim.beta2=0.99").model_dump(mode="json")
+    saved = make_recipe().model_dump(mode="json")
+    del saved["optim"]["beta2"], saved["optim"]["beta1"]
+    assert changed_settings(saved, wanted) == ([], ["optim.beta2: 0.999 -> 0.99"])
+
+
+def test_a_run_folder_can_be_given_to_start_from(train, tmp_path):
+    train(tmp_path / "first", "train.steps=4")
+    branch = train(tmp_path / "branch", "train.steps=5", "optim.lr=0.005", resume=str(tmp_path / "first"))
+    assert (branch.trainer.step, branch.checkpoints.steps()) == (5, [5])
 
 
 def test_other_data_are_refused(train, tmp_path, make_recipe):
@@ -177,8 +213,8 @@ def test_a_finished_run_stays_as_it_is(train, tmp_path):
 
 def test_validation_is_the_same_each_time_and_for_any_batch_size(train, tmp_path):
     session = train(tmp_path)
-    figures = session.evaluator.run(session.trainer.model)
-    assert figures == session.evaluator.run(session.trainer.model)
+    figures = session.evaluator.run(session.trainer.model, step=6)
+    assert figures == session.evaluator.run(session.trainer.model, step=6)
     assert set(figures) == {"val/elbo", "val/bpd", "val/nll", "val/bpd_nll", "val/log_px", "val/kl"}
     assert -figures["val/elbo"] + 1e-3 > figures["val/nll"]  # more samples tighten the bound, on average
     assert torch.tensor(list(figures.values())).isfinite().all()

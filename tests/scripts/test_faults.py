@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.data.order import Order
 from pipeline.data.shards import TarShards, UnreadableShard
-from pipeline.run.data import Data
+from pipeline.run.data import RunData
 from tests.helpers.launching import ROOT, launch, train, train_alone
 from tests.helpers.recipes import write_tiny_recipe, write_tiny_set
 from tests.helpers.run_folders import (
@@ -190,9 +190,9 @@ def test_reconstructions_show_the_first_readable_images(root, make_recipe, make_
     """Shards of 10 and 3 images, and batches of 4: of the first batch with something left, 10 and 11 are left."""
     (root / "test-000000.tar").unlink()
     recipe = make_recipe(f"data.root={root}", "data.on_error=skip")
-    data = Data(recipe, make_runtime())
+    data = RunData(recipe, make_runtime())
     expected = TarShards(root, "test").images([10, 11]).transpose(0, 3, 1, 2) / 255
     np.testing.assert_allclose(data.held_out_inputs(4)[0].numpy(), expected, rtol=1e-6)
     (root / "test-000001.tar").unlink()
     with pytest.raises(UnreadableShard, match=r"no sample can be read; the last problem: .*test-000001\.tar"):
-        Data(recipe, make_runtime()).held_out_inputs(4)
+        RunData(recipe, make_runtime()).held_out_inputs(4)

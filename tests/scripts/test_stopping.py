@@ -1,8 +1,10 @@
 """How runs end: stopped by a signal, killed, or on a full disk; and that the same command resumes them."""
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -91,7 +93,7 @@ def test_a_killed_run_is_marked_running_and_a_failed_one_failed(recipe_file, tmp
     _, output = again.communicate(timeout=120)
     assert again.returncode != 0
     assert "the checkpoint was made with other settings" in output
-    assert read_status(tmp_path / "run").state == "failed"
+    assert read_status(tmp_path / "run").state == "running"
     diverging = start(
         1, recipe_file, tmp_path / "other", "optim.lr=1e30", "optim.warmup_steps=0", "train.max_skipped_steps=2"
     )
@@ -100,6 +102,40 @@ def test_a_killed_run_is_marked_running_and_a_failed_one_failed(recipe_file, tmp
     assert (diverging.returncode, status.state) == (1, "failed")
     assert "lower optim.lr" in status.reason
     assert "lower optim.lr" in output
+
+
+def test_a_refused_resume_changes_nothing_in_a_finished_run(straight, tmp_path):
+    """Other settings and `never`: exit code 2, and every file but the lock is as it was. The way on is `changed`."""
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    before = contents(folder)
+    for arguments, message in (
+        (("optim.lr=0.005",), "optim.lr: 0.01 -> 0.005"),
+        (("--resume", "never"), "holds checkpoints up to step 40"),
+    ):
+        ended = train_again(folder, *arguments)
+        assert ended.returncode == 2
+        assert message in ended.stderr
+        assert f"--run-dir {tmp_path}/run-2" in ended.stderr or f"for instance {tmp_path}/run-2" in ended.stderr
+        assert contents(folder) == before
+    again = train_again(folder)
+    assert again.returncode == 0
+    assert "To train longer, set train.steps above 40" in again.stderr
+    changed = train_again(folder, "--resume", "changed", "optim.lr=0.005", "train.steps=41")
+    assert changed.returncode == 0, changed.stderr
+    assert "optim.lr: 0.01 -> 0.005" in (folder / "log.txt").read_text()
+    assert read_status(folder).step == 41
+
+
+def train_again(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """The command with the settings of the run in this folder."""
+    command = [sys.executable, "pipeline/train.py", "--config", str(folder / "config.yaml"), "--run-dir", str(folder)]
+    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name != "run.lock"}
 
 
 @pytest.mark.slow

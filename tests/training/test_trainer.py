@@ -8,8 +8,9 @@ from torch import Tensor
 
 from pipeline.recipe import Recipe
 from pipeline.run.build import build_trainer
-from pipeline.run.data import Data
-from pipeline.training.trainer import Cadence, Trainer, TrainingDiverged
+from pipeline.run.data import RunData
+from pipeline.training.progress import TrainingDiverged
+from pipeline.training.trainer import Cadence, Trainer
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def make_trainer(make_recipe, make_runtime):
     def make(*words: str, precision: str = "fp32") -> Trainer:
         recipe: Recipe = make_recipe(*words, f"train.precision={precision}")
         runtime = make_runtime(precision)
-        return build_trainer(recipe, runtime, Data(recipe, runtime))
+        return build_trainer(recipe, runtime, RunData(recipe, runtime))
 
     return make
 
@@ -39,15 +40,15 @@ def assert_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
 
 
 def take_step(trainer: Trainer, step: int) -> bool:
-    batches = list(islice(iter(trainer.batches(step)), trainer.config.micro_batches))
+    batches = list(islice(iter(trainer.data.batches(step)), trainer.config.micro_batches))
     return trainer.train_step(step, batches)
 
 
 def poison(trainer: Trainer, where: str) -> None:
     """Makes the next training step meet a NaN at one place."""
     if where == "data":
-        inputs = trainer.inputs
-        trainer.inputs = lambda batch: (inputs(batch)[0].index_fill(0, torch.tensor(0), torch.nan), None)
+        inputs = trainer.data.model_inputs
+        trainer.data.model_inputs = lambda batch: (inputs(batch)[0].index_fill(0, torch.tensor(0), torch.nan), None)
     elif where == "gradient":
         parameter = next(trainer.model.parameters())
         parameter.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(0), torch.inf))
@@ -107,23 +108,22 @@ def test_training_goes_on_after_an_unsound_step(make_trainer):
     trainer = make_trainer()
     spoil_steps(trainer, {2})
     seen = []
-    trainer.on_batches = lambda step, batches: seen.append((step, batches[0].positions.tolist()))
-    trainer.fit()
+    assert trainer.fit(on_batches=lambda step, batches: seen.append((step, batches[0].positions.tolist())))
     scalars = trainer.interval_scalars()
     assert seen == [(step, list(range(8 * step, 8 * step + 8))) for step in range(6)]
-    assert trainer.skipped_steps == scalars["train/skipped_steps"] == 1
-    assert trainer.skipped_in_a_row == 0
+    assert trainer.progress.skipped_steps == scalars["train/skipped_steps"] == 1
+    assert trainer.progress.skipped_in_a_row == 0
     assert all(torch.isfinite(torch.tensor(value)) for value in scalars.values())
 
 
 def spoil_steps(trainer: Trainer, steps: set[int]) -> None:
-    inputs = trainer.inputs
+    inputs = trainer.data.model_inputs
 
     def spoiled(batch):
         x, condition = inputs(batch)
         return (x * torch.nan if int(batch.positions[0]) // 8 in steps else x), condition
 
-    trainer.inputs = spoiled
+    trainer.data.model_inputs = spoiled
 
 
 def test_too_many_unsound_steps_end_the_run_with_advice(make_trainer):
@@ -132,13 +132,13 @@ def test_too_many_unsound_steps_end_the_run_with_advice(make_trainer):
     with pytest.raises(TrainingDiverged, match=r"3 steps in a row .* optim.lr.* optim.clip"):
         trainer.fit()
     assert trainer.step == 7
-    assert trainer.skipped_steps == 4
+    assert trainer.progress.skipped_steps == 4
 
 
 def test_a_step_reads_the_device_once(make_trainer, monkeypatch):
     trainer = make_trainer()
     take_step(trainer, 0)
-    batches = list(islice(iter(trainer.batches(1)), 1))
+    batches = list(islice(iter(trainer.data.batches(1)), 1))
     on_the_host = {id(slots["step"]) for slots in trainer.state.optimizer.state.values()} | {id(batches[0].positions)}
     reads = []
     for name in ("item", "__bool__", "__float__", "__int__", "tolist", "numpy"):
@@ -193,7 +193,7 @@ def test_bf16_stays_close_to_float32(make_trainer):
         trainer = make_trainer("train.steps=50", "optim.lr=2e-3", precision=precision)
         trainer.fit()
         elbo[precision] = trainer.interval_scalars()["train/elbo"]
-        assert trainer.skipped_steps == 0
+        assert trainer.progress.skipped_steps == 0
         assert {tensor.dtype for tensor in trainer.model.state_dict().values()} == {torch.float32, torch.int64}
     assert elbo["bf16"] == pytest.approx(elbo["fp32"], rel=0.02)
     assert elbo["bf16"] != elbo["fp32"]

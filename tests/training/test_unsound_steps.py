@@ -29,9 +29,9 @@ def poison(trainer, place):
     \"\"\"Puts a NaN in one place of the next step; returns what takes it away.\"\"\"
     model = trainer.model
     if place == "data":
-        inputs = trainer.inputs
-        trainer.inputs = lambda batch: (inputs(batch)[0] * torch.nan, inputs(batch)[1])
-        return lambda: setattr(trainer, "inputs", inputs)
+        inputs = trainer.data.model_inputs
+        trainer.data.model_inputs = lambda batch: (inputs(batch)[0] * torch.nan, inputs(batch)[1])
+        return lambda: setattr(trainer.data, "model_inputs", inputs)
     if place == "activation":
         return model.postprocess[0].register_forward_hook(lambda *args: args[2] * torch.nan).remove
     if place == "gradient":
@@ -46,7 +46,7 @@ def poison(trainer, place):
 
 for place in ("data", "activation", "loss", "gradient", "loss alone"):
     trainer = make_trainer(make_recipe("nvae", folder / "labelled"), runtime)
-    stream = iter(trainer.batches(0))
+    stream = iter(trainer.data.batches(0))
     steps, digests = [], []
     for step in range(3):
         clean = poison(trainer, place) if step == 1 and runtime.rank == 1 else lambda: None

@@ -1,5 +1,5 @@
-"""The trainer's parts are put together as the docs say: compared with the plain loop of helpers/plain_training.py,
-which shares none of them. What a session writes beside the weights: scores, and counters that outlive a resume."""
+"""The parts of the trainer are wired as the docs say: compared with the plain loop of helpers/plain_training.py, which
+shares none of them. What a session writes beside the weights: scores, and counters that survive a resume."""
 
 import json
 from collections.abc import Callable
@@ -16,11 +16,12 @@ from pipeline.data.order import Order
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluate import build_parser, evaluate
 from pipeline.recipe import Recipe, build_model
-from pipeline.run.session import Session, choose_checkpoint
+from pipeline.run.resume import choose_checkpoint, restore
+from pipeline.run.session import Session
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.progress import TrainingDiverged
 from pipeline.training.regularizers import Regularizers
-from pipeline.training.trainer import TrainingDiverged
 from tests.helpers import plain_training
 from tests.helpers.model_cases import MLP
 from tests.helpers.recipes import tiny_settings
@@ -55,17 +56,22 @@ def make_recipe(root: Path, model: dict | None, *words: str) -> Recipe:
     return build(Recipe, overlay(settings | {"model": dict(model or settings["model"])}, words))
 
 
-def train(recipe: Recipe, folder: Path, prepare: Callable[[Session], None] = lambda session: None) -> Session:
-    """The session after training in `folder`, which `prepare` has seen before; it goes on where one was stopped."""
+def train(
+    recipe: Recipe,
+    folder: Path,
+    prepare: Callable[[Session], None] = lambda session: None,
+    stop: int | None = None,
+) -> Session:
+    """The session after training in `folder`, up to `stop`. `prepare` is called before; a stopped run is resumed."""
     AcceleratorState._reset_state(reset_partial_state=True)
     session = Session(recipe, Runtime(recipe.train.precision, cpu_threads=1), folder)
     checkpoint = choose_checkpoint(session.checkpoints, "auto")
     if checkpoint is not None:
-        session.resume(checkpoint)
+        restore(session, checkpoint)
     prepare(session)
     start = session.trainer.step
     with Tracker(recipe.tracking, folder, session.settings, is_main=True, start_step=start) as tracker:
-        session.run(tracker)
+        session.run(tracker, should_stop=lambda: session.trainer.step == stop)
     return session
 
 
@@ -232,7 +238,7 @@ def test_the_best_checkpoint_by_validation_stays(tiny_set, tmp_path):
     recipe = make_recipe(tiny_set, MLP, *plain_training.SETTINGS, *QUIET, *words)
 
     def fake(session: Session) -> None:
-        session.evaluator.run = lambda model: {"val/elbo": next(elbos)}
+        session.evaluator.run = lambda model, step: {"val/elbo": next(elbos)}
 
     checkpoints = train(recipe, tmp_path, fake).checkpoints
     assert checkpoints.steps() == [2, 5]
@@ -247,20 +253,19 @@ def test_skips_in_a_row_are_counted_over_a_resume(tiny_set, tmp_path):
     words = ("train.max_skipped_steps=3", "train.steps=9", "regularizers.strength=0")
     recipe = make_recipe(tiny_set, MLP, *plain_training.SETTINGS, *QUIET, *words)
 
-    def spoil(session: Session, first: int, stop: int | None) -> None:
-        trainer, inputs = session.trainer, session.trainer.inputs
-        trainer.inputs = lambda batch: (inputs(batch)[0] * (torch.nan if trainer.step >= first else 1), None)
-        trainer.stop_asked = lambda: trainer.step == stop
+    def spoil(session: Session, first: int) -> None:
+        trainer, data, inputs = session.trainer, session.data, session.data.model_inputs
+        data.model_inputs = lambda batch: (inputs(batch)[0] * (torch.nan if trainer.step >= first else 1), None)
 
-    stopped = train(recipe, tmp_path, lambda session: spoil(session, first=2, stop=4)).trainer
+    stopped = train(recipe, tmp_path, lambda session: spoil(session, first=2), stop=4).trainer
     counted = {"step": 4, "samples_seen": 48, "skipped_steps": 2, "skipped_in_a_row": 2, "skipped_samples": 0}
-    assert stopped.progress() == counted
+    assert stopped.counters() == counted
     seen = []
 
     def spoil_again(session: Session) -> None:
         seen.append(session.trainer)
-        assert session.trainer.progress() == counted
-        spoil(session, first=0, stop=None)
+        assert session.trainer.counters() == counted
+        spoil(session, first=0)
 
     with pytest.raises(TrainingDiverged, match="3 steps in a row"):
         train(recipe, tmp_path, spoil_again)

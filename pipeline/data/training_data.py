@@ -1,0 +1,40 @@
+"""What the trainer and the evaluator need of a data set. `pipeline.run.data.RunData` implements it for a recipe."""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from pipeline.data.loader import Batch
+from pipeline.data.shards import UnreadableShard
+from pipeline.data.unreadable import SkippedSample
+
+
+class TrainingData(Protocol):
+    """Batches of a training split and of a held-out split, on this rank."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+
+    def batches(self, step: int) -> Iterable[Batch]:
+        """This rank's micro-batches from optimizer step `step` to the end of the run."""
+
+    def held_out_batches(self) -> Iterable[Batch]:
+        """This rank's share of the held-out images, in their natural order."""
+
+    def model_inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What the model takes of a batch, on the device: (b, C, H, W) in [0, 1], and the condition (b, K) or None."""
+
+    def report_unreadable(
+        self,
+        step: int,
+        skipped: Sequence[SkippedSample],
+        error: UnreadableShard | None,
+        split: Literal["train", "held_out"] = "train",
+    ) -> int:
+        """The number of samples that were skipped over all ranks; every rank calls it, at the same time.
+
+        `skipped` and `error` are what this rank met. `step` is the step of the model, for the list in the run's folder.
+        Raises the error of the first rank that has one on every rank.
+        """

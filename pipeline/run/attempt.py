@@ -1,0 +1,146 @@
+"""One attempt at a run: its lock, its data and checkpoint, training, and how it ended."""
+
+import hashlib
+import logging
+from logging.handlers import MemoryHandler
+from pathlib import Path
+
+import torch
+
+from pipeline.distributed.agreement import code_version
+from pipeline.distributed.logs import start_logging
+from pipeline.distributed.preemption import StopRequest
+from pipeline.distributed.runtime import Runtime
+from pipeline.recipe import Recipe
+from pipeline.run.prepare_data import prepare_data
+from pipeline.run.resume import ResumeRefused, find_checkpoint, restore, unused_name
+from pipeline.run.session import Session
+from pipeline.storage.run_lock import RunLock
+from pipeline.storage.status import StatusFile
+from pipeline.tracking.tracker import Tracker
+from pipeline.training.progress import TrainingDiverged
+
+log = logging.getLogger("pipeline")
+
+
+def run_attempt(
+    folder: Path,
+    recipe: Recipe,
+    runtime: Runtime,
+    stop: StopRequest,
+    resume: str = "auto",
+    wait: float = 60.0,
+    may_make_data: bool = True,
+) -> None:
+    """Trains in a run folder that no other process uses, and writes to status.json how that ended.
+
+    `wait`: seconds to wait for the processes of an earlier attempt. Raises ValueError for a user error, ResumeRefused
+    among them, and TrainingDiverged.
+    """
+    runtime.run_on_all(lambda: check_batch(recipe, runtime.world_size))
+    lock = runtime.run_on_main(lambda: RunLock(folder, wait))  # held by the main process until it ends
+    try:
+        session = open_session(folder, recipe, runtime, resume, may_make_data, lock)
+        was_finished = runtime.from_main(session.status.status.state) == "finished"
+        completed = True
+        if not (session.finished and was_finished):  # killed after its last step, it still has to close its records
+            completed = train_with_tracker(session, recipe, runtime, stop)
+        report_end(session, runtime, stop, completed)
+    except ResumeRefused:
+        raise
+    except (ValueError, TrainingDiverged) as error:  # not OSError: a disk may be there again at the next attempt
+        if lock is not None:
+            StatusFile(folder).end("failed", str(error))
+        raise
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def open_session(
+    folder: Path, recipe: Recipe, runtime: Runtime, resume: str, may_make_data: bool, lock: RunLock | None
+) -> Session:
+    """The run as its last checkpoint left it, with its log file open.
+
+    Raises ValueError where the processes do not agree on what they run, and ResumeRefused.
+    """
+    early = MemoryHandler(capacity=100_000, flushLevel=logging.CRITICAL + 1)  # a refusal leaves log.txt as it is
+    log.addHandler(early)
+    log.info("%s on %s in %s", recipe.model.name, runtime.describe(), folder)
+    runtime.check_agreement(
+        {
+            "settings": fingerprint_of(recipe),
+            "code": code_version(),
+            "torch": torch.__version__,
+            "processes": str(runtime.world_size),
+        }
+    )
+    runtime.run_on_main(lambda: prepare_data(recipe, may_make_data))
+    session = Session(recipe, runtime, folder, lock.check if lock is not None else lambda: None)
+    runtime.check_agreement({"training data": session.data.train.fingerprint})
+    checkpoint = find_checkpoint(runtime, session.checkpoints, resume)
+    if checkpoint is not None:
+        runtime.run_on_all(lambda: restore(session, checkpoint, resume))
+    records = list(early.buffer)
+    start_logging(folder / "log.txt" if runtime.is_main else None, runtime.is_main)
+    for handler in log.handlers:
+        if isinstance(handler, logging.FileHandler):
+            for record in records:
+                handler.handle(record)
+    return session
+
+
+def train_with_tracker(session: Session, recipe: Recipe, runtime: Runtime, stop: StopRequest) -> bool:
+    """Trains to the last step (True) or to a stop request (False), with metrics.jsonl and W&B open."""
+    step, total_steps = session.trainer.step, session.trainer.total_steps
+
+    def tracker(is_main: bool) -> Tracker:
+        attempt = session.status.begin(step, total_steps) if is_main else 1
+        return Tracker(
+            recipe.tracking, session.folder, session.settings, is_main=is_main, start_step=step, attempt=attempt
+        )
+
+    # Inside the tracker: its last upload to W&B must not delay the failure report to the other processes.
+    with (
+        runtime.run_on_main(lambda: tracker(is_main=True)) or tracker(is_main=False) as opened,
+        runtime.propagate_failure(),
+    ):
+        return session.run(opened, should_stop=lambda: stop.reason is not None)
+
+
+def report_end(session: Session, runtime: Runtime, stop: StopRequest, completed: bool) -> None:
+    """Logs, and writes to status.json, whether the run is finished or was stopped by a signal."""
+    trainer, folder = session.trainer, session.folder
+    reasons = [reason for reason in runtime.gather_objects(stop.reason) if reason is not None]
+    if completed:
+        state, reason = "finished", ""
+        log.info("%s is finished: step %d of %d.", folder, trainer.step, trainer.total_steps)
+        log.info(
+            "To train longer, set train.steps above %d; for a new run, use another --run-dir, for instance %s.",
+            trainer.total_steps,
+            unused_name(folder),
+        )
+    else:
+        state, reason = "preempted", reasons[0]
+        message = "stopped by %s at step %d of %d with a checkpoint; run the same command again to continue"
+        log.info(message, reason, trainer.step, trainer.total_steps)
+    if runtime.is_main:
+        session.status.end(state, reason)
+
+
+def fingerprint_of(recipe: Recipe) -> str:
+    """A short hash of the resolved settings."""
+    return hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()[:16]
+
+
+def check_batch(recipe: Recipe, world_size: int) -> None:
+    """Raises ValueError where the processes cannot share a micro-batch equally."""
+    train = recipe.train
+    micro_batch = train.images_per_pass
+    if micro_batch % world_size:
+        fitting = [size for size in range(world_size, train.batch_size + 1, world_size) if train.batch_size % size == 0]
+        nearest = max(world_size, round(train.batch_size / world_size) * world_size)
+        fix = (
+            f"train.micro_batch can be {fitting}" if fitting else f"the nearest train.batch_size that does is {nearest}"
+        )
+        raise ValueError(f"{world_size} processes cannot share a micro-batch of {micro_batch} images equally; {fix}")

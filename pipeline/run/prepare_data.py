@@ -1,0 +1,40 @@
+"""Makes the data of a recipe, and the classifier that its model may need, where they are missing."""
+
+import logging
+import shlex
+from pathlib import Path
+
+from pipeline.cli import ROOT, run_python
+from pipeline.data.remote import is_address
+from pipeline.recipe import Recipe
+
+log = logging.getLogger("pipeline")
+
+
+def prepare_data(recipe: Recipe, may_make: bool) -> None:
+    """Makes what is missing. Raises ValueError for a shard set that is missing and cannot be made here."""
+    prepare_shards(recipe, may_make)
+    folder, root = recipe.model.classifier_folder, recipe.data.root
+    if folder and may_make and not is_address(root) and not Path(folder).exists():
+        arguments = ["--data", root, "--out", folder, "--epochs", "2"]
+        command = shlex.join(arguments)
+        log.info("%s is missing and trained once: python pipeline/train_classifier.py %s", folder, command)
+        run_python(str(ROOT / "pipeline/train_classifier.py"), *arguments)
+
+
+def prepare_shards(recipe: Recipe, may_make: bool) -> None:
+    """Makes the recipe's own shard set where it is missing and needs no originals.
+
+    Raises ValueError with the command that makes it for others.
+    """
+    root, source = recipe.data.root, recipe.data.source
+    if root is None:
+        raise ValueError("data.root: the recipe names no shard set; give one with --data DIR")
+    if is_address(root) or (Path(root) / "manifest.json").is_file():
+        return
+    command = f"python -m shard_data {source} --out {root}"
+    if source is None or "DIR" in source or not may_make:
+        how = f"; make it with: {command}" if source else ""
+        raise ValueError(f"{root}: no complete shard set (no manifest.json){how}")
+    log.info("%s is missing and made once: %s", root, command)
+    run_python("-m", "shard_data", *shlex.split(source), "--out", root)

@@ -1,0 +1,48 @@
+"""The settings of the training loop."""
+
+from pydantic import Field
+
+from pipeline.distributed.runtime import Precision
+from pipeline.schema import Section
+
+
+class TrainConfig(Section):
+    """How long, how large, how precisely."""
+
+    steps: int | None = Field(None, gt=0)
+    """Optimizer steps of the whole run; or give `epochs`."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training split, instead of `steps`."""
+    batch_size: int = Field(32, gt=0)
+    """Images per optimizer step over all processes."""
+    micro_batch: int | None = Field(None, gt=0)
+    """Images per forward pass over all processes; gradients accumulate up to `batch_size`. Default: the whole batch.
+    Batch norm's statistics span one micro-batch over all processes, so runs are equal at equal micro-batch."""
+    seed: int = Field(1, ge=0, lt=2**63)
+    """Of initial weights, data order, augmentation and latent noise."""
+    precision: Precision = "fp32"
+    """`bf16`: mixed precision by autocast (densities, KL and likelihoods stay in float32). `fp64` is for tests."""
+    channels_last: bool = True
+    """Memory layout of images and activations; faster for convolutions on CPUs and GPUs."""
+    compile: bool = False
+    """Compile the model's cells one by one with torch.compile."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Decay of the moving average of weights that validation and samples use; 0: none."""
+    cpu_threads: int | None = Field(None, gt=0)
+    """Threads of each process on CPU. Default: this machine's cores shared by its processes."""
+    expect_processes: int | None = Field(None, gt=0)
+    """Refuse to train with any other number of processes."""
+    collective_timeout: float = Field(120.0, gt=0)
+    """Seconds that processes wait for one that does not come; then all end, and the missing one is named."""
+    max_skipped_steps: int = Field(20, gt=0)
+    """So many steps in a row with a non-finite loss or gradient end the run."""
+
+    @property
+    def images_per_pass(self) -> int:
+        """Images per forward pass over all processes."""
+        return self.micro_batch or self.batch_size
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes per optimizer step."""
+        return self.batch_size // self.images_per_pass
