@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.distributed.agreement import code_version, disagreement
 from pipeline.distributed.logs import launched_rank
 from pipeline.distributed.runtime import check_process_count, cores_per_process
-from tests.distributed.test_watchdog import run, write_script
+from tests.helpers.rank_scripts import run_script, write_script
 
 
 def test_with_one_process_collectives_are_the_identity(make_runtime):
@@ -119,7 +119,7 @@ runtime.close()
 def told(tmp_path_factory) -> list[dict]:
     """What two processes found, by rank, where collectives time out after 3 seconds."""
     folder = tmp_path_factory.mktemp("together")
-    result = run(2, write_script(folder, TOGETHER))
+    result = run_script(2, write_script(folder, TOGETHER))
     assert result.returncode == 0, result.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
