@@ -150,11 +150,8 @@ def test_files_and_classes_can_be_read_in_one_sitting(path):
 
 
 STILL_IMPORTING = {
-    "distributed/test_preemption.py",
-    "distributed/test_runtime.py",
     "shard_data/test_downloads.py",
     "tracking/test_wandb_continuity.py",
-    "training/test_unsound_steps.py",
 }
 
 

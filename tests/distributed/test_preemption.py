@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.loader import _start_worker, start_workers
 from pipeline.distributed.preemption import SIGNALS, StopRequest
-from tests.distributed.test_watchdog import TIMEOUT, environment, lives, run, started, until, write_script
+from tests.helpers.launching import ROOT, TIMEOUT, is_alive, run_command, started, wait_until
+from tests.helpers.rank_scripts import run_script, write_script
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ if runtime.rank == 1:
 
 
 def test_ranks_stop_at_the_same_step_whichever_was_signalled(tmp_path):
-    result = run(2, write_script(tmp_path, EDGE))
+    result = run_script(2, write_script(tmp_path, EDGE))
     assert result.returncode == 0, result.stderr
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert told[0] == told[1]
@@ -120,7 +121,7 @@ def test_workers_read_on_when_a_whole_job_is_signalled(handlers):
         signal_from_elsewhere(pids)
         found += [batch.item() for batch in batches]
     assert found == list(range(40))
-    until(lambda: not any(map(lives, pids)))
+    wait_until(lambda: not any(map(is_alive, pids)))
 
 
 READS = """
@@ -140,12 +141,16 @@ time.sleep(1000)
 
 def test_workers_end_when_their_process_is_killed():
     """Also where one of them had not begun yet."""
-    with started([sys.executable, "-c", READS], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    with started(
+        [sys.executable, "-c", READS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as process:
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert len(pids) == 2
-        assert all(map(lives, pids))
+        assert all(map(is_alive, pids))
         process.kill()
-        until(lambda: not any(map(lives, pids)))
+        wait_until(lambda: not any(map(is_alive, pids)))
 
 
 LEAVES = """
@@ -159,6 +164,5 @@ next(batches)
 
 def test_leaving_while_a_worker_reads_ends_it():
     """At its end the interpreter sends SIGTERM to workers and waits for them, as long as that takes."""
-    words = [sys.executable, "-c", LEAVES]
-    result = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
+    result = run_command(sys.executable, "-c", LEAVES, timeout=TIMEOUT, PYTHONPATH=str(ROOT))
     assert (result.returncode, result.stderr) == (0, "")

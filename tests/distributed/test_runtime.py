@@ -3,7 +3,6 @@ for each other, agree, and stop together."""
 
 import json
 import os
-import subprocess
 
 import pytest
 import torch
@@ -13,7 +12,8 @@ from hypothesis import strategies as st
 from pipeline.distributed.agreement import code_version, disagreement
 from pipeline.distributed.logs import launched_rank
 from pipeline.distributed.runtime import check_gpus, check_process_count, cores_per_process
-from tests.distributed.test_watchdog import command, environment, run, write_script
+from tests.helpers.launching import run_command
+from tests.helpers.rank_scripts import run_script, script_command, write_script
 
 
 def test_with_one_process_collectives_are_the_identity(make_runtime):
@@ -114,11 +114,10 @@ def test_a_cpu_configuration_is_accepted_without_gpus(monkeypatch, environment):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
 def test_the_multi_gpu_configuration_ends_with_one_error(tmp_path):
     """Before, it trained on CPU processes and exited with 0."""
-    launcher = command(2, write_script(tmp_path, "runtime.close()"))
+    launcher = script_command(2, write_script(tmp_path, "runtime.close()"))
     config = launcher.index("--config_file") + 1
     launcher[config] = launcher[config].replace("cpu_2proc", "multi_gpu")
-    launcher[config + 1 : config + 1] = ["--num_processes", "2"]
-    result = subprocess.run(launcher, env=environment(), capture_output=True, text=True, timeout=60)
+    result = run_command(*launcher, timeout=60)
     assert result.returncode != 0
     assert "the launcher was configured for GPUs and this machine has none" in result.stderr
 
@@ -171,7 +170,7 @@ runtime.close()
 def told(tmp_path_factory) -> list[dict]:
     """What two processes found, by rank, where collectives time out after 3 seconds."""
     folder = tmp_path_factory.mktemp("together")
-    result = run(2, write_script(folder, TOGETHER))
+    result = run_script(2, write_script(folder, TOGETHER))
     assert result.returncode == 0, result.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,89 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.distributed.heartbeat import LONGEST_TICK, Heartbeat, Heartbeats
-from pipeline.distributed.launcher import MARKS
 from pipeline.distributed.watchdog import HUNG, ORPHANED, PEER_FAILED
-from tests.helpers.launching import ROOT
-
-TIMEOUT = 60  # seconds until a test that should have ended fails
-
-BEGIN = """
-import logging, os, sys, time, signal
-from pathlib import Path
-import torch
-from pipeline.distributed.logs import start_logging
-from pipeline.distributed.runtime import Runtime
-folder = Path(sys.argv[1])
-start_logging(None, os.environ.get("RANK", "0") == "0")
-runtime = Runtime(collective_timeout=3.0)
-runtime.watchdog.stacks = folder / "stacks"
-def train(at_step=lambda step: None):
-    for step in range(10**9):
-        runtime.sum(torch.ones(2))
-        time.sleep(0.01)
-        if step == 10:
-            (folder / f"{runtime.rank}.pid").write_text(str(os.getpid()))
-            at_step(step)
-"""
-
-
-def write_script(folder: Path, body: str) -> Path:
-    """A script that trains for ever, and then `body`."""
-    path = folder / "script.py"
-    path.write_text(BEGIN + body)
-    return path
-
-
-def command(processes: int, script: Path) -> list[str]:
-    config = ROOT / "accelerate_configs" / ("cpu.yaml" if processes == 1 else "cpu_2proc.yaml")
-    ports = ["--main_process_port", "0"] if processes > 1 else []
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    return [*launcher, *ports, str(script), str(script.parent)]
-
-
-def environment() -> dict[str, str]:
-    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return {name: value for name, value in os.environ.items() if name not in MARKS | {"RANK", "WORLD_SIZE"}} | ours
-
-
-@contextmanager
-def started(words: list[str], **options):
-    """A process in a session of its own, whatever comes of the test."""
-    options = {"stderr": subprocess.PIPE, "text": True, "env": environment(), "start_new_session": True} | options
-    with subprocess.Popen(words, **options) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def run(processes: int, script: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(processes, script), env=environment(), capture_output=True, text=True, timeout=TIMEOUT
-    )
-
-
-def until(done) -> None:
-    """Waits for what must come; a test that waits in vain fails."""
-    end = time.monotonic() + TIMEOUT
-    while not done():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def pid_of(folder: Path, rank: int) -> int:
-    """Of a rank, once it trains."""
-    file = folder / f"{rank}.pid"
-    until(lambda: file.exists() and file.read_text())
-    return int(file.read_text())
-
-
-def lives(pid: int) -> bool:
-    """A dead process that nobody has asked about yet does not count."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+from tests.helpers.launching import ROOT, TIMEOUT, clean_environment, is_alive, started, wait_until
+from tests.helpers.rank_scripts import pid_of, run_script, script_command, write_script
 
 
 def exit_codes(stderr: str) -> dict[int, int]:
@@ -115,7 +34,7 @@ train(hang)
 
 
 def test_a_rank_that_sleeps_is_named_and_all_show_their_stacks(tmp_path):
-    result = run(2, write_script(tmp_path, HANGS))
+    result = run_script(2, write_script(tmp_path, HANGS))
     assert "collective timeout: after 3 s (train.collective_timeout)" in result.stderr
     assert re.search(r"rank 1 on \S+ has not joined; it is at: \S*script\.py:\d+ in hang", result.stderr)
     assert result.stderr.count("has not joined") == 1
@@ -132,7 +51,7 @@ def test_a_rank_that_sleeps_is_named_and_all_show_their_stacks(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_is_named(tmp_path, rank):
     """Also where it is the main process, which cannot print. Continued, it ends as the other has."""
-    with started(command(2, write_script(tmp_path, "train()"))) as launcher:
+    with started(script_command(2, write_script(tmp_path, "train()"))) as launcher:
         pids = [pid_of(tmp_path, r) for r in (0, 1)]
         os.kill(pids[rank], signal.SIGSTOP)
         said = ""
@@ -156,7 +75,7 @@ runtime.close()
 
 def test_a_slow_rank_that_advances_is_not_missing(tmp_path):
     """The other one waits for it more than twice the timeout in all, but never as long as the timeout."""
-    result = run(2, write_script(tmp_path, SLOW))
+    result = run_script(2, write_script(tmp_path, SLOW))
     assert result.returncode == 0, result.stderr
 
 
@@ -176,7 +95,7 @@ finally:
 
 def test_one_ranks_error_ends_both_with_its_message(tmp_path):
     """The launcher names the rank that failed, not the one that had to follow."""
-    result = run(2, write_script(tmp_path, FAILS))
+    result = run_script(2, write_script(tmp_path, FAILS))
     message = re.findall(r"^rank 1 on \S+ failed: RuntimeError: the moon is full$", result.stderr, re.MULTILINE)
     assert len(message) == 1
     assert "[rank1]: RuntimeError: the moon is full" in result.stderr
@@ -198,7 +117,7 @@ finally:
 
 
 def test_the_survivor_of_a_killed_rank_says_who_is_gone(tmp_path):
-    result = run(2, write_script(tmp_path, VANISHES))
+    result = run_script(2, write_script(tmp_path, VANISHES))
     assert re.search(
         r"^rank 0 on \S+ failed: RuntimeError: .*; rank 1 gives no heartbeat$", result.stderr, re.MULTILINE
     )
@@ -217,7 +136,7 @@ finally:
 
 
 def test_an_error_of_all_ranks_stays_each_ones_own(tmp_path):
-    result = run(2, write_script(tmp_path, SAME))
+    result = run_script(2, write_script(tmp_path, SAME))
     assert result.returncode == 0, result.stderr
     assert "failed" not in result.stderr
     assert [(tmp_path / f"{rank}.told").read_text() for rank in (0, 1)] == [
@@ -232,12 +151,15 @@ def test_an_error_of_all_ranks_stays_each_ones_own(tmp_path):
 def test_ranks_end_when_their_launcher_is_killed(tmp_path, processes):
     """Within 5 seconds; 10 are granted on a busy machine."""
     script = write_script(tmp_path, "train()")
-    with (tmp_path / "stderr").open("w") as stderr, started(command(processes, script), stderr=stderr) as launcher:
+    with (
+        (tmp_path / "stderr").open("w") as stderr,
+        started(script_command(processes, script), stderr=stderr) as launcher,
+    ):
         pids = [pid_of(tmp_path, rank) for rank in range(processes)]
-        assert all(map(lives, pids))
+        assert all(map(is_alive, pids))
         launcher.kill()
         end = time.monotonic() + 10
-        until(lambda: not any(map(lives, pids)))
+        wait_until(lambda: not any(map(is_alive, pids)))
         assert time.monotonic() < end
     said = (tmp_path / "stderr").read_text()
     assert "the launcher" in said
@@ -264,10 +186,10 @@ def look(folder: Path, parent: list[str], marked: bool) -> str:
     script = folder / "look.py"
     script.write_text(LOOK)
     marks = {"TORCHELASTIC_RUN_ID": "none"} if marked else {}
-    with started([*parent, str(script), str(folder)], env=environment() | marks) as process:
+    with started([*parent, str(script), str(folder)], env=clean_environment(PYTHONPATH=str(ROOT)) | marks) as process:
         process.wait(TIMEOUT)
         (folder / "look").write_text("")
-        until((folder / "seen").exists)
+        wait_until((folder / "seen").exists)
     return (folder / "seen").read_text()
 
 
@@ -283,11 +205,16 @@ def test_without_a_launcher_the_parents_end_means_nothing(tmp_path):
 
 
 def test_a_shell_in_a_launchers_environment_is_no_launcher(tmp_path):
-    """Its variables may have been exported; the shell is the parent, and lives in our session."""
+    """Its variables may have been exported; the shell is the parent, and runs in our session."""
     (tmp_path / "look").write_text("")
     (tmp_path / "look.py").write_text(LOOK)
     words = ["sh", "-c", f'"{sys.executable}" "$0" "$1"; true', str(tmp_path / "look.py"), str(tmp_path)]
-    subprocess.run(words, env=environment() | {"TORCHELASTIC_RUN_ID": "none"}, check=True, timeout=TIMEOUT)
+    subprocess.run(
+        words,
+        env=clean_environment(PYTHONPATH=str(ROOT), TORCHELASTIC_RUN_ID="none"),
+        check=True,
+        timeout=TIMEOUT,
+    )
     assert (tmp_path / "seen").read_text() == "False False"
 
 

@@ -60,8 +60,9 @@ def train(processes: int, recipe: Path, *words: str) -> subprocess.CompletedProc
 @contextmanager
 def started(command: list[str], **options) -> Iterator[subprocess.Popen]:
     """A process in a session of its own, which is killed when the test leaves the block."""
-    options = {"stderr": subprocess.PIPE, "text": True, "env": clean_environment(), "start_new_session": True} | options
-    with subprocess.Popen(command, **options) as process:
+    environment = clean_environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    defaults = {"env": environment, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, **defaults | options) as process:
         try:
             yield process
         finally:

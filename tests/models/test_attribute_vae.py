@@ -21,8 +21,8 @@ from pipeline.models.noise import draw_noise
 from pipeline.nn.independence import cross_covariance
 from pipeline.recipe import Recipe
 from pipeline.run.classifier_folder import load_classifier, load_frozen_classifier, save_classifier
-from tests.conftest import tiny_settings
 from tests.helpers.model_cases import BASELINE, BY_ATTRIBUTES, FACES, make_trainer, write_data
+from tests.helpers.recipes import tiny_settings
 
 NAMES = ("Hat", "Black", "Blond", "Smile", "Gray")
 CONDITION = AttributeCondition(chosen=NAMES, exclusive=(("Black", "Blond", "Gray"),))

@@ -2,8 +2,8 @@
 
 import json
 
-from tests.distributed.test_watchdog import run, write_script
 from tests.helpers.model_cases import write_data
+from tests.helpers.rank_scripts import run_script, write_script
 
 PLACES = ("data", "activation", "loss", "gradient", "loss alone")
 
@@ -61,7 +61,7 @@ runtime.close()
 
 def test_a_nan_on_one_rank_is_skipped_by_both(tmp_path):
     write_data(tmp_path)
-    result = run(2, write_script(tmp_path, SCRIPT))
+    result = run_script(2, write_script(tmp_path, SCRIPT))
     assert result.returncode == 0, result.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert list(first) == list(PLACES)
