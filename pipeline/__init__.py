@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def load(
-    run: Path | str, checkpoint: Path | str = "latest", device: "torch.device | str | None" = None
+    run: Path | str, checkpoint: Path | str | int = "latest", device: "torch.device | str | None" = None
 ) -> "TrainedModel":
     """The trained model of a run folder; see pipeline.inference.trained.load."""
     from pipeline.inference.trained import load as load_trained  # importing torch takes seconds

@@ -32,7 +32,7 @@ DOORS = {
     "yaml": {"pipeline/config.py"},
     "accelerate": {"pipeline/distributed/runtime.py"},
     "torch.distributed": {"pipeline/distributed/collectives.py"},
-    "torchvision": {"pipeline/evaluation/torchvision_guard.py"},
+    "torchvision": {"pipeline/evaluation/images.py"},
     "webdataset": {"shard_data/verify.py"},
     "pydantic": None,
 }

@@ -1,6 +1,7 @@
 """Pictures for people: grids of images, and PNG files of them."""
 
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -19,13 +20,10 @@ def image_grid(images: Tensor, columns: int) -> np.ndarray:
     C is 1 or 3. Values outside [0, 1] are clipped; non-finite ones become black. Small images are enlarged by repeating
     pixels. Two black pixels lie between images.
     """
-    # Imported here: it takes a second, and only the main process needs it.
-    from pipeline.evaluation.torchvision_guard import torchvision
-
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images have shape {tuple(images.shape)}, which is not (B, 1 or 3, H, W)")
     pixels = _enlarge(to_uint8(images.detach()))
-    grid = torchvision.utils.make_grid(pixels, nrow=columns, padding=2)  # (3, height, width)
+    grid = import_torchvision().utils.make_grid(pixels, nrow=columns, padding=2)  # (3, height, width)
     return grid.permute(1, 2, 0).contiguous().numpy()
 
 
@@ -51,6 +49,27 @@ def to_uint8(images: Tensor) -> Tensor:
     if images.dtype == torch.uint8:
         return images.cpu()
     return images.float().nan_to_num(0, 0, 0).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+
+
+def import_torchvision() -> ModuleType:
+    """The torchvision module. Imported on first use, since the import takes a second and only grids need it.
+
+    torchvision's default wheel is built against CUDA. With a CPU-only torch its extension does not load, and the import
+    fails with "operator torchvision::nms does not exist", because its Python code refers to operators that only the
+    extension declares. Declaring two schemas is enough for everything but `torchvision.io` and `torchvision.ops`, which
+    this project does not use.
+    """
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+        for operator in ("nms", "qnms"):
+            torch.library.define(
+                f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
+        import torchvision
+    return torchvision
 
 
 def _enlarge(images: Tensor) -> Tensor:

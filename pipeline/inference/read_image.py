@@ -1,7 +1,7 @@
 """A person's picture, made into what a model was trained on."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,29 @@ MAX_PIXELS = 80_000_000
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # not EPS, for which Pillow starts Ghostscript
 FILTERS = {name.lower(): Image.Resampling[name] for name in ("BILINEAR", "BICUBIC", "LANCZOS", "BOX", "HAMMING")}
 ALIGNED = (178, 218)  # of CelebA's aligned faces, the only ones that a crop given in pixels is meant for
+
+Images = Tensor | Image.Image | Sequence[Image.Image]
+"""A batch (B, C, H, W) as a tensor, or one or several Pillow images."""
+
+
+def to_tensor(images: Images, image_shape: tuple[int, int, int]) -> Tensor:
+    """Pillow images as uint8 (B, C, H, W), upright and without transparency; a tensor is returned unchanged.
+
+    Raises ValueError for images of another size, which are not resized, and for anything that is no image.
+    """
+    if isinstance(images, Tensor):
+        return images
+    images = [images] if isinstance(images, Image.Image) else images
+    if not isinstance(images, Sequence) or not all(isinstance(image, Image.Image) for image in images):
+        raise ValueError(f"images are a tensor (B, C, H, W) or Pillow images, not {type(images).__name__}")
+    if not images:
+        raise ValueError("no images were given")
+    channels, height, width = image_shape
+    upright = [_over_white(ImageOps.exif_transpose(image)) for image in images]
+    for image in upright:
+        if image.size != (width, height):
+            raise ValueError(f"a Pillow image is {image.width}x{image.height}; resize it to {width}x{height}")
+    return torch.cat([_pixels(image.convert("L" if channels == 1 else "RGB")) for image in upright])
 
 
 def open_picture(
@@ -37,8 +60,13 @@ def open_picture(
             f"{size[0]}x{size[1]}: cut to {right - left}x{bottom - top} at ({left}, {top}), "
             f"resized to {width}x{height} ({filter.name.lower()})"
         )
-    pixels = np.array(image).reshape(height, width, channels).transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(pixels))[None], done
+    return _pixels(image), done
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """uint8 (1, C, H, W) of an image in mode L or RGB."""
+    pixels = np.atleast_3d(np.array(image)).transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(pixels))[None]
 
 
 def crop_box(size: tuple[int, int], transform: Mapping[str, Any]) -> tuple[int, int, int, int]:

@@ -22,6 +22,7 @@ from pipeline.data.preprocess import to_model_input
 from pipeline.evaluation.images import to_uint8
 from pipeline.evaluation.likelihood_bounds import Draws
 from pipeline.inference.parse_condition import ConditionLike, to_condition
+from pipeline.inference.read_image import Images, to_tensor
 from pipeline.models.base import VAE, without_border
 from pipeline.models.conditions import ClassCondition
 from pipeline.models.noise import draw_noise
@@ -36,14 +37,14 @@ IMAGES_PER_PASS = 128
 
 def load(
     run: Path | str,
-    checkpoint: Path | str = "latest",
+    checkpoint: Path | str | int = "latest",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> "TrainedModel":
     """The trained model of a run folder, with the moving average of its weights where there is one.
 
-    `checkpoint`: "latest", "best" by validation, or a checkpoint's folder. `device`: a GPU by default, where there is
-    one. `dtype`: float32, or float64 for runs trained so, by default. Nothing in the folder can run code. Raises
+    `checkpoint`: "latest", "best" by validation, a step, or a checkpoint's folder. `device`: a GPU by default, where there
+    is one. `dtype`: float32, or float64 for runs trained so, by default. Nothing in the folder can run code. Raises
     ValueError where it holds no good checkpoint that this version understands.
     """
     found = find_checkpoint(Path(run), checkpoint)
@@ -73,12 +74,18 @@ def find_device(wanted: torch.device | str | None) -> torch.device:
     return device
 
 
-def find_checkpoint(run: Path, checkpoint: Path | str) -> Checkpoint:
-    """Raises ValueError, saying what is there, where `run` holds no good checkpoint of that name."""
+def find_checkpoint(run: Path, checkpoint: Path | str | int) -> Checkpoint:
+    """Raises ValueError, saying what is there, where `run` holds no good checkpoint of that name or step."""
     folder = run / "checkpoints"
     if not folder.is_dir():
         raise ValueError(f"{run}: no run with checkpoints there; give the folder that pipeline/train.py wrote to")
-    found = Checkpoints(folder).load(checkpoint)
+    checkpoints = Checkpoints(folder)
+    if isinstance(checkpoint, int):
+        if checkpoint not in checkpoints.steps():
+            available = ", ".join(map(str, checkpoints.steps())) or "none"
+            raise ValueError(f"{folder}: no checkpoint of step {checkpoint}; available steps: {available}")
+        checkpoint = checkpoints.path(checkpoint)
+    found = checkpoints.load(checkpoint)
     if "model" not in found.tensors or "settings" not in found.facts:
         raise ValueError(f"{found.path}: holds no model with its settings; give a checkpoint of pipeline/train.py")
     return found
@@ -136,11 +143,12 @@ class TrainedModel:
         return data.channels, data.size, data.size
 
     @torch.no_grad()
-    def encode(self, x: Tensor, condition: ConditionLike = None, seed: int | None = 0) -> list[Tensor]:
+    def encode(self, x: Images, condition: ConditionLike = None, seed: int | None = 0) -> list[Tensor]:
         """Latents drawn from the posteriors, one (B, *group.shape) per group.
 
         With `seed` None no noise is added: the posteriors' means, each given the means of the groups before it.
         """
+        x = to_tensor(x, self.image_shape)
         told = self.condition(condition, len(x))
         parts = [
             self.model.encode(self.input(x[here]), self._noise("encode", here, seed), at(told, here))
@@ -178,13 +186,13 @@ class TrainedModel:
         ]
         return self._output(parts)
 
-    def reconstruct(self, x: Tensor, condition: ConditionLike = None, seed: int | None = 0) -> Tensor:
+    def reconstruct(self, x: Images, condition: ConditionLike = None, seed: int | None = 0) -> Tensor:
         """Images (B, C, H, W): `decode` of `encode`."""
         return self.decode(self.encode(x, condition, seed), condition)
 
     @torch.no_grad()
     def log_likelihood(
-        self, x: Tensor, condition: ConditionLike = None, importance_samples: int = 1, seed: int = 0
+        self, x: Images, condition: ConditionLike = None, importance_samples: int = 1, seed: int = 0
     ) -> Tensor:
         """(B,) float64 estimate of log p(x | condition), nats: a lower bound on average, tighter with more samples.
 
@@ -193,6 +201,7 @@ class TrainedModel:
         """
         if importance_samples < 1:
             raise ValueError(f"importance_samples {importance_samples}: take at least one")
+        x = to_tensor(x, self.image_shape)
         told = self.condition(condition, len(x))
         parts = []
         for here in turns(len(x)):

@@ -106,18 +106,24 @@ def test_torchvision_loads_beside_this_torch_and_is_left_alone_where_it_fits():
     """Whether the bare import works tells which case this machine is."""
     bare = subprocess.run([sys.executable, "-c", "import torchvision"], cwd=ROOT, capture_output=True).returncode == 0
     guarded = run_python(
-        "from pipeline.evaluation import torchvision_guard as guard, images\n"
         "import torch\n"
+        "from pipeline.evaluation import images\n"
+        "define, declared = torch.library.define, []\n"
+        "torch.library.define = lambda *schema: (declared.append(schema), define(*schema))\n"
+        "assert images.import_torchvision() is images.import_torchvision()\n"
         "from torchvision.transforms import v2\n"
         "assert v2.functional.resize(torch.zeros(3, 8, 8), [4, 4]).shape == (3, 4, 4)\n"
-        "print(hasattr(guard, '_library'))"
+        "print(bool(declared))"
     )
     assert guarded == str(not bare)
 
 
 def test_other_faults_of_torchvision_are_not_hidden(tmp_path):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('something else')")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import pipeline.evaluation.torchvision_guard"
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from pipeline.evaluation import images; "
+        "images.import_torchvision()"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
     assert "RuntimeError: something else" in result.stderr

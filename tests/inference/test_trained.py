@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import pipeline
 from pipeline.data.preprocess import to_model_input
@@ -93,6 +94,9 @@ def test_the_checkpoint_asked_for_is_the_one_given(run, tmp_path):
     assert pipeline.load(folder).step == STEP  # the newest good one
     with pytest.raises(ValueError, match="no checkpoint at nowhere"):
         pipeline.load(folder, "nowhere")
+    assert pipeline.load(folder, STEP).step == STEP
+    with pytest.raises(ValueError, match=f"no checkpoint of step 800; available steps: {STEP}, 9"):
+        pipeline.load(folder, 800)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
@@ -142,6 +146,19 @@ def test_uint8_and_floats_are_the_same_image(run):
     assert torch.equal(model.input(x), to_model_input(x))
     one, other = model.encode(x), model.encode(x / 255)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def pillow(x: torch.Tensor, mode: str = "RGB") -> list[Image.Image]:
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()).convert(mode) for image in x]
+
+
+def test_pillow_images_are_the_images_that_they_show(run):
+    model, x = pipeline.load(run), pictures(3)
+    expected = model.encode(x)
+    for images in (pillow(x), tuple(pillow(x, "RGBA"))):
+        assert all(torch.equal(a, b) for a, b in zip(model.encode(images), expected, strict=True))
+    assert torch.equal(model.reconstruct(pillow(x[:1])[0]), model.reconstruct(x[:1]))
+    assert torch.equal(model.log_likelihood(pillow(x)), model.log_likelihood(x))
 
 
 @pytest.mark.parametrize("bits", [5, 8])
@@ -217,6 +234,10 @@ def test_float64_runs_work_in_float64(tmp_path):
         (lambda model: model.encode(pictures(1).long()), "uint8, or floats in .*, not torch.int64"),
         (lambda model: model.encode(torch.full((1, 3, 16, 16), torch.nan)), r"floats are in \[0, 1\]"),
         (lambda model: model.encode(pictures(1)[:0]), "no images were given"),
+        (lambda model: model.encode([]), "no images were given"),
+        (lambda model: model.encode(pillow(pictures(1, size=12))), "is 12x12; resize it to 16x16"),
+        (lambda model: model.encode([pictures(1)]), "a tensor .* or Pillow images, not list"),
+        (lambda model: model.encode("face.png"), "a tensor .* or Pillow images, not str"),
         (lambda model: model.sample(0), "at least one sample"),
         (lambda model: model.log_likelihood(pictures(1), importance_samples=0), "take at least one"),
         (lambda model: model.decode([torch.zeros(1, 2, 4, 4)]), "latents are one tensor per group"),
