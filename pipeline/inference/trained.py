@@ -43,9 +43,9 @@ def load(
 ) -> "TrainedModel":
     """The trained model of a run folder, with the moving average of its weights where there is one.
 
-    `checkpoint`: "latest", "best" by validation, a step, or a checkpoint's folder. `device`: a GPU by default, where there
-    is one. `dtype`: float32, or float64 for runs trained so, by default. Nothing in the folder can run code. Raises
-    ValueError where it holds no good checkpoint that this version understands.
+    `checkpoint`: "latest", "best" by validation, a step, or a checkpoint's folder. `device`: a GPU by default, where
+    there is one. `dtype`: float32, or float64 for runs trained so, by default. Nothing in the folder can run code.
+    Raises ValueError where it holds no good checkpoint that this version understands.
     """
     found = find_checkpoint(Path(run), checkpoint)
     recipe = read_recipe(found)
