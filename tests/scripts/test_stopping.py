@@ -104,10 +104,10 @@ def test_a_killed_run_is_marked_running_and_a_failed_one_failed(recipe_file, tmp
     assert "lower optim.lr" in output
 
 
-def test_a_refused_resume_changes_nothing_in_a_finished_run(straight, tmp_path):
+def test_a_refused_resume_changes_nothing_in_a_finished_run(uninterrupted, tmp_path):
     """Other settings and `never`: exit code 2, and every file but the lock is as it was. The way on is `changed`."""
     folder = tmp_path / "run"
-    shutil.copytree(straight, folder)
+    shutil.copytree(uninterrupted, folder)
     before = contents(folder)
     for arguments, message in (
         (("optim.lr=0.005",), "optim.lr: 0.01 -> 0.005"),
