@@ -198,7 +198,13 @@ print(status.state, status.step)' "$run_dir")
         state=$([ -n "$stopping" ] && echo preempted || echo none)
     fi
     case $state in
-        finished) say "finished: step $step"; exit 0 ;;
+        finished)
+            if [ "$1" != 0 ] && [ "$(mark_time)" = "$2" ]; then # a refused resume leaves status.json as it was
+                say "refused: the run in $run_dir is finished; see the message above"
+                exit "$1"
+            fi
+            say "finished: step $step"
+            exit 0 ;;
         failed) say "failed: $run_dir/status.json says why; not requeued"; exit $(($1 > 0 ? $1 : 1)) ;;
         *) requeue_or_give_up "$1" "$state" "$step" ;;
     esac

@@ -44,7 +44,7 @@ def merged(settings: dict, sections: dict[str, dict]) -> dict:
     return settings | {name: settings.get(name, {}) | values for name, values in sections.items()}
 
 
-def write_tiny_recipe(folder: Path, data: Path, **sections: dict) -> Path:
+def write_tiny_recipe(folder: Path, data: Path, /, **sections: dict) -> Path:
     """`folder`/tiny.yaml: the tiny recipe in batches of 12, which 1, 2 and 3 processes can share, logged every step."""
     settings = merged(tiny_settings(data), {"train": {"batch_size": 12}, "tracking": {"log_every": 1}})
     path = folder / "tiny.yaml"
