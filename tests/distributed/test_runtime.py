@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.distributed.agreement import code_version, disagreement
 from pipeline.distributed.logs import launched_rank
 from pipeline.distributed.runtime import check_gpus, check_process_count, cores_per_process
-from tests.helpers.launching import run_command
+from tests.helpers.launching import ROOT, run_command
 from tests.helpers.rank_scripts import run_script, script_command, write_script
 
 
@@ -114,10 +114,8 @@ def test_a_cpu_configuration_is_accepted_without_gpus(monkeypatch, environment):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
 def test_the_multi_gpu_configuration_ends_with_one_error(tmp_path):
     """Before, it trained on CPU processes and exited with 0."""
-    launcher = script_command(2, write_script(tmp_path, "runtime.close()"))
-    config = launcher.index("--config_file") + 1
-    launcher[config] = launcher[config].replace("cpu_2proc", "multi_gpu")
-    result = run_command(*launcher, timeout=60)
+    command = [part.replace("cpu_2proc", "multi_gpu") for part in script_command(2, write_script(tmp_path, ""))]
+    result = run_command(*command, PYTHONPATH=str(ROOT))
     assert result.returncode != 0
     assert "the launcher was configured for GPUs and this machine has none" in result.stderr
 
