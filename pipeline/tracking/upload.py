@@ -77,14 +77,12 @@ def send(run_dir: Path, config: TrackingConfig, settings: dict, timeout: float) 
     exit_code = 0 if read_status(run_dir).state == "finished" else 1
     try:
         run = connect(config, run_dir, settings, upload_timeout=timeout)
-    except ConnectionError as error:
-        raise ValueError(
-            f"W&B cannot be used: {error}. Check the key (wandb login --relogin) and the network"
-        ) from None
-    try:
         missing = run.send_missing(history)
         with progress_messages():
             complete = run.finish(exit_code)
+    except ConnectionError as error:
+        advice = "Check the key (wandb login --relogin) and the network"
+        raise ValueError(f"W&B cannot be used: {error}. {advice}") from None
     except KeyboardInterrupt:
         kill_service()  # otherwise wandb would continue to send when Python exits
         raise
