@@ -18,7 +18,7 @@ from pipeline.tracking.history import read_history
 from tests.helpers.trackers import KEY, picture, tracker
 from tests.helpers.wandb_server import WandbServer
 
-CONFIG_FILE = "tracking: {wandb: disabled, project: digits, tags: [a, b], wandb_timeout: 5.0}\noptim: {lr: 0.01}\n"
+CONFIG_FILE = "tracking: {wandb: disabled, project: digits, tags: [a, b], wandb_timeout: 30.0}\noptim: {lr: 0.01}\n"
 
 
 def write_picture(path, value):
@@ -53,7 +53,7 @@ def server(monkeypatch):
 
 def run_upload(folder, *arguments):
     command = [sys.executable, "-m", "pipeline.tracking.upload", str(folder), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert KEY not in result.stdout + result.stderr
     return result.returncode, result.stderr
 
@@ -92,7 +92,7 @@ def test_scalars_pictures_settings_and_tags_arrive_once(run_dir, server):
 
 
 def test_the_next_online_start_sends_pictures(run_dir, server):
-    with tracker(run_dir, "online", start_step=20) as run:
+    with tracker(run_dir, "online", start_step=20, wandb_timeout=30.0) as run:
         run.log(30, {"train/loss": 1.0})
     (run,) = server.runs.values()
     assert [row["_step"] for row in run.history] == [10, 15, 20, 30]
@@ -121,7 +121,7 @@ def test_errors_name_the_cause(run_dir, server, tmp_path, monkeypatch, capfd):
     with RunLock(run_dir):
         assert f"{run_dir} is in use by process {os.getpid()}" in error_of(run_dir)
     server.stop()
-    (run_dir / "config.yaml").write_text(CONFIG_FILE.replace("5.0", "1.0"))
+    (run_dir / "config.yaml").write_text(CONFIG_FILE.replace("30.0", "1.0"))
     assert "W&B cannot be used" in error_of(run_dir)
     server.start()
     monkeypatch.delenv("WANDB_API_KEY")
@@ -160,7 +160,7 @@ sys.exit(upload.main([sys.argv[1], "--timeout", "2"]))
 @pytest.mark.parametrize(("ending", "code"), [("timeout", 2), ("interrupt", 130)])
 def test_an_upload_whose_service_stops_ends_and_can_be_repeated(run_dir, server, ending, code):
     command = [sys.executable, "-c", FAILING_UPLOAD, str(run_dir), ending]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == code, result.stderr
     assert ("repeat the command to send the rest" in result.stderr) == (ending == "timeout")
     assert run_upload(run_dir)[0] == 0

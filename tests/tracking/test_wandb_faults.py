@@ -201,7 +201,7 @@ def test_a_dead_or_stopped_service_neither_stops_nor_delays_a_run(tmp_path, sign
     """The tracker finishes within twice the timeout, and the process exits, because the service is killed."""
     timeout = 2.0
     command = [sys.executable, "-c", SERVICE_PROCESS, str(tmp_path), signal_name, moment, str(timeout)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     exited = time.time()
     assert result.returncode == 0, result.stderr
     service, finishing, finished = result.stdout.split()
