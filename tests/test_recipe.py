@@ -93,7 +93,7 @@ def test_a_renamed_setting_keeps_its_former_name(settings, override):
         assert build(Recipe, overlay(settings | {"data": data}, [override])).data.binarize == "dynamic"
     present = build(Recipe, settings).model_dump(mode="json")
     former = present | {"data": {("binarise" if key == "binarize" else key): v for key, v in present["data"].items()}}
-    assert changed_settings(former, present) == []
+    assert changed_settings(former, present) == ([], [])
 
 
 def test_a_setting_given_by_both_names_is_refused(settings):
