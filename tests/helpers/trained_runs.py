@@ -17,7 +17,8 @@ def make_run(
     """A run with one checkpoint, of step 7, whose moving average differs from its weights."""
     recipe = build(Recipe, settings)
     torch.manual_seed(seed)
-    average, weights = build_model(recipe).state_dict(), build_model(recipe).state_dict()
+    dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
+    average, weights = (build_model(recipe).to(dtype).state_dict() for _ in range(2))
     facts = {"settings": recipe.model_dump(mode="json"), "data_fingerprint": fingerprint, "classes": classes}
     tensors = {"model": weights} | ({"ema": spread(average)} if recipe.train.ema_decay else {})
     Checkpoints(folder / "checkpoints").save(STEP, tensors, facts, score=1.0)
