@@ -15,10 +15,10 @@ def labelled(tmp_path_factory):
 def trained(root, runtime, *words, case="nvae", steps=2):
     """A trainer after some steps, with a moving average."""
     trainer = make_trainer(make_recipe(case, root, "train.ema_decay=0.9", *words), runtime)
-    stream = iter(trainer.batches(0))
+    stream = iter(trainer.data.batches(0))
     for step in range(steps):
         assert trainer.train_step(step, [next(stream)])
-        trainer.step += 1
+        trainer.progress.step += 1
     return trainer
 
 
@@ -35,7 +35,7 @@ def copied(tensors):
 def test_the_expected_tensors_are_those_that_training_makes(case, labelled, make_runtime):
     trainer = trained(labelled, make_runtime("fp32"), case=case, steps=0)
     assert facts_of(trainer.state.tensors()) == facts_of(trainer.state.expected(updates=0))
-    assert trainer.train_step(0, [next(iter(trainer.batches(0)))])
+    assert trainer.train_step(0, [next(iter(trainer.data.batches(0)))])
     assert facts_of(trainer.state.tensors()) == facts_of(trainer.state.expected(updates=1))
 
 
@@ -133,7 +133,7 @@ def test_a_forged_checkpoint_is_refused_before_anything_is_loaded(trainer, label
     """All its hashes are correct."""
     tensors = copied(trainer.state.tensors())
     file, name, problem = forgery(tensors)
-    saved = Checkpoints(tmp_path).save(2, tensors, {"progress": trainer.progress()})
+    saved = Checkpoints(tmp_path).save(2, tensors, {"progress": trainer.counters()})
     found = Checkpoints(tmp_path).load(saved)
     other = trained(labelled, make_runtime("fp32"), "train.seed=9", steps=1)
     before = copied(other.state.tensors())
@@ -147,7 +147,7 @@ def test_a_forged_checkpoint_is_refused_before_anything_is_loaded(trainer, label
 def test_a_checkpoint_without_an_update_has_no_optimizer_state(trainer, labelled, make_runtime):
     """A run whose first steps were all skipped has none; one that states none but has some is refused."""
     fresh = trained(labelled, make_runtime("fp32"), steps=0)
-    progress = fresh.progress() | {"step": 3, "skipped_steps": 3, "skipped_in_a_row": 3}
+    progress = fresh.counters() | {"step": 3, "skipped_steps": 3, "skipped_in_a_row": 3}
     other = trained(labelled, make_runtime("fp32"), "train.seed=9", steps=0)
     other.resume(progress, copied(fresh.state.tensors()))
     assert (other.step, other.state.tensors()["optimizer"]) == (3, {})
@@ -160,4 +160,4 @@ def test_few_of_many_tensors_are_named(trainer):
     count = len(tensors["model"])
     tensors["model"] = {}
     with pytest.raises(ValueError, match=f"and {count - 5} more$"):
-        trainer.resume(trainer.progress(), tensors)
+        trainer.resume(trainer.counters(), tensors)
