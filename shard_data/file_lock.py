@@ -63,6 +63,8 @@ class FileLock:
             return
         if delete and self.is_current():
             self.path.unlink()
+        # Unlocked and not only closed: a program that is being started may have the descriptor until its exec.
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         self._close()
 
     def is_current(self) -> bool:

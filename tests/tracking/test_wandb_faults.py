@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.tracking import wandb_run
 from pipeline.tracking.wandb_run import choose_mode, describe, find_key
+from tests.helpers.launching import is_alive
 from tests.helpers.trackers import KEY, history, read_metrics, read_wandb, tracker
 
 ROOT = Path(__file__).parents[2]
@@ -209,4 +210,4 @@ def test_a_dead_or_stopped_service_neither_stops_nor_delays_a_run(tmp_path, sign
     assert exited - float(finished) < 10
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 2001))
     assert result.stderr.count("W&B is off") == 1
-    assert not Path(f"/proc/{service}").exists()
+    assert not is_alive(int(service))
