@@ -112,7 +112,7 @@ def test_a_file_deleted_before_the_lock_is_taken_is_opened_again(tmp_path, monke
     monkeypatch.setattr(file_lock.fcntl, "flock", flock)
     with FileLock(path) as lock:
         assert lock.is_current()
-    assert len(calls) == 2
+        assert len(calls) == 2
 
 
 def test_a_symbolic_link_is_refused(tmp_path):
