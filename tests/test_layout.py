@@ -151,7 +151,6 @@ def test_files_and_classes_can_be_read_in_one_sitting(path):
 
 STILL_IMPORTING = {
     "shard_data/test_downloads.py",
-    "tracking/test_wandb_continuity.py",
 }
 
 

@@ -53,7 +53,7 @@ class DataConfig(Section):
     flip: bool = False
     """Mirror training images left and right with probability 1/2."""
     binarize: Binarize = "none"
-    """dynamic: each value becomes 255 with probability grey / 255 and else 0, drawn anew in every epoch; or none."""
+    """dynamic: each value becomes 255 with probability grey / 255 and else 0, sampled again in every epoch; or none."""
     pad: int = Field(default=0, ge=0)
     """Black pixels added on each side."""
     bits: int = Field(default=8, ge=1, le=8)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 log = logging.getLogger("pipeline")
@@ -18,10 +19,11 @@ def launched_rank() -> int:
     return int(environment.get("RANK", "0"))
 
 
-def start_logging(log_file: Path | None, is_main: bool) -> None:
+def start_logging(log_file: Path | None, is_main: bool, earlier: Iterable[logging.LogRecord] = ()) -> None:
     """Sends messages of the package to the terminal and, where given, to `log_file`.
 
-    The terminal shows all messages of the main process, and the warnings and errors of the others.
+    The terminal shows all messages of the main process, and the warnings and errors of the others. `earlier`: records
+    that the terminal has shown and the file lacks.
     """
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -35,4 +37,6 @@ def start_logging(log_file: Path | None, is_main: bool) -> None:
     if log_file is not None:
         file = logging.FileHandler(log_file)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        for record in earlier:
+            file.handle(record)
         log.addHandler(file)

@@ -20,8 +20,8 @@ class SamplesConfig(Section):
     every: int = Field(1000, ge=0)
     """Steps between sample grids; also after the last step. 0: never."""
     count: int = Field(64, gt=0)
-    """Pictures in a grid of prior samples. Models that are told a class draw so many rows, one per class, of equal
-    length; those told attributes take them from the held-out images."""
+    """Pictures in a grid of prior samples. Class-conditional models sample about so many, in rows of equal length, one
+    per class; attribute-conditional ones take the attributes from the held-out images."""
     temperatures: tuple[Annotated[float, Field(ge=0)], ...] = (0.7, 1.0)
     """Scale of the priors' sigmas, a grid for each."""
     reconstructions: int = Field(16, ge=0)

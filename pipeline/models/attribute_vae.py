@@ -64,8 +64,8 @@ class AttributeVAEConfig(VectorVAEConfig):
     embedding: Count = 64
     """Size of the attributes' embedding."""
     conditioning: Literal["join", "batch_norm"] = "batch_norm"
-    """How the decoder is told: `join` puts the embedding beside the latent; `batch_norm` lets it set scale and shift
-    of every batch norm."""
+    """How the decoder is conditioned: `join` puts the embedding beside the latent; with `batch_norm` it sets scale
+    and shift of every batch norm."""
     local_channels: Annotated[int, Field(ge=0)] = 0
     """Split of the latent: the last local_channels x (map of the lowest resolution) units are local, each acting on
     its own place of that map; the others are global. 0: all are global."""

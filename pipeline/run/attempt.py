@@ -81,12 +81,7 @@ def open_session(
     checkpoint = find_checkpoint(runtime, session.checkpoints, resume)
     if checkpoint is not None:
         runtime.run_on_all(lambda: restore(session, checkpoint, resume))
-    records = list(early.buffer)
-    start_logging(folder / "log.txt" if runtime.is_main else None, runtime.is_main)
-    for handler in log.handlers:
-        if isinstance(handler, logging.FileHandler):
-            for record in records:
-                handler.handle(record)
+    start_logging(folder / "log.txt" if runtime.is_main else None, runtime.is_main, earlier=list(early.buffer))
     return session
 
 

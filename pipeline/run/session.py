@@ -99,7 +99,7 @@ class Session:
         return completed
 
     def _report_unsaved(self, step: int, message: str) -> None:
-        self.tracker.alert(f"checkpoint of step {step} not written", f"{message}. Training goes on.")
+        self.tracker.alert(f"checkpoint of step {step} not written", f"{message}. Training continues.")
 
     @cached_property
     def flops_per_image(self) -> int:
@@ -147,8 +147,8 @@ class Session:
             drawn = self.pictures.samples(self.trainer.model, grid)
             grids = {name: image_grid(images, columns=grid.columns) for name, images in drawn.items()}
             if samples.reconstructions:
-                told = None if condition is None else condition[shown]
-                reconstructed = self.pictures.reconstructions(self.trainer.model, x[shown], told)
+                shown_condition = None if condition is None else condition[shown]
+                reconstructed = self.pictures.reconstructions(self.trainer.model, x[shown], shown_condition)
                 grids["reconstructions"] = reconstruction_grid(x[shown].float().cpu(), reconstructed, columns=8)
         if self.runtime.is_main:
             for name, grid in grids.items():

@@ -93,7 +93,7 @@ class Checkpoints:
             if not self._is_good(target):
                 self._make_room(step, size_of(snapshot))
                 self._write_new(target, snapshot, step, facts, score)
-            sync_folder(self.folder)  # also where the name was there: whoever gave it may have died before this
+            sync_folder(self.folder)  # also for an existing one: the process that renamed it may have died before
             self._delete_old(step)
         except OSError as error:
             message = f"the checkpoint of step {step} could not be written to {self.folder}: {error.strerror or error}"

@@ -2,11 +2,11 @@
 
 `python -m pipeline.status RUN` prints the state alone, for scripts:
 
-    none        no attempt has begun
-    running     an attempt is at work; where none is, it was killed: run the same command again
-    preempted   stopped on purpose at a step's edge, with a checkpoint: run the same command again
+    none        no attempt has started
+    running     an attempt is running; if none is, it was killed: run the same command again
+    preempted   stopped by a signal between two steps, with a checkpoint: run the same command again
     finished    trained to the last step
-    failed      ended by an error that running again does not mend by itself; `reason` says which
+    failed      ended by an error that has to be fixed first; `reason` says which
 """
 
 import dataclasses
