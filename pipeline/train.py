@@ -21,7 +21,7 @@ from pipeline.distributed.preemption import StopRequest  # noqa: E402
 from pipeline.distributed.runtime import Runtime  # noqa: E402
 from pipeline.recipe import RECIPES, load_recipe, recipe_path  # noqa: E402
 from pipeline.run.attempt import run_attempt  # noqa: E402
-from pipeline.run.session import describe  # noqa: E402
+from pipeline.run.dry_run import describe  # noqa: E402
 from pipeline.storage.run_lock import RunFolderLost  # noqa: E402
 from pipeline.training.progress import TrainingDiverged  # noqa: E402
 

@@ -8,8 +8,8 @@ import torch
 
 from pipeline.config import ConfigError, build, load_yaml, overlay
 from pipeline.recipe import RECIPES, Recipe, build_model, load_recipe, recipe_path, settings_page, total_steps
+from pipeline.run.dry_run import describe
 from pipeline.run.resume import changed_settings
-from pipeline.run.session import describe
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 PUBLISHED = {"nvae_mnist": 33_363_134, "nvae_cifar10": 130_852_480, "nvae_celeba64": 153_281_364}
