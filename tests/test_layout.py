@@ -149,15 +149,8 @@ def test_files_and_classes_can_be_read_in_one_sitting(path):
             assert node.end_lineno - node.lineno < 60, node.name
 
 
-STILL_IMPORTING = {
-    "shard_data/test_downloads.py",
-}
-
-
 @pytest.mark.parametrize("path", sources("tests"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_test_files_are_not_imported(path):
     """What several of them need is in tests/helpers. A child process may import the file that starts it."""
-    if str(path.relative_to(ROOT / "tests")) in STILL_IMPORTING:
-        pytest.skip("to be moved to tests/helpers")
     parts = [part for name in imports(path) if name.startswith("tests.") for part in name.split(".")]
     assert [part for part in parts if part == "conftest" or part.startswith("test_")] == []

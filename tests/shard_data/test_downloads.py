@@ -17,7 +17,7 @@ from shard_data import DataError
 from shard_data import fetch as fetching
 from shard_data.__main__ import main
 from shard_data.downloads import FILES, Download, fetch
-from tests.shard_data.test_conversion import digits, idx
+from tests.helpers.mnist_files import digits, idx
 
 QUOTA = b"<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head></html>"
 
