@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -160,9 +160,23 @@ def build(kind: type[SectionType], data: Mapping[str, Any]) -> SectionType:
         raise ConfigError("\n".join(dict.fromkeys(_explain(kind, fault) for fault in error.errors()))) from None
 
 
-def dump(section: Section) -> str:
-    """The section as YAML that `build` reads back to an equal section."""
-    return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, width=120, default_flow_style=None)
+def dump(section: Section, defaults: bool = True) -> str:
+    """The section as YAML that `build` reads back to an equal section, with or without the settings that have their
+    defaults.
+    """
+    data = section.model_dump(mode="json") if defaults else without_defaults(section)
+    return yaml.safe_dump(data, sort_keys=False, width=120, default_flow_style=None)
+
+
+def without_defaults(section: Section) -> dict[str, Any]:
+    """The settings that differ from their defaults, and the names that select the kind of a section."""
+    dumped, result = section.model_dump(mode="json"), {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        is_tag = typing.get_origin(field.annotation) is Literal and len(typing.get_args(field.annotation)) == 1
+        if is_tag or value != field.get_default(call_default_factory=True):
+            result[name] = without_defaults(value) if isinstance(value, Section) else dumped[name]
+    return result
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

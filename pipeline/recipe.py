@@ -134,7 +134,7 @@ def total_steps(recipe: Recipe, epoch_size: int) -> int:
 HEAD = """# Settings
 
 Every setting of a recipe, once, with its default. `python -m pipeline.recipe > docs/settings.md` writes this page.
-`pipeline/train.py ... --dry-run` prints the values that a run would have.
+`pipeline/train.py ... --dry-run` prints those of a run that differ from the defaults, and `--dry-run-all` all of them.
 """
 
 OVERRIDES = """

@@ -15,7 +15,6 @@ from pathlib import Path
 # A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.config import dump  # noqa: E402
 from pipeline.distributed.logs import launched_rank, start_logging  # noqa: E402
 from pipeline.distributed.preemption import StopRequest  # noqa: E402
 from pipeline.distributed.runtime import Runtime  # noqa: E402
@@ -36,8 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         epilog="Every setting of a recipe can be overridden, for instance: train.steps=500 train.micro_batch=16 "
-        "train.precision=bf16 data.workers=4 checkpoint.every=1000 tracking.wandb=offline. --dry-run prints them all "
-        "with their values.",
+        "train.precision=bf16 data.workers=4 checkpoint.every=1000 tracking.wandb=offline. --dry-run-all prints them "
+        "with their values; docs/settings.md explains them.",
     )
     names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
     what = parser.add_mutually_exclusive_group()
@@ -72,8 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved settings, parameters, latent groups and memory, then stop",
+        help="print the settings that differ from the defaults, the model's size, the data and the number of steps, "
+        "then stop",
     )
+    parser.add_argument("--dry-run-all", action="store_true", help="the same, and every other setting with its default")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings that replace the recipe's")
     return parser
 
@@ -118,11 +119,11 @@ def run(parsed: argparse.Namespace) -> int:
     """From the command line to a finished run."""
     path = recipe_path(parsed.model) if parsed.model else parsed.config
     recipe = load_recipe(path, parsed.overrides, parsed.data)
-    if parsed.dry_run:
-        if launched_rank() == 0:
-            print(f"{dump(recipe)}\n{describe(recipe)}")
-        return 0
     train, folder = recipe.train, parsed.run_dir or Path("runs") / path.stem
+    if parsed.dry_run or parsed.dry_run_all:
+        if launched_rank() == 0:
+            print(describe(recipe, folder, all_settings=parsed.dry_run_all))
+        return 0
     with StopRequest() as stop:
         runtime = Runtime(train.precision, train.cpu_threads, train.expect_processes, train.collective_timeout)
         runtime.watchdog.stacks = folder / "stacks"

@@ -163,7 +163,17 @@ sections = st.builds(
 
 @given(sections)
 def test_dump_reads_back_to_the_same(section):
-    assert build(Root, parse_yaml(dump(section), "dumped")) == section
+    for defaults in (True, False):
+        assert build(Root, parse_yaml(dump(section, defaults), "dumped")) == section
+
+
+def test_a_dump_without_defaults_has_what_differs_and_the_names_of_kinds():
+    assert dump(built(), defaults=False) == "{}\n"
+    assert (
+        dump(built("model.width=4", "train.root=x"), defaults=False)
+        == "model: {name: flat, width: 4}\ntrain: {root: x}\n"
+    )
+    assert dump(built("model.name=deep"), defaults=False) == "model: {name: deep}\n"
 
 
 @given(st.from_regex(r"[a-z_]{1,8}(\.[a-z_]{1,8}){0,3}", fullmatch=True), st.integers())

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.data.manifest import ImageEntry
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Binarize, Preprocess
 from pipeline.data.shards import TarShards, UnreadableShard
@@ -116,17 +117,17 @@ class Batches:
             yield Batch(item.images, *map(torch.from_numpy, item[1:6]), item.skipped)
 
 
-def check_data(config: DataConfig, shards: TarShards) -> None:
-    """Raises ValueError, naming the setting, when the shard set is not what the recipe expects."""
-    height, width, channels = shards.image_shape
+def check_data(config: DataConfig, image: ImageEntry, place: str) -> None:
+    """Raises ValueError, naming the setting, where the images of the shard set at `place` do not fit."""
+    height, width, channels = image.height, image.width, image.channels
     if (height, width) != (config.size, config.size):
         raise ValueError(
-            f"data.size is {config.size}, but {shards.root} holds images of {height}x{width}; "
+            f"data.size is {config.size}, but {place} holds images of {height}x{width}; "
             f"use a recipe for that size, or make the shards again with --size {config.size}"
         )
     if channels != config.channels:
         raise ValueError(
-            f"data.channels is {config.channels}, but {shards.root} holds images of {channels} channels; "
+            f"data.channels is {config.channels}, but {place} holds images of {channels} channels; "
             f"use a recipe for that data set, or name another set with --data"
         )
 

@@ -1,6 +1,7 @@
 """The reader's side of manifest.json, which says what a shard set holds, and by being there that it is complete."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -58,6 +59,13 @@ class Manifest(Entry):
     attributes: list[str] | None
     splits: dict[str, SplitEntry]
     fingerprint: str
+
+
+def check_splits(manifest: Manifest, place: str, wanted: Mapping[str, str]) -> None:
+    """Raises ValueError for a split that the set at `place` does not have. `wanted`: {setting: split}."""
+    for setting, split in wanted.items():
+        if split not in manifest.splits:
+            raise ValueError(f"{setting}: {place}: no split '{split}'; it has: {', '.join(manifest.splits)}")
 
 
 def load_manifest(root: Path) -> Manifest:

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.data.loader import Batch, build_eval_loader, build_train_loader, check_data
+from pipeline.data.manifest import Manifest, check_splits, load_manifest, parse_manifest
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Preprocess, to_model_input
 from pipeline.data.remote import check_address, default_cache, fetch_manifest, fetch_set, is_address
@@ -31,9 +32,6 @@ class RunData:
         self.runtime = runtime
         config = recipe.data
         self.train, self.held_out = self._open_shards()
-        check_data(config, self.train)
-        if recipe.condition is not None:
-            recipe.condition.check(self.train.classes, self.train.attribute_names)
         self.order = Order(self.train.shard_sizes, recipe.train.seed, config.window)
         self.unreadable = UnreadableLog(runtime)
         self._augment = Preprocess(recipe.train.seed, flip=config.flip, binarize=config.binarize, pad=config.pad)
@@ -45,9 +43,11 @@ class RunData:
         verify = config.verify and config.on_error == "raise"  # a hash cannot say which sample to skip
         splits = config.train_split, self.recipe.validation.split
         if not is_address(config.root):
+            runtime.run_on_all(lambda: check_set(self.recipe, load_manifest(Path(config.root)), config.root))
             return runtime.run_on_all(lambda: [TarShards(config.root, split, verify) for split in splits])
         address = check_address(config.root)
         manifest = runtime.from_main(runtime.run_on_main(lambda: fetch_manifest(address)))
+        runtime.run_on_all(lambda: check_set(self.recipe, parse_manifest(manifest, address), address))
         cache = Path(config.cache) if config.cache else default_cache()
         folder = runtime.run_on_all(lambda: fetch_set(address, manifest, splits, cache, progress=runtime.is_main))
         return [TarShards(folder, split, verify, origin=address) for split in splits]
@@ -116,6 +116,16 @@ class RunData:
     @property
     def total_steps(self) -> int:
         return total_steps(self.recipe, self.order.epoch_size)
+
+
+def check_set(recipe: Recipe, manifest: Manifest, place: str) -> None:
+    """Raises ValueError, naming the setting, where the shard set at `place` is not what the recipe expects."""
+    splits = {"data.train_split": recipe.data.train_split, "validation.split": recipe.validation.split}
+    if len(set(splits.values())) > 1:  # evaluate.py opens one split, which no setting names
+        check_splits(manifest, place, splits)
+    check_data(recipe.data, manifest.image, place)
+    if recipe.condition is not None:
+        recipe.condition.check(manifest.classes, manifest.attributes)
 
 
 def first_with_images(batches: Iterable[Batch]) -> Batch:

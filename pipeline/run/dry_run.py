@@ -1,12 +1,42 @@
-"""What `train.py --dry-run` prints of a run."""
+"""What `train.py --dry-run` prints of a run: its settings, model, data and length. Nothing is made or written."""
+
+from pathlib import Path
 
 import torch
 
-from pipeline.recipe import Recipe, build_model
+from pipeline.config import dump
+from pipeline.data.manifest import FILE_NAME, Manifest, load_manifest, parse_manifest
+from pipeline.data.remote import FetchError, check_address, fetch_manifest, is_address
+from pipeline.recipe import Recipe, build_model, total_steps
+from pipeline.run.data import check_set
+from pipeline.storage.status import read_status
+from pipeline.training.optim import LearningRate
 
 
-def describe(recipe: Recipe) -> str:
-    """What --dry-run prints of a recipe's model: parameters, groups and memory."""
+class DataMissing(Exception):
+    """The shard set cannot be read here; the message says why, and how it is made."""
+
+
+def describe(recipe: Recipe, folder: Path, all_settings: bool = False) -> str:
+    """The text of a dry run in the run folder `folder`. Raises ValueError where the data do not fit the recipe."""
+    kept = "all settings" if all_settings else "settings that differ from the defaults; --dry-run-all prints all"
+    lines = [f"# {kept}", dump(recipe, defaults=all_settings), *describe_model(recipe)]
+    try:
+        manifest = read_manifest(recipe)
+    except DataMissing as error:
+        lines += [f"data        {error}", *describe_length(recipe, None)]
+    else:
+        check_set(recipe, manifest, recipe.data.root)
+        splits = dict.fromkeys((recipe.data.train_split, recipe.validation.split))
+        counts = ", ".join(f"{split} {manifest.splits[split].count:,}" for split in splits)
+        image = f"{manifest.image.height}x{manifest.image.width}x{manifest.image.channels}"
+        lines += [f"data        {recipe.data.root}: images of {image}; {counts}"]
+        lines += describe_length(recipe, manifest.splits[recipe.data.train_split].count)
+    return "\n".join([*lines, describe_folder(folder)])
+
+
+def describe_model(recipe: Recipe) -> list[str]:
+    """Parameters, memory and latent groups."""
     with torch.device("meta"):
         model = build_model(recipe)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -14,10 +44,48 @@ def describe(recipe: Recipe) -> str:
     mib = 4 * parameters / 2**20
     averaged = " and moving average" if recipe.train.ema_decay else ""
     dimensions = sum(torch.Size(group.shape).numel() for group in model.groups)
-    lines = [
+    return [
         f"model       {recipe.model.name}: {parameters:,} parameters in {len(list(model.parameters()))} tensors",
         f"memory      {mib:,.1f} MiB of weights; {copies * mib:,.1f} MiB with gradients, optimizer{averaged}",
         f"latents     {len(model.groups)} groups, {dimensions:,} dimensions",
         *(f"  {group.name:<18} {'x'.join(map(str, group.shape))}" for group in model.groups),
     ]
-    return "\n".join(lines)
+
+
+def describe_length(recipe: Recipe, epoch_size: int | None) -> list[str]:
+    """Steps, epochs and warm-up. `epoch_size`: images of the training split; None where it is not known."""
+    train, optim = recipe.train, recipe.optim
+    if epoch_size is None:
+        length = f"{train.steps:,} steps" if train.steps else f"{train.epochs:g} epochs (steps depend on the data)"
+        return [f"length      {length}, {train.batch_size} images per step"]
+    steps, per_epoch = total_steps(recipe, epoch_size), epoch_size / train.batch_size
+    warmup = LearningRate(optim, steps, per_epoch).warmup_steps
+    lines = [f"length      {steps:,} steps = {steps / per_epoch:.4g} epochs, {train.batch_size} images per step"]
+    if warmup:
+        lines += [f"warm-up     {warmup:,} steps = {warmup / per_epoch:.4g} epochs"]
+    return lines
+
+
+def describe_folder(folder: Path) -> str:
+    """Whether the command would start or continue a run."""
+    status = read_status(folder)
+    if status.state == "none":
+        return f"run folder  {folder}: new"
+    return f"run folder  {folder}: {status.state}, checkpoint of step {status.step:,} of {status.total_steps:,}"
+
+
+def read_manifest(recipe: Recipe) -> Manifest:
+    """The manifest of the recipe's shard set. Raises DataMissing, or ValueError where it is invalid."""
+    root, source = recipe.data.root, recipe.data.source
+    if root is None:
+        raise DataMissing("the recipe names no shard set; give one with --data DIR")
+    if is_address(root):
+        address = check_address(root)
+        try:
+            return parse_manifest(fetch_manifest(address), address)
+        except FetchError as error:
+            raise DataMissing(str(error)) from None
+    if not (Path(root) / FILE_NAME).is_file():
+        command = f"; make it with: python -m shard_data {source} --out {root}" if source else ""
+        raise DataMissing(f"{root} is not there or not complete (no {FILE_NAME}){command}")
+    return load_manifest(Path(root))
