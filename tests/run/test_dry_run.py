@@ -48,7 +48,7 @@ def test_data_that_do_not_fit_are_refused_by_the_setting(dry_run):
         dry_run("validation.split=dev")
     with pytest.raises(ValueError, match=r"data.size is 32, but .* holds images of 16x16"):
         dry_run("data.size=32")
-    with pytest.raises(ValueError, match="the data set has no classes"):
+    with pytest.raises(ValueError, match="condition.num_classes=4: the data set has 10"):
         dry_run("condition={name: class, num_classes: 4}")
 
 
