@@ -1,7 +1,7 @@
 """Originals as people have them, made into plain RGB pictures: each converted rightly or refused by name.
 
-- EXIF orientation is honoured, in every format that has it. An EXIF block that cannot be read has none.
-- Transparency (alpha, or a transparent colour) is laid over white. CMYK, YCbCr, gray and palettes become RGB as Pillow
+- EXIF orientation is honored, in every format that has it. An EXIF block that cannot be read has none.
+- Transparency (alpha, or a transparent color) is laid over white. CMYK, YCbCr, gray and palettes become RGB as Pillow
   does it; 16-bit gray is scaled to 8 bits (65535 is 255), rounded.
 - Refused: animations and files of several pages, more pixels than MAX_PIXELS, truncated or broken files, and modes
   whose range or meaning the file does not tell (32-bit integers, floats, Lab, HSV). Of an MPO, a camera's JPEG with
@@ -118,8 +118,8 @@ def _fast_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
     if simplejpeg is None or image.format != "JPEG" or image.mode != "RGB":
         return None
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours != "YCbCr" or (width, height) != image.size:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+        if colors != "YCbCr" or (width, height) != image.size:
             return None
         return simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:
@@ -140,7 +140,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _over_white(image: Image.Image) -> Image.Image:
     key = image.info.get("transparency")
     if image.mode in ("L", "RGB") and max(key if isinstance(key, tuple) else (key or 0,)) > 255:
-        raise Unsuitable("16-bit colours with one of them transparent, which 8 bits cannot tell from its neighbours")
+        raise Unsuitable("16-bit colors with one of them transparent, which 8 bits cannot tell from its neighbours")
     rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     white.alpha_composite(rgba)

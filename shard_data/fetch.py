@@ -20,8 +20,8 @@ import urllib.request
 from collections.abc import Callable
 from typing import BinaryIO, NamedTuple
 
-from shard_data.arrivals import HEAD, what_is
 from shard_data.errors import DataError
+from shard_data.file_kinds import HEAD, describe_kind
 
 ATTEMPTS = 4
 FIRST_WAIT = 1.0
@@ -112,7 +112,7 @@ def _attempt(address: str, target: BinaryIO, expected: Expected, on_bytes: Calla
     if total is not None and received < total:
         raise _Transient(f"the connection broke off after {received:,} of {total:,} bytes")
     if expected.digest is not None and digest.hexdigest() != expected.digest:
-        found = f"{what_is(head)} arrived, with {expected.algorithm} {digest.hexdigest()}"
+        found = f"{describe_kind(head)} arrived, with {expected.algorithm} {digest.hexdigest()}"
         raise WrongContent(address, f"{found} instead of {expected.digest}")
 
 
@@ -133,7 +133,7 @@ def _open(address: str, deadline: "_Deadline") -> http.client.HTTPResponse:
             answer = f"the server answers {error.code} {http.client.responses.get(error.code, '')}".rstrip()
             if error.code in TRANSIENT_CODES:
                 raise _Transient(answer) from None
-            raise FetchFailed(address, f"{answer} with {what_is(_body_of(error))}") from None
+            raise FetchFailed(address, f"{answer} with {describe_kind(_body_of(error))}") from None
     except (OSError, http.client.HTTPException) as error:
         raise _transient(error, deadline) from None
     except ValueError as error:

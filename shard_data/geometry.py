@@ -20,7 +20,7 @@ def check_filter(name: str) -> None:
         raise DataError(f"filter {name!r}: must be one of {', '.join(FILTERS)}")
 
 
-def centre_box(width: int, height: int, side: int) -> Box:
+def center_box(width: int, height: int, side: int) -> Box:
     """(left, top, right, bottom) of the square in the middle, halves rounded to even, as torchvision's CenterCrop."""
     left, top = round((width - side) / 2), round((height - side) / 2)
     return (left, top, left + side, top + side)
@@ -31,16 +31,16 @@ def resize(image: Image.Image, size: tuple[int, int], filter: str) -> Image.Imag
     return image if image.size == size else image.resize(size, FILTERS[filter])
 
 
-def shorter_side_then_centre(image: Image.Image, size: int, filter: str) -> Image.Image:
+def shorter_side_then_center(image: Image.Image, size: int, filter: str) -> Image.Image:
     """The shorter side becomes `size`, then the middle is cut out: torchvision's Resize and CenterCrop."""
     short = min(image.size)
     width, height = (size if side == short else int(size * side / short) for side in image.size)
-    return resize(image, (width, height), filter).crop(centre_box(width, height, size))
+    return resize(image, (width, height), filter).crop(center_box(width, height, size))
 
 
-def centre_then_resize(image: Image.Image, size: int, filter: str) -> Image.Image:
+def center_then_resize(image: Image.Image, size: int, filter: str) -> Image.Image:
     """The largest square in the middle is cut out, then resized."""
-    return resize(image.crop(centre_box(*image.size, min(image.size))), (size, size), filter)
+    return resize(image.crop(center_box(*image.size, min(image.size))), (size, size), filter)
 
 
-FITS = {"resize-crop": shorter_side_then_centre, "crop-resize": centre_then_resize}
+FITS = {"resize-crop": shorter_side_then_center, "crop-resize": center_then_resize}

@@ -164,7 +164,7 @@ def _of(kind: type, value: Any) -> Any:
 
 
 def _text(value: Any) -> Any:
-    """Python 2's strings, and names, as the texts and tuples that calls are recognised by."""
+    """Python 2's strings, and names, as the texts and tuples that calls are recognized by."""
     return bytes(value).decode("latin1") if isinstance(value, bytes) else value
 
 

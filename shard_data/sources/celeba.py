@@ -18,7 +18,7 @@ from shard_data import downloads
 from shard_data.decode import Cut, read_rgb
 from shard_data.errors import DataError
 from shard_data.files import sha256
-from shard_data.geometry import FILTERS, Box, centre_box, check_filter, check_size, resize
+from shard_data.geometry import FILTERS, Box, center_box, check_filter, check_size, resize
 from shard_data.source import Omission, Record, Sample
 from shard_data.sources.celeba_lists import Table, find_list, read_attributes, read_column
 from shard_data.sources.image_files import ImageFolder, ImageZip
@@ -33,7 +33,7 @@ IMAGES = "img_align_celeba"
 class CelebA:
     """Faces as uint8 (size, size, 3) with binary attributes and, where the list is there, identities.
 
-    `crop` is "box148" (left 15, top 40, which most papers use), "center108", "center140", "center178" or any centred
+    `crop` is "box148" (left 15, top 40, which most papers use), "center108", "center140", "center178" or any centerd
     square, or "LEFT,TOP,RIGHT,BOTTOM" in pixels of the 178 x 218 original.
     """
 
@@ -141,7 +141,7 @@ def parse_crop(crop: str) -> Box:
     if crop == "box148":
         return BOX148
     if named := re.fullmatch(r"center(\d{1,3})", crop):
-        box = centre_box(WIDTH, HEIGHT, int(named[1]))
+        box = center_box(WIDTH, HEIGHT, int(named[1]))
     elif re.fullmatch(r"\d{1,3}(,\d{1,3}){3}", crop):
         box = tuple(map(int, crop.split(",")))
     else:

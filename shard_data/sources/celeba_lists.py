@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from shard_data import downloads
-from shard_data.arrivals import HEAD, what_is
 from shard_data.errors import DataError
+from shard_data.file_kinds import HEAD, describe_kind
 
 NUM_ATTRIBUTES = 40
 NAME = re.compile(r"[A-Za-z0-9_-]+\.jpg")
@@ -103,7 +103,7 @@ def _lines(path: Path) -> Iterator[str]:
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if not head or not head.isascii() or head.lstrip().startswith(b"<") or b"\0" in head:
-        raise _damaged(path, f"is {what_is(head)}")
+        raise _damaged(path, f"is {describe_kind(head)}")
     if path.stat().st_size > MAX_BYTES:
         raise _damaged(path, f"has more than {MAX_BYTES >> 20} MiB, which no list of CelebA has")
     with open(path, encoding="ascii", errors="replace") as file:

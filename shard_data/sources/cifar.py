@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from shard_data import downloads
-from shard_data.arrivals import HEAD, what_is
 from shard_data.errors import DataError
+from shard_data.file_kinds import HEAD, describe_kind
 from shard_data.files import sha256
 from shard_data.plain_pickle import loads
 from shard_data.source import Omission, Record, Sample
@@ -93,7 +93,7 @@ class Cifar:
         try:
             content = loads(data)
         except ValueError as error:
-            raise self._damaged(name, f"cannot be read ({error}); it is {what_is(data[:HEAD])}") from None
+            raise self._damaged(name, f"cannot be read ({error}); it is {describe_kind(data[:HEAD])}") from None
         if not isinstance(content, dict):
             raise self._damaged(name, "holds no dictionary")
         return {key.encode() if isinstance(key, str) else key: value for key, value in content.items()}
@@ -187,7 +187,7 @@ class BatchFiles:
                         members[name] = tar.extractfile(member).read()
         except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
             with open(self.archive, "rb") as file:
-                what = what_is(file.read(HEAD))
+                what = describe_kind(file.read(HEAD))
             reason = f"truncated or damaged ({error}); it is {what}"
             raise DataError(f"{self.archive}: {reason}; {downloads.REMEDY}") from None
         return members

@@ -15,11 +15,11 @@ from shard_data.sources import face_shapes as shapes
 from shard_data.sources.face_factors import RED, Face
 from shard_data.sources.face_shapes import CIRCLE, LINE
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 SKINS = np.array([(246, 206, 168), (236, 184, 142), (222, 164, 118), (186, 124, 82), (154, 100, 68), (124, 78, 55)])
 PALE = np.array([(255, 234, 222), (250, 226, 214)])
-HAIRS = {  # darkest, lightest, and the colour of what lies behind the head
+HAIRS = {  # darkest, lightest, and the color of what lies behind the head
     "Black_Hair": ((24, 22, 28), (48, 42, 52), (18, 16, 20)),
     "Blond_Hair": ((226, 174, 74), (250, 216, 128), (198, 140, 56)),
     "Brown_Hair": ((84, 46, 26), (122, 70, 38), (62, 34, 20)),
@@ -30,24 +30,24 @@ EYES = np.array([(70, 42, 26), (104, 66, 30), (70, 104, 60), (52, 112, 140), (50
 INK = (40, 30, 38)
 
 
-def blend(a: Colour, b: Colour, t: float) -> Colour:
+def blend(a: Color, b: Color, t: float) -> Color:
     """From `a` (t = 0) to `b` (t = 1)."""
     return tuple(round(x + (y - x) * t) for x, y in zip(a, b, strict=True))
 
 
-def along(palette: np.ndarray, t: float) -> Colour:
-    """The colour at `t` in [0, 1] of a palette (N, 3)."""
+def along(palette: np.ndarray, t: float) -> Color:
+    """The color at `t` in [0, 1] of a palette (N, 3)."""
     place = t * (len(palette) - 1)
     low = min(int(place), len(palette) - 2)
     return blend(tuple(palette[low].tolist()), tuple(palette[low + 1].tolist()), place - low)
 
 
-def hsv(hue: float, saturation: float, value: float) -> Colour:
+def hsv(hue: float, saturation: float, value: float) -> Color:
     return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
 
 
 class Look:
-    """The colours of a face."""
+    """The colors of a face."""
 
     def __init__(self, face: Face):
         self.skin = along(PALE if "Pale_Skin" in face.present else SKINS, face.skin)
@@ -56,7 +56,7 @@ class Look:
         self.shine = blend(self.skin, (255, 255, 255), 0.22)
         self.nose = blend(self.skin, (176, 44, 36), 0.36)
         self.nostril = blend(self.skin, (60, 10, 16), 0.6)
-        dark, light, behind = HAIRS[face.hair_colour]
+        dark, light, behind = HAIRS[face.hair_color]
         self.hair = blend(dark, light, face.hair_shade)
         self.hair_behind = blend(behind, self.hair, 0.2)
         self.hair_light = blend(self.hair, (255, 240, 225), 0.28)
@@ -64,7 +64,7 @@ class Look:
         self.beard = blend(self.hair, (40, 20, 12), 0.28)
         self.lip = (206, 24, 62) if "Wearing_Lipstick" in face.present else blend(self.skin, (184, 50, 62), 0.55)
         self.lip_line = blend(self.lip, (60, 10, 20), 0.62)
-        self.eye = along(EYES, face.eye_colour)
+        self.eye = along(EYES, face.eye_color)
         self.backdrop = hsv(face.backdrop_hue, 0.30, 0.87)
         self.halo = hsv(face.backdrop_hue, 0.12, 0.97)
         self.clothes = hsv(face.clothes_hue, 0.55, 0.72)
@@ -88,22 +88,22 @@ class Pen:
         """Canvas coordinates. `depth`: how far a shape lies before the head's axis; the turn moves it that much."""
         return (points @ self.matrix + (self.origin + (self.turn * depth) * self.matrix[0])).ravel().tolist()
 
-    def fill(self, points: np.ndarray, colour: Colour, depth: float = 0.0) -> None:
-        self.draw.polygon(self.place(points, depth), fill=colour)
+    def fill(self, points: np.ndarray, color: Color, depth: float = 0.0) -> None:
+        self.draw.polygon(self.place(points, depth), fill=color)
 
-    def oval(self, x: float, y: float, rx: float, ry: float, colour: Colour, depth: float = 0.0) -> None:
-        self.fill(CIRCLE * (rx, ry) + (x, y), colour, depth)
+    def oval(self, x: float, y: float, rx: float, ry: float, color: Color, depth: float = 0.0) -> None:
+        self.fill(CIRCLE * (rx, ry) + (x, y), color, depth)
 
-    def line(self, points: np.ndarray, width: float, colour: Colour, depth: float = 0.0) -> None:
-        self.draw.line(self.place(points, depth), fill=colour, width=round(width * self.half), joint="curve")
+    def line(self, points: np.ndarray, width: float, color: Color, depth: float = 0.0) -> None:
+        self.draw.line(self.place(points, depth), fill=color, width=round(width * self.half), joint="curve")
 
     def band(
-        self, x: float, y: np.ndarray, half_width: float, thickness: np.ndarray, colour: Colour, depth: float
+        self, x: float, y: np.ndarray, half_width: float, thickness: np.ndarray, color: Color, depth: float
     ) -> None:
         """A stroke over x +- half_width whose middle runs through `y` (13,), `thickness` (13,) from top to bottom."""
         across = x + half_width * LINE
         upper, lower = np.stack([across, y - thickness / 2], 1), np.stack([across, y + thickness / 2], 1)
-        self.fill(np.concatenate([upper, lower[::-1]]), colour, depth)
+        self.fill(np.concatenate([upper, lower[::-1]]), color, depth)
 
 
 def draw_face(face: Face, size: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The factors of variation of toy_faces: what is drawn, apart from how.
 
 Every factor is drawn independently of the others; a face is a pure function of (seed, index). Binary attributes bear
-CelebA's names. Those of hair colour are four values of one factor, whose fifth, red, is none of them:
+CelebA's names. Those of hair color are four values of one factor, whose fifth, red, is none of them:
 so at most one is present.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from shard_data.errors import DataError
 
-HAIR_COLOURS = ("Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair")
+HAIR_COLORS = ("Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair")
 RED = "red"
 HAIR_STYLES = ("short", "long", "curly")
 PRESENCE = {  # how often, for the attributes that are factors of their own
@@ -31,7 +31,7 @@ PRESENCE = {  # how often, for the attributes that are factors of their own
     "Wearing_Hat": 0.18,
     "Wearing_Lipstick": 0.25,
 }
-ATTRIBUTES = tuple(sorted((*HAIR_COLOURS, *PRESENCE)))
+ATTRIBUTES = tuple(sorted((*HAIR_COLORS, *PRESENCE)))
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Face:
 
     present: frozenset[str]
     """Which attributes of PRESENCE the face has."""
-    hair_colour: str
-    """One of HAIR_COLOURS, or RED."""
+    hair_color: str
+    """One of HAIR_COLORS, or RED."""
     hair_style: str
     """One of HAIR_STYLES."""
     turn: float
@@ -54,8 +54,8 @@ class Face:
     skin: float
     """Light to dark, in [0, 1]."""
     hair_shade: float
-    """Dark to light within the colour, in [0, 1]."""
-    eye_colour: float
+    """Dark to light within the color, in [0, 1]."""
+    eye_color: float
     backdrop_hue: float
     clothes_hue: float
     hat_hue: float
@@ -76,7 +76,7 @@ def draw_factors(seed: int, index: int) -> Face:
 
     return Face(
         present=frozenset(name for name, share in PRESENCE.items() if next(u) < share),
-        hair_colour=(*HAIR_COLOURS, RED)[int(next(u) * 5)],
+        hair_color=(*HAIR_COLORS, RED)[int(next(u) * 5)],
         hair_style=HAIR_STYLES[int(next(u) * len(HAIR_STYLES))],
         turn=bell(1.2),
         tilt=bell(9.0),
@@ -84,7 +84,7 @@ def draw_factors(seed: int, index: int) -> Face:
         zoom=between(0.98, 1.07),
         skin=between(0.0, 1.0),
         hair_shade=between(0.0, 1.0),
-        eye_colour=between(0.0, 1.0),
+        eye_color=between(0.0, 1.0),
         backdrop_hue=between(0.0, 1.0),
         clothes_hue=between(0.0, 1.0),
         hat_hue=between(0.0, 1.0),
@@ -95,7 +95,7 @@ def draw_factors(seed: int, index: int) -> Face:
 
 def attributes(face: Face) -> dict[str, int]:
     """Every attribute by name: 1 present, 0 absent."""
-    return {name: int(name in face.present or name == face.hair_colour) for name in ATTRIBUTES}
+    return {name: int(name in face.present or name == face.hair_color) for name in ATTRIBUTES}
 
 
 def hidden(face: Face) -> frozenset[str]:
@@ -106,18 +106,18 @@ def hidden(face: Face) -> frozenset[str]:
 def edit(face: Face, **changes: bool) -> Face:
     """The same face with some attributes set or cleared: `edit(face, Smiling=True, Blond_Hair=True)`.
 
-    Setting a hair colour clears its rivals; clearing the one that the face has leaves red hair. All else stays. Raises
-    DataError for an unknown attribute and for two hair colours at once.
+    Setting a hair color clears its rivals; clearing the one that the face has leaves red hair. All else stays. Raises
+    DataError for an unknown attribute and for two hair colors at once.
     """
     for name in changes:
         _check_name(name)
-    colours = [name for name in HAIR_COLOURS if changes.get(name)]
-    if len(colours) > 1:
-        raise DataError(f"{' and '.join(colours)}: hair has one colour; set one of them")
-    colour = colours[0] if colours else RED if changes.get(face.hair_colour) is False else face.hair_colour
+    colors = [name for name in HAIR_COLORS if changes.get(name)]
+    if len(colors) > 1:
+        raise DataError(f"{' and '.join(colors)}: hair has one color; set one of them")
+    color = colors[0] if colors else RED if changes.get(face.hair_color) is False else face.hair_color
     flags = {name: value for name, value in changes.items() if name in PRESENCE}
     present = {name for name in PRESENCE if flags.get(name, name in face.present)}
-    return replace(face, present=frozenset(present), hair_colour=colour)
+    return replace(face, present=frozenset(present), hair_color=color)
 
 
 def _check_name(name: str) -> None:

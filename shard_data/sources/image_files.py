@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
-from shard_data.arrivals import HEAD, what_is
 from shard_data.errors import BadImage, DataError
+from shard_data.file_kinds import HEAD, describe_kind
 
 MAX_BYTES = 256 << 20  # of one image file
 LOCAL_HEADER = 30
@@ -72,7 +72,7 @@ class ImageZip:
                 found = [info for info in archive.infolist() if info.filename.lower().endswith(self.suffix)]
         except (BadZipFile, NotImplementedError, ValueError) as error:
             with open(self.path, "rb") as file:
-                what = what_is(file.read(HEAD))
+                what = describe_kind(file.read(HEAD))
             raise DataError(
                 f"{self.path}: cannot be read as a ZIP file ({error}); it is {what}: fetch it again"
             ) from None

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from shard_data import downloads
-from shard_data.arrivals import HEAD, what_is
 from shard_data.downloads import REMEDY
 from shard_data.errors import DataError
+from shard_data.file_kinds import HEAD, describe_kind
 from shard_data.files import sha256
 from shard_data.source import Record, Sample
 
@@ -128,7 +128,7 @@ def read_idx(path: Path, magic: int, ndim: int) -> np.ndarray:
     data = _read_bytes(path)
     start = 4 + 4 * ndim
     if len(data) < start or int.from_bytes(data[:4], "big") != magic:
-        what = what_is(data[:HEAD])
+        what = describe_kind(data[:HEAD])
         raise DataError(f"{path}: is {what}, not an IDX file of the expected kind ({magic:08x}); {REMEDY}")
     shape = struct.unpack_from(f">{ndim}I", data, 4)
     expected = start + int(np.prod(shape, dtype=object))
@@ -144,7 +144,7 @@ def _read_bytes(path: Path) -> bytes:
             return file.read(MAX_BYTES)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         with open(path, "rb") as file:
-            what = what_is(file.read(HEAD))
+            what = describe_kind(file.read(HEAD))
         raise DataError(f"{path}: truncated or damaged gzip file ({error}); it is {what}; {REMEDY}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error}); {REMEDY}") from None

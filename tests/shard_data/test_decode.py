@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from shard_data import decode, geometry
-from shard_data.arrivals import what_is
 from shard_data.decode import read_rgb
 from shard_data.errors import BadImage
+from shard_data.file_kinds import describe_kind
 
 RNG = np.random.default_rng(8)
 PHOTO = Image.fromarray(RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((40, 24), Image.Resampling.BICUBIC)
@@ -41,9 +41,9 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(values: np.ndarray, depth: int, colour: int, *extra: bytes) -> bytes:
+def png(values: np.ndarray, depth: int, color: int, *extra: bytes) -> bytes:
     """A PNG file written from its description: `values` are big-endian rows of samples."""
-    header = struct.pack(">2I5B", values.shape[1], values.shape[0], depth, colour, 0, 0, 0)
+    header = struct.pack(">2I5B", values.shape[1], values.shape[0], depth, color, 0, 0, 0)
     rows = b"".join(b"\0" + row.tobytes() for row in values)
     body = chunk(b"IHDR", header) + b"".join(extra) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
@@ -81,9 +81,9 @@ def test_sixteen_bit_gray_with_a_transparent_value():
     assert pixels(data)[0, :, 0].tolist() == [4, 255, 255]
 
 
-def over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+def over_white(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     a = alpha[..., None] / 255
-    return colour * a + 255 * (1 - a)
+    return color * a + 255 * (1 - a)
 
 
 def test_alpha_is_laid_over_white():
@@ -94,21 +94,21 @@ def test_alpha_is_laid_over_white():
     assert np.abs(pixels(saved(la)) - over_white(GRAY[..., None].repeat(3, 2), alpha)).max() <= 1
 
 
-def test_transparent_colours_become_white_and_others_stay():
+def test_transparent_colors_become_white_and_others_stay():
     gray = np.array([[10, 20], [30, 20]], np.uint8)
     data = png(gray, 8, 0, chunk(b"tRNS", struct.pack(">H", 20)))
     assert pixels(data)[..., 0].tolist() == [[10, 255], [30, 255]]
-    colour = np.array([[1, 2, 3, 9, 9, 9]], np.uint8)
-    data = png(np.ascontiguousarray(colour).view("V3"), 8, 2, chunk(b"tRNS", struct.pack(">3H", 9, 9, 9)))
+    color = np.array([[1, 2, 3, 9, 9, 9]], np.uint8)
+    data = png(np.ascontiguousarray(color).view("V3"), 8, 2, chunk(b"tRNS", struct.pack(">3H", 9, 9, 9)))
     assert pixels(data).tolist() == [[[1, 2, 3], [255, 255, 255]]]
     index = np.array([[0, 1]], np.uint8)
     palette = chunk(b"PLTE", bytes([200, 0, 0, 0, 100, 0])) + chunk(b"tRNS", b"\xff\x00")
     assert pixels(png(index, 8, 3, palette)).tolist() == [[[200, 0, 0], [255, 255, 255]]]
 
 
-def test_sixteen_bit_colour_with_a_transparent_one_is_refused():
+def test_sixteen_bit_color_with_a_transparent_one_is_refused():
     values = np.zeros((1, 1), "V6")
-    with pytest.raises(BadImage, match="16-bit colours"):
+    with pytest.raises(BadImage, match="16-bit colors"):
         read_rgb(png(values, 16, 2, chunk(b"tRNS", struct.pack(">3H", 0, 300, 0))), "x.png")
 
 
@@ -121,7 +121,7 @@ def test_cmyk_is_what_pillow_makes_of_it():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
-def test_exif_orientation_is_honoured(orientation, format):
+def test_exif_orientation_is_honored(orientation, format):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = saved(PHOTO, format, exif=exif, **({"lossless": True} if format == "WEBP" else {}))
@@ -280,7 +280,7 @@ def test_resize_crop_and_crop_resize_against_plain_pillow():
 @pytest.mark.parametrize(
     ("head", "words"),
     [
-        (b"", "nothing"),
+        (b"", "an empty file"),
         (b"<!DOCTYPE html><html><title>Drive - Quota\n exceeded</title>", "a web page titled 'Drive - Quota exceeded'"),
         (b"\n<html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
@@ -290,8 +290,8 @@ def test_resize_crop_and_crop_resize_against_plain_pillow():
         (b"\x00\x01\x02", "data that begins with 00 01 02"),
     ],
 )  # fmt: skip
-def test_what_arrived_is_told_in_words(head, words):
-    assert what_is(head).startswith(words)
+def test_a_file_is_described_by_its_first_bytes(head, words):
+    assert describe_kind(head).startswith(words)
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def test_a_file_that_is_not_as_published_is_not_overwritten(mnist, server, tmp_p
 WRONG = {
     "quota page": (QUOTA, "a web page titled 'Google Drive - Quota exceeded' arrived"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
-    "nothing": (b"", "nothing arrived"),
+    "nothing": (b"", "an empty file arrived"),
     "other content": (b"\x1f\x8b other", "gzip data arrived, with md5 [0-9a-f]{32} instead of"),
     "not found": (
         (404, b"<html><title>Gone</title>"),

@@ -244,7 +244,7 @@ def rows(text: bytes, edit) -> bytes:
 
 BAD_LISTS = {
     "web page": ("list_attr_celeba.txt", lambda _: b"<!DOCTYPE html><title>Quota exceeded</title>", "Quota exceeded"),
-    "empty": ("list_eval_partition.txt", lambda _: b"", "is nothing"),
+    "empty": ("list_eval_partition.txt", lambda _: b"", "is an empty file"),
     "pointer": ("identity_CelebA.txt", lambda _: b"\0.git/annex/objects/x", "git-annex pointer"),
     "fewer rows": ("list_attr_celeba.txt", lambda text: rows(text, lambda lines: lines[:-3]), "promises 12 rows.* 9"),
     "torn row": ("list_attr_celeba.txt", lambda text: text[:-9], r"row 12 \(000012.jpg\)"),
@@ -311,7 +311,7 @@ def test_hostile_zips_write_nothing_and_their_damage_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("data", "what"), [(b"<html><title>Quota</title>", "'Quota'"), (b"", "nothing"), (b"PK\x03\x04", "ZIP")]
+    ("data", "what"), [(b"<html><title>Quota</title>", "'Quota'"), (b"", "an empty file"), (b"PK\x03\x04", "ZIP")]
 )
 def test_something_else_in_place_of_the_zip_is_named(tmp_path, data, what):
     folder = write(tmp_path / "in", texts() | {"img_align_celeba.zip": data})

@@ -119,7 +119,7 @@ def repickled(**changes):
 
 BAD = {
     "truncated": (lambda data: data[:-200], "truncated"),
-    "empty": (lambda data: b"", "truncated.*it is nothing"),
+    "empty": (lambda data: b"", "truncated.*it is an empty file"),
     "web page": (lambda data: b"<!DOCTYPE html><title>404</title>", "web page titled '404'"),
     "no data": (repickled(data=None), "no pictures"),
     "other size": (repickled(data=np.zeros((COUNT, 784), np.uint8)), "rows of 3072 bytes"),

@@ -1,4 +1,4 @@
-"""toy_faces: independent factors, one hair colour, honest labels: what is labelled shows, what is hidden does not."""
+"""toy_faces: independent factors, one hair color, honest labels: what is labeled shows, what is hidden does not."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from shard_data import DataError, ToyFaces
 from shard_data.sources.face_drawing import draw_face
 from shard_data.sources.face_factors import (
     ATTRIBUTES,
-    HAIR_COLOURS,
+    HAIR_COLORS,
     PRESENCE,
     RED,
     attributes,
@@ -30,7 +30,7 @@ Wearing_Necktie Young
 
 faces = st.builds(draw_factors, st.integers(0, 2**40), st.integers(0, 30_000_000))
 changes = st.dictionaries(st.sampled_from(ATTRIBUTES), st.booleans(), max_size=5).filter(
-    lambda change: sum(change.get(name, False) for name in HAIR_COLOURS) < 2
+    lambda change: sum(change.get(name, False) for name in HAIR_COLORS) < 2
 )
 
 
@@ -56,25 +56,25 @@ def test_a_face_is_a_pure_function_of_seed_and_index(seed, index, size):
 def test_editing_sets_what_it_says_and_clears_only_rivals(face, change):
     before, after = attributes(face), attributes(edit(face, **change))
     assert all(after[name] == value for name, value in change.items())
-    rivals = set(HAIR_COLOURS) if any(change.get(name) for name in HAIR_COLOURS) else set()
+    rivals = set(HAIR_COLORS) if any(change.get(name) for name in HAIR_COLORS) else set()
     assert all(after[name] == before[name] for name in ATTRIBUTES if name not in change and name not in rivals)
-    assert sum(after[name] for name in HAIR_COLOURS) <= 1
+    assert sum(after[name] for name in HAIR_COLORS) <= 1
     edited = edit(face, **change)
-    assert replace(edited, present=face.present, hair_colour=face.hair_colour) == face  # pose and colours stay
+    assert replace(edited, present=face.present, hair_color=face.hair_color) == face  # pose and colors stay
 
 
 @given(face=faces)
-def test_clearing_the_hair_colour_leaves_a_fifth(face):
-    cleared = edit(face, **dict.fromkeys(HAIR_COLOURS, False))
-    assert cleared.hair_colour == RED
-    assert sum(attributes(cleared)[name] for name in HAIR_COLOURS) == 0
+def test_clearing_the_hair_color_leaves_a_fifth(face):
+    cleared = edit(face, **dict.fromkeys(HAIR_COLORS, False))
+    assert cleared.hair_color == RED
+    assert sum(attributes(cleared)[name] for name in HAIR_COLORS) == 0
 
 
 def test_edits_that_make_no_sense_are_refused():
     face = draw_factors(0, 0)
     with pytest.raises(DataError, match="Eyeglass: unknown attribute; did you mean Eyeglasses"):
         edit(face, Eyeglass=True)
-    with pytest.raises(DataError, match="Blond_Hair and Gray_Hair: hair has one colour"):
+    with pytest.raises(DataError, match="Blond_Hair and Gray_Hair: hair has one color"):
         edit(face, Gray_Hair=True, Blond_Hair=True)
 
 
@@ -84,8 +84,8 @@ def test_factors_have_their_frequencies_and_are_independent():
     deviation = np.sqrt(expected * (1 - expected) / len(rows))
     assert (np.abs(rows.mean(0) - expected) < 4.5 * deviation).all()
     correlation = np.corrcoef(rows.T)
-    colours = [ATTRIBUTES.index(name) for name in HAIR_COLOURS]
-    correlation[np.ix_(colours, colours)] = 0  # those exclude each other
+    colors = [ATTRIBUTES.index(name) for name in HAIR_COLORS]
+    correlation[np.ix_(colors, colors)] = 0  # those exclude each other
     np.fill_diagonal(correlation, 0)
     assert np.abs(correlation).max() < 4.5 / np.sqrt(len(rows))
 
@@ -97,7 +97,7 @@ def difference(face, name, size=32):
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
-def test_what_is_labelled_shows_at_32_pixels(name):
+def test_what_is_labeled_shows_at_32_pixels(name):
     drawn = [draw_factors(1, i) for i in range(40)]
     changed = [difference(face, name) for face in drawn if name not in hidden(face)]
     assert len(changed) > 25

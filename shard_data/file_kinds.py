@@ -1,8 +1,8 @@
-"""What a file is that is not what its name says: the usual things that arrive instead of a data set."""
+"""Describes a file by its first bytes, for messages about a file that is not what its name says."""
 
 import re
 
-HEAD = 4096  # bytes that are enough to tell
+HEAD = 4096  # bytes that are enough to recognize a kind
 POINTERS = ((b"version https://git-lfs", "a Git LFS pointer"), (b".git/annex/", "a git-annex pointer"))
 KINDS = (
     (b"PK\x03\x04", "a ZIP archive"),
@@ -12,10 +12,10 @@ KINDS = (
 )
 
 
-def what_is(head: bytes) -> str:
-    """The beginning of a file, in words: "a web page titled 'Quota exceeded'", "nothing", "a Git LFS pointer" ..."""
+def describe_kind(head: bytes) -> str:
+    """What a file that starts with these bytes is: "an empty file", "a ZIP archive", "a web page titled ..."."""
     if not head:
-        return "nothing"
+        return "an empty file"
     start = head[:HEAD].lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head")):
         title = re.search(rb"<title[^>]*>([^<]{1,200})", head[:HEAD], re.IGNORECASE)
