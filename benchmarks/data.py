@@ -31,6 +31,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from shard_data.manifest import fingerprint
+
 BATCH = 512
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -265,6 +267,7 @@ def million(folder: Path) -> Path:
                 os.link(root / shard[kind], root / name)
         shards.append(shard | names)
     manifest["splits"]["train"] = {"count": 1_000_000, "shards": shards}
+    manifest["fingerprint"] = fingerprint(manifest)
     (root / "manifest.json").write_text(json.dumps(manifest))
     return root
 

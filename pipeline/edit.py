@@ -104,7 +104,7 @@ def check_wish(parsed: argparse.Namespace) -> None:
 def find_subjects(trained: TrainedModel, shards: TarShards | None, parsed: argparse.Namespace) -> list[Subject]:
     """The pictures of the command line, with what the model is told of each."""
     subjects = []
-    transform = shards.manifest.transform if shards else None
+    transform = shards.manifest["transform"] if shards else None
     for path in parsed.image:
         image, done = open_picture(path, trained.image_shape, transform)
         condition, inferred = editing.know(trained, image, parsed.known)

@@ -1,8 +1,10 @@
-"""Files that are either whole or not there."""
+"""Files that are complete or absent, and bounded reads of files that another user may have prepared."""
 
 import contextlib
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -12,10 +14,14 @@ PARTIAL = ".partial"
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write; it takes its name in one rename when all is on the disk, and vanishes if writing fails."""
+    """A file to write. It gets its name in one rename when all of it is on the disk, and is deleted if writing fails.
+
+    One process writes a file at a time.
+    """
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)
+        with open(partial, "xb") as file:  # a new file: a symbolic link of this name is not followed
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -34,7 +40,34 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def open_regular(path: Path, follow: bool = False) -> Iterator[BinaryIO]:
+    """Open a regular file for reading. Raises OSError for a pipe or a device, and for a symbolic link unless `follow`;
+    its `strerror` says so.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow:
+            raise OSError(errno.ELOOP, "is a symbolic link, which is refused", str(path)) from error
+        raise
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        yield file
+
+
+def read_bounded(path: Path, max_bytes: int, follow: bool = False) -> bytes:
+    """The content of a regular file of at most `max_bytes`. Raises OSError as `open_regular` does, or for its size."""
+    with open_regular(path, follow) as file:
+        if os.fstat(file.fileno()).st_size <= max_bytes:  # before anything is read, as a file can be sparse
+            content = file.read(max_bytes + 1)
+            if len(content) <= max_bytes:
+                return content
+    raise OSError(errno.EFBIG, f"larger than {max_bytes} bytes", str(path))
+
+
 def sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file's bytes."""
-    with open(path, "rb") as file:
+    """Hexadecimal sha256 of a regular file, through symbolic links. Raises OSError for a pipe or a device."""
+    with open_regular(path, follow=True) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

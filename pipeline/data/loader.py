@@ -17,12 +17,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data.manifest import ImageEntry
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Binarize, Preprocess
 from pipeline.data.shards import TarShards, UnreadableShard
 from pipeline.data.unreadable import SkippedSample, drop_damaged, replace_damaged
 from pipeline.schema import Section
+from shard_data.manifest import Image
 
 OnError = Literal["raise", "skip"]
 
@@ -117,9 +117,9 @@ class Batches:
             yield Batch(item.images, *map(torch.from_numpy, item[1:6]), item.skipped)
 
 
-def check_data(config: DataConfig, image: ImageEntry, place: str) -> None:
+def check_data(config: DataConfig, image: Image, place: str) -> None:
     """Raises ValueError, naming the setting, where the images of the shard set at `place` do not fit."""
-    height, width, channels = image.height, image.width, image.channels
+    height, width, channels = image["height"], image["width"], image["channels"]
     if (height, width) != (config.size, config.size):
         raise ValueError(
             f"data.size is {config.size}, but {place} holds images of {height}x{width}; "

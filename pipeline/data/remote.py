@@ -1,8 +1,9 @@
 """Shard sets behind an http(s) address: fetched into a cache folder before training begins, then read like any other.
 
-All processes of a node share the cache. A file is fetched by the one that gets its lock, and takes its name when its
-size and hash are the manifest's, so whatever has its name is whole, and an interrupted fetch goes on by the file.
-Nobody is trusted: the manifest says how many bytes are taken, and names files of one folder only.
+All processes of a node share the cache. The process that gets a file's lock fetches it. A file gets its name when its
+size and hash are the manifest's, so a file with that name is complete, and an interrupted fetch resumes with the next
+missing file. The server is untrusted: the manifest limits how many bytes are taken. So is the cache: symbolic links in
+it are replaced or refused, never followed.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import logging
 import math
 import os
 import shutil
+import stat
 import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,21 +21,19 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from pipeline.data.manifest import FILE_NAME, Manifest, parse_manifest
-from pipeline.storage.atomic import replacing
+from shard_data import manifest as manifests
 from shard_data.fetch import Expected, FetchFailed, WrongContent, fetch
 from shard_data.file_lock import FileLock, LockHeld
+from shard_data.files import replacing
+from shard_data.manifest import Manifest
 
-MAX_MANIFEST_BYTES = 2**26
 MAX_INDEX_HEADER = 2**16
-MIN_SAMPLE_BYTES = 2**10
-"""Of a sample in a tar: a header and a block. An index, whose size no manifest tells, has less for each."""
 
 log = logging.getLogger("pipeline")
 
 
 class FetchError(ValueError):
-    """A set that cannot be fetched. The message names the address and the remedy."""
+    """A set that cannot be fetched. The message names the address and what to do."""
 
 
 class RemoteFile(NamedTuple):
@@ -73,74 +73,74 @@ def default_cache() -> Path:
 
 
 def fetch_manifest(address: str) -> bytes:
-    """The text of ADDRESS/manifest.json. Raises FetchError, or ValueError where it is no manifest."""
-    place = f"{address}/{FILE_NAME}"
+    """The content of ADDRESS/manifest.json. Raises FetchError, or ValueError where it is not a manifest."""
+    place = f"{address}/{manifests.FILE}"
     content = io.BytesIO()
-    _fetch(place, content, Expected(MAX_MANIFEST_BYTES))
-    parse_manifest(content.getvalue(), place)
+    _fetch(place, content, Expected(manifests.MAX_BYTES))
+    manifests.parse(content.getvalue(), place)
     return content.getvalue()
 
 
 def fetch_set(address: str, manifest: bytes, splits: Sequence[str], cache: Path, progress: bool = False) -> Path:
-    """Fetch what is missing of these splits; the folder in which the set lies then, in `cache`.
+    """Fetch the missing files of these splits. Returns the folder of the set, in `cache`.
 
     The folder is named after the manifest's bytes, so that a set which changes at its address is fetched anew. Any
     number of processes may call it at once. `progress` shows a bar. Raises FetchError, or OSError where the cache
     cannot be written.
     """
-    files = remote_files(address, parse_manifest(manifest, f"{address}/{FILE_NAME}"), splits)
-    folder = cache / hashlib.sha256(manifest).hexdigest()[:32]
-    folder.mkdir(parents=True, exist_ok=True)
+    files = remote_files(address, manifests.parse(manifest, f"{address}/{manifests.FILE}"), splits)
+    folder = _own_folder(cache / hashlib.sha256(manifest).hexdigest()[:32])
     missing = [file for file in files if not _is_there(folder, file)]
     if missing:
-        _check_room(folder, missing)
+        _check_space(folder, missing)
         log.info("fetching %d files of %s into %s", len(missing), address, folder)
         _fetch_all(folder, missing, progress)
-    with FileLock(folder / f"{FILE_NAME}.lock").acquire(math.inf), replacing(folder / FILE_NAME) as file:
+    lock = FileLock(folder / f"{manifests.FILE}.lock")
+    with lock.acquire(math.inf), replacing(folder / manifests.FILE) as file:
         file.write(manifest)
     return folder
 
 
 def remote_files(address: str, manifest: Manifest, splits: Sequence[str]) -> list[RemoteFile]:
-    """The shards and indexes of these splits, without repetition. Raises ValueError for a split that is not there, and
-    FetchError for names and counts that no shard set has.
-    """
-    files = {}
+    """The shards and indexes of these splits, without repetition. Raises ValueError for a split that is not there."""
+    files = []
     for split in dict.fromkeys(splits):
-        if split not in manifest.splits:
-            raise ValueError(f"{address}: no split '{split}'; it has: {', '.join(manifest.splits)}")
-        for shard in manifest.splits[split].shards:
-            place = f"{address}/{shard.file}"
-            files[shard.file] = RemoteFile(place, shard.file, shard.sha256, shard.bytes, shard.bytes)
-            limit = MAX_INDEX_HEADER + MIN_SAMPLE_BYTES * shard.count
-            if shard.count * MIN_SAMPLE_BYTES > shard.bytes:
-                raise FetchError(f"{place}: {shard.count} samples in {shard.bytes} bytes; do not use this set")
-            files[shard.index] = RemoteFile(f"{address}/{shard.index}", shard.index, shard.index_sha256, None, limit)
-    odd = [name for name in files if not name.endswith((".tar", ".index.npy"))]
-    if odd or len(files) != 2 * sum(len(manifest.splits[split].shards) for split in dict.fromkeys(splits)):
-        raise FetchError(f"{address}/{FILE_NAME}: names {odd[0] if odd else 'a file twice'}; do not use this set")
-    return list(files.values())
+        if split not in manifest["splits"]:
+            raise ValueError(f"{address}: no split '{split}'; it has: {', '.join(manifest['splits'])}")
+        for shard in manifest["splits"][split]["shards"]:
+            tar, index, size = shard["file"], shard["index"], shard["bytes"]
+            limit = MAX_INDEX_HEADER + manifests.MIN_SAMPLE_BYTES * shard["count"]  # no manifest has the exact size
+            files.append(RemoteFile(f"{address}/{tar}", tar, shard["sha256"], size, size))
+            files.append(RemoteFile(f"{address}/{index}", index, shard["index_sha256"], None, limit))
+    return files
+
+
+def _own_folder(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.is_symlink():
+        raise FetchError(f"{folder}: is a symbolic link, which is refused; delete it, or set another data.cache")
+    return folder
 
 
 def _is_there(folder: Path, file: RemoteFile) -> bool:
     try:
-        size = (folder / file.name).stat().st_size
+        found = (folder / file.name).lstat()
     except FileNotFoundError:
         return False
-    return file.size in (None, size)
+    return stat.S_ISREG(found.st_mode) and file.size in (None, found.st_size) and found.st_size <= file.limit
 
 
-def _check_room(folder: Path, missing: list[RemoteFile]) -> None:
-    wanted, free = sum(file.size or 0 for file in missing), shutil.disk_usage(folder).free
-    if wanted > free:
+def _check_space(folder: Path, missing: list[RemoteFile]) -> None:
+    needed, free = sum(file.size or 0 for file in missing), shutil.disk_usage(folder).free
+    if needed > free:
         raise FetchError(
-            f"{folder}: {wanted / 2**30:,.1f} GiB are to be fetched and {free / 2**30:,.1f} are free; "
-            "make room, or name another folder with data.cache"
+            f"{folder}: {needed / 2**30:,.1f} GiB are to be fetched and {free / 2**30:,.1f} are free; "
+            "free some space, or set another folder with data.cache"
         )
 
 
 def _fetch_all(folder: Path, missing: list[RemoteFile], progress: bool) -> None:
-    """In the first round processes take what nobody is fetching; in the second each waits for what others fetch."""
+    """In the first round a process takes what nobody is fetching; in the second it waits for what others fetch."""
     total = sum(file.size or 0 for file in missing)
     with tqdm(total=total, desc="fetch", unit="B", unit_scale=True, disable=None if progress else True) as bar:
         for wait in (0.0, math.inf):
@@ -167,11 +167,11 @@ def _fetch(address: str, target: BinaryIO, expected: Expected) -> None:
         fetch(address, target, expected)
     except WrongContent as error:
         raise FetchError(
-            f"{error}; the file is corrupt or belongs to another set: copy the set there again, and check it there "
-            "with: python -m shard_data verify"
+            f"{error}; the file is corrupt, or the set was changed while it was fetched: run the command again, and if "
+            "that does not help, copy the set there again and check it there with: python -m shard_data verify"
         ) from None
     except FetchFailed as error:
         raise FetchError(
             f"{error}; is the server up, and data.root the address of a complete shard set (the folder that holds "
-            f"{FILE_NAME})? The same command resumes where this one stopped"
+            f"{manifests.FILE})? The same command resumes where this one stopped"
         ) from None

@@ -4,7 +4,6 @@ The format is that of docs/architecture.md. Opening reads the manifest alone; a 
 sample of it is first asked for.
 """
 
-import hashlib
 import io
 import mmap
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,9 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.lru_cache import LRUCache
-from pipeline.data.manifest import Manifest, ShardEntry, load_manifest
+from shard_data import manifest as manifests
+from shard_data.files import sha256
+from shard_data.manifest import Manifest, Shard
 
 # Two files each, and a process may commonly hold 1,024.
 MAX_OPEN_SHARDS = 256
@@ -52,42 +53,41 @@ class TarShards:
             if origin
             else f"Copy or make the shard set again; all damage is listed by: python -m shard_data verify {self.root}"
         )
-        self.manifest = load_manifest(self.root)
-        if split not in self.manifest.splits:
-            raise ValueError(f"{self.root}: no split '{split}'; it has: {', '.join(self.manifest.splits)}")
-        self.shard_sizes = tuple(shard.count for shard in self._entries)
+        self.manifest = manifests.load(self.root)
+        if split not in self.manifest["splits"]:
+            raise ValueError(f"{self.root}: no split '{split}'; it has: {', '.join(self.manifest['splits'])}")
+        self.shard_sizes = tuple(shard["count"] for shard in self._entries)
         self._starts = np.cumsum((0, *self.shard_sizes))  # (S + 1,)
         self._indexes = LRUCache(MAX_OPEN_SHARDS)
         self._tars = LRUCache(MAX_OPEN_SHARDS)
         self._sound: dict[int, bool] = {}  # of the tars that were hashed: whether the hash is the manifest's
 
     @property
-    def _entries(self) -> list[ShardEntry]:
-        return self.manifest.splits[self.split].shards
+    def _entries(self) -> list[Shard]:
+        return self.manifest["splits"][self.split]["shards"]
 
     def __len__(self) -> int:
-        return self.manifest.splits[self.split].count
+        return self.manifest["splits"][self.split]["count"]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of every image."""
-        image = self.manifest.image
-        return image.height, image.width, image.channels
+        return _image_shape(self.manifest)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, in the order of the labels; empty when the set has none."""
-        return tuple(self.manifest.classes or ())
+        return tuple(self.manifest["classes"] or ())
 
     @property
     def attribute_names(self) -> tuple[str, ...]:
         """Names of the binary attributes; empty when the set has none."""
-        return tuple(self.manifest.attributes or ())
+        return tuple(self.manifest["attributes"] or ())
 
     @property
     def fingerprint(self) -> str:
         """The sha256 that stands for the content of the whole set."""
-        return self.manifest.fingerprint
+        return self.manifest["fingerprint"]
 
     def images(self, indices: Indices) -> np.ndarray:
         """Images (n, H, W, C) uint8, C-contiguous."""
@@ -154,22 +154,22 @@ class TarShards:
         return tar
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _image_shape(manifest: Manifest) -> tuple[int, int, int]:
+    image = manifest["image"]
+    return image["height"], image["width"], image["channels"]
 
 
-def _load_index(root: Path, entry: ShardEntry, num_attributes: int, remedy: str) -> np.ndarray:
+def _load_index(root: Path, entry: Shard, num_attributes: int, remedy: str) -> np.ndarray:
     """The shard's index, memory-mapped: structured, (count,). Hashed first, as a wrong label would not show later."""
-    path = root / entry.index
+    path = root / entry["index"]
     try:
-        if _sha256(path) != entry.index_sha256:
+        if sha256(path) != entry["index_sha256"]:
             raise ValueError("its sha256 is not the manifest's")
         index = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-        _check_index(index, entry.count, num_attributes)
+        _check_index(index, entry["count"], num_attributes)
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or error
-        lost = f"so the {entry.count} samples of {entry.file} cannot be found"
+        lost = f"so the {entry['count']} samples of {entry['file']} cannot be found"
         raise UnreadableShard(f"{path}: {problem}, {lost}. {remedy}") from error
     return index
 
@@ -186,15 +186,14 @@ def _check_index(index: np.ndarray, count: int, num_attributes: int) -> None:
 class _Tar:
     """The images of one shard."""
 
-    def __init__(self, root: Path, entry: ShardEntry, index: np.ndarray, manifest: Manifest, remedy: str, wanted: int):
+    def __init__(self, root: Path, entry: Shard, index: np.ndarray, manifest: Manifest, remedy: str, wanted: int):
         """`wanted` is the row that an error names when the whole file is unusable."""
-        image = manifest.image
         self.root = root
         self.entry = entry
         self.index = index
         self.remedy = remedy
-        self.encoding = manifest.encoding
-        self.image_shape = (image.height, image.width, image.channels)
+        self.encoding = manifest["encoding"]
+        self.image_shape = _image_shape(manifest)
         self._map = self._open(wanted)
         self._bytes = np.frombuffer(self._map, np.uint8)
         self._check_places()
@@ -204,7 +203,7 @@ class _Tar:
     def has_hash(self) -> bool:
         """Whether the file's sha256 is the manifest's."""
         try:
-            return _sha256(self.root / self.entry.file) == self.entry.sha256
+            return sha256(self.root / self.entry["file"]) == self.entry["sha256"]
         except OSError:
             return False
 
@@ -217,7 +216,7 @@ class _Tar:
         return np.stack([self._png_image(row) for row in rows])
 
     def _open(self, wanted: int) -> mmap.mmap:
-        path = self.root / self.entry.file
+        path = self.root / self.entry["file"]
         try:
             self._check_size(path.stat().st_size, wanted)
             with path.open("rb") as file:
@@ -226,11 +225,11 @@ class _Tar:
             raise self.damaged(wanted, f"{error.strerror}") from error
 
     def _check_size(self, size: int, wanted: int) -> None:
-        if size != self.entry.bytes:
-            raise self.damaged(wanted, f"the file has {size} bytes, the manifest says {self.entry.bytes}")
+        if size != self.entry["bytes"]:
+            raise self.damaged(wanted, f"the file has {size} bytes, the manifest says {self.entry['bytes']}")
 
     def _check_places(self) -> None:
-        offsets, end = self.index["offset"], self.entry.bytes
+        offsets, end = self.index["offset"], self.entry["bytes"]
         outside = np.flatnonzero((offsets > end) | (offsets + self.index["size"] > end))
         if outside.size:
             raise self.damaged(outside[0], f"the index places it outside the file's {end} bytes")
@@ -292,5 +291,6 @@ class _Tar:
 
     def damaged(self, row: int, problem: str) -> UnreadableShard:
         """The error that names this shard, the sample in this row and its offset."""
-        path, key, offset = self.root / self.entry.file, self.index["key"][row].decode(), self.index["offset"][row]
+        path, offset = self.root / self.entry["file"], self.index["offset"][row]
+        key = "".join(filter(str.isprintable, self.index["key"][row].decode(errors="replace")))
         return UnreadableShard(f"{path}: sample '{key}' at offset {offset}: {problem}. {self.remedy}")

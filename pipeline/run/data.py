@@ -9,7 +9,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.data.loader import Batch, build_eval_loader, build_train_loader, check_data
-from pipeline.data.manifest import Manifest, check_splits, load_manifest, parse_manifest
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Preprocess, to_model_input
 from pipeline.data.remote import check_address, default_cache, fetch_manifest, fetch_set, is_address
@@ -18,6 +17,8 @@ from pipeline.data.unreadable import SkippedSample
 from pipeline.distributed.runtime import Runtime
 from pipeline.recipe import Recipe, total_steps
 from pipeline.run.unreadable_log import UnreadableLog
+from shard_data import manifest as manifests
+from shard_data.manifest import Manifest
 
 
 class RunData:
@@ -43,11 +44,11 @@ class RunData:
         verify = config.verify and config.on_error == "raise"  # a hash cannot say which sample to skip
         splits = config.train_split, self.recipe.validation.split
         if not is_address(config.root):
-            runtime.run_on_all(lambda: check_set(self.recipe, load_manifest(Path(config.root)), config.root))
+            runtime.run_on_all(lambda: check_set(self.recipe, manifests.load(Path(config.root)), config.root))
             return runtime.run_on_all(lambda: [TarShards(config.root, split, verify) for split in splits])
         address = check_address(config.root)
         manifest = runtime.from_main(runtime.run_on_main(lambda: fetch_manifest(address)))
-        runtime.run_on_all(lambda: check_set(self.recipe, parse_manifest(manifest, address), address))
+        runtime.run_on_all(lambda: check_set(self.recipe, manifests.parse(manifest, address), address))
         cache = Path(config.cache) if config.cache else default_cache()
         folder = runtime.run_on_all(lambda: fetch_set(address, manifest, splits, cache, progress=runtime.is_main))
         return [TarShards(folder, split, verify, origin=address) for split in splits]
@@ -122,10 +123,10 @@ def check_set(recipe: Recipe, manifest: Manifest, place: str) -> None:
     """Raises ValueError, naming the setting, where the shard set at `place` is not what the recipe expects."""
     splits = {"data.train_split": recipe.data.train_split, "validation.split": recipe.validation.split}
     if len(set(splits.values())) > 1:  # evaluate.py opens one split, which no setting names
-        check_splits(manifest, place, splits)
-    check_data(recipe.data, manifest.image, place)
+        manifests.check_splits(manifest, place, splits)
+    check_data(recipe.data, manifest["image"], place)
     if recipe.condition is not None:
-        recipe.condition.check(manifest.classes, manifest.attributes)
+        recipe.condition.check(manifest["classes"], manifest["attributes"])
 
 
 def first_with_images(batches: Iterable[Batch]) -> Batch:

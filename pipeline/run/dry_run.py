@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 
 from pipeline.config import dump
-from pipeline.data.manifest import FILE_NAME, Manifest, load_manifest, parse_manifest
 from pipeline.data.remote import FetchError, check_address, fetch_manifest, is_address
 from pipeline.recipe import Recipe, build_model, total_steps
 from pipeline.run.data import check_set
 from pipeline.storage.status import read_status
 from pipeline.training.optim import LearningRate
+from shard_data import manifest as manifests
 
 
 class DataMissing(Exception):
@@ -28,10 +28,10 @@ def describe(recipe: Recipe, folder: Path, all_settings: bool = False) -> str:
     else:
         check_set(recipe, manifest, recipe.data.root)
         splits = dict.fromkeys((recipe.data.train_split, recipe.validation.split))
-        counts = ", ".join(f"{split} {manifest.splits[split].count:,}" for split in splits)
-        image = f"{manifest.image.height}x{manifest.image.width}x{manifest.image.channels}"
+        counts = ", ".join(f"{split} {manifest['splits'][split]['count']:,}" for split in splits)
+        image = "{height}x{width}x{channels}".format(**manifest["image"])
         lines += [f"data        {recipe.data.root}: images of {image}; {counts}"]
-        lines += describe_length(recipe, manifest.splits[recipe.data.train_split].count)
+        lines += describe_length(recipe, manifest["splits"][recipe.data.train_split]["count"])
     return "\n".join([*lines, describe_folder(folder)])
 
 
@@ -74,7 +74,7 @@ def describe_folder(folder: Path) -> str:
     return f"run folder  {folder}: {status.state}, checkpoint of step {status.step:,} of {status.total_steps:,}"
 
 
-def read_manifest(recipe: Recipe) -> Manifest:
+def read_manifest(recipe: Recipe) -> manifests.Manifest:
     """The manifest of the recipe's shard set. Raises DataMissing, or ValueError where it is invalid."""
     root, source = recipe.data.root, recipe.data.source
     if root is None:
@@ -82,10 +82,10 @@ def read_manifest(recipe: Recipe) -> Manifest:
     if is_address(root):
         address = check_address(root)
         try:
-            return parse_manifest(fetch_manifest(address), address)
+            return manifests.parse(fetch_manifest(address), address)
         except FetchError as error:
             raise DataMissing(str(error)) from None
-    if not (Path(root) / FILE_NAME).is_file():
+    if not (Path(root) / manifests.FILE).is_file():
         command = f"; make it with: python -m shard_data {source} --out {root}" if source else ""
-        raise DataMissing(f"{root} is not there or not complete (no {FILE_NAME}){command}")
-    return load_manifest(Path(root))
+        raise DataMissing(f"{root} is not there or not complete (no {manifests.FILE}){command}")
+    return manifests.load(Path(root))

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from pipeline.schema import Section
-from pipeline.storage.atomic import open_regular, read_bounded
 from pipeline.storage.safetensors_writer import write_tensors
+from shard_data.files import open_regular, read_bounded
 
 Snapshot = Mapping[str, Mapping[str, Tensor]]
 """{file stem: {tensor name: contiguous CPU tensor that shares memory with no other}}."""

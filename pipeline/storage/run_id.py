@@ -8,9 +8,10 @@ import re
 import uuid
 from pathlib import Path
 
-from pipeline.storage.atomic import read_bounded, replacing
+from pipeline.storage.atomic import replacing
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.storage.checkpoint_folder import UnreadableCheckpoint, read_meta
+from shard_data.files import read_bounded
 
 FILE = "run_id"
 _ID = re.compile(r"[0-9a-f]{32}")

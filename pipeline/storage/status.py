@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from pipeline.storage.atomic import read_bounded, replacing
+from pipeline.storage.atomic import replacing
+from shard_data.files import read_bounded
 
 State = Literal["none", "running", "preempted", "finished", "failed"]
 FILE = "status.json"

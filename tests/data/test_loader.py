@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.loader import Batch, Batches, DataConfig, build_eval_loader, build_train_loader, check_data
-from pipeline.data.manifest import load_manifest
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Preprocess
 from pipeline.data.shards import TarShards, UnreadableShard
+from shard_data import manifest
 from tests.helpers.shard_sets import Samples, random_samples, write_set
 
 BATCH = 840  # divides among 1 to 8 ranks
@@ -363,17 +363,17 @@ def test_random_damage_neither_hangs_nor_changes_a_sample(victim, data):
 def test_data_that_fits_the_recipe_passes(made):
     config = DataConfig(size=28, channels=1)
     square = write_set(made[0].parent / "square", {"train": random_samples(2, 28, 28, 1)}, [2])
-    check_data(config, load_manifest(square).image, "square")
+    check_data(config, manifest.load(square)["image"], "square")
 
 
 def test_data_of_another_size_or_channels_is_refused(made):
-    square = load_manifest(write_set(made[0].parent / "rgb", {"train": random_samples(2, 8, 8, 3)}, [2])).image
+    square = manifest.load(write_set(made[0].parent / "rgb", {"train": random_samples(2, 8, 8, 3)}, [2]))["image"]
     with pytest.raises(ValueError, match=r"data\.size is 32, but .* holds images of 8x8; .*--size 32"):
         check_data(DataConfig(size=32, channels=3), square, "rgb")
     with pytest.raises(ValueError, match=r"data\.channels is 1, but .* images of 3 channels; .*--data"):
         check_data(DataConfig(size=8, channels=1), square, "rgb")
     with pytest.raises(ValueError, match="3x4"):
-        check_data(DataConfig(size=3, channels=1), load_manifest(made[0]).image, "made")
+        check_data(DataConfig(size=3, channels=1), manifest.load(made[0])["image"], "made")
 
 
 @pytest.mark.parametrize(

@@ -51,17 +51,25 @@ def write_set(root: Path, splits: dict[str, Samples], shard_sizes: list[int], en
             name: _write_split(root, name, samples, shard_sizes, encoding, names) for name, samples in splits.items()
         },
     }
-    manifest["fingerprint"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     manifest |= {"source": {}, "omitted": []}
-    (root / "manifest.json").write_text(json.dumps(manifest))
+    (root / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": fingerprint_of(manifest)}))
     return root
 
 
-def edit_manifest(root: Path, change) -> None:
-    """Apply `change` to the parsed manifest and write it back."""
+def fingerprint_of(manifest: dict) -> str:
+    """By docs/architecture.md: sha256 of the canonical JSON, without three of the keys."""
+    content = {key: manifest[key] for key in sorted(manifest.keys() - {"fingerprint", "source", "omitted"})}
+    text = json.dumps(content, separators=(",", ":"), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def edit_manifest(root: Path, change, sign: bool = True) -> None:
+    """Apply `change` to the parsed manifest and write it back, with the fingerprint of its new content if `sign`."""
     path = root / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
+    if sign and "fingerprint" in manifest:
+        manifest["fingerprint"] = fingerprint_of(manifest)
     path.write_text(json.dumps(manifest))
 
 

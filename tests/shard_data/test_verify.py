@@ -99,19 +99,10 @@ def test_a_manifest_that_cannot_be_trusted(copy, spoil, kind, code, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_manifest_may_not_name_files_elsewhere(copy):
-    content = manifest.load(copy)
-    content["splits"]["train"]["shards"][0]["file"] = "../outside.tar"
-    content["fingerprint"] = manifest.fingerprint(content)
-    (copy / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(Damaged, match="outside of its folder"):
-        manifest.load(copy)
-
-
 def test_a_folder_without_a_set(tmp_path, capsys):
     for command in ("verify", "info"):
         assert main([command, str(tmp_path)]) == 2
-        assert "holds no complete set" in capsys.readouterr().err
+        assert "not a complete shard set" in capsys.readouterr().err
 
 
 def test_an_index_that_does_not_fit_its_tar(copy):
@@ -133,13 +124,6 @@ def test_a_key_that_comes_twice(copy):
         shutil.copy(copy / f"train-000000.{suffix}", copy / f"train-000001.{suffix}")
     sign(copy)
     assert "train-000001.tar: key train-00003 comes twice in this set" in verify(copy)
-
-
-def test_a_count_that_does_not_add_up(copy):
-    content = manifest.load(copy)
-    content["splits"]["val"]["count"] = 4
-    sign(copy, splits=content["splits"])
-    assert verify(copy) == ["val: its shards hold 3 samples, the manifest says 4"]
 
 
 @pytest.mark.parametrize(
