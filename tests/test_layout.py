@@ -95,7 +95,11 @@ def test_shard_data_imports_neither_pipeline_nor_torch():
     ] == []
 
 
-FORMAT = {"data": {"errors", "fetch", "file_lock", "files", "manifest"}, "storage": {"file_lock", "files"}}
+FORMAT = {
+    "data": {"errors", "fetch", "file_lock", "files", "manifest"},
+    "run": {"manifest"},
+    "storage": {"file_lock", "files"},
+}
 """Modules of shard_data that folders of pipeline/ may import: the format of a shard set, and locks."""
 
 
