@@ -4,7 +4,7 @@
     python slurm/stage.py --where SET FOLDER   only print that folder
 
 Needs the repository on PYTHONPATH. Exit codes: 0 the copy is complete, 1 this node cannot store it, 2 the original
-is damaged.
+is corrupt.
 """
 
 import fcntl
@@ -27,7 +27,7 @@ def where(manifest: Manifest, folder: Path) -> Path:
 
 
 def stage(root: Path, folder: Path) -> None:
-    """Completes the copy. Raises DataError where the original is damaged, OSError where the copy cannot be made."""
+    """Completes the copy. Raises DataError where the original is corrupt, OSError where the copy cannot be made."""
     manifest = load(root)
     target = where(manifest, folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def stage(root: Path, folder: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one job per node copies; the others wait, then use its copy
         copied = copy_shards(manifest, root, target)
         copy(root / FILE, target / FILE, sha256(root / FILE))
-    say(f"{target} is whole: {len(hashes(manifest))} files, {copied} of them copied now")
+    say(f"{target} is complete: {len(hashes(manifest))} files, {copied} of them copied now")
 
 
 def copy_shards(manifest: Manifest, root: Path, target: Path) -> int:
@@ -43,11 +43,11 @@ def copy_shards(manifest: Manifest, root: Path, target: Path) -> int:
     files = hashes(manifest)
     copied, last_line = 0, time.monotonic()
     for number, (name, digest) in enumerate(files.items(), start=1):
-        if not is_whole(target / name, digest):
+        if not is_complete(target / name, digest):
             copy(root / name, target / name, digest)
             copied += 1
         if time.monotonic() - last_line > SECONDS_PER_LINE:
-            say(f"{number} of {len(files)} files of {root} are here")
+            say(f"{number} of {len(files)} files of {root} are complete")
             last_line = time.monotonic()
     return copied
 
@@ -58,7 +58,7 @@ def hashes(manifest: Manifest) -> dict[str, str]:
     return {s["file"]: s["sha256"] for s in shards} | {s["index"]: s["index_sha256"] for s in shards}
 
 
-def is_whole(path: Path, digest: str) -> bool:
+def is_complete(path: Path, digest: str) -> bool:
     return path.is_file() and sha256(path) == digest
 
 
@@ -66,12 +66,12 @@ def copy(source: Path, target: Path, digest: str) -> None:
     """Copies one file, then reads the copy back."""
     with replacing(target) as file, open(source, "rb") as original:
         shutil.copyfileobj(original, file, 2**20)
-    if is_whole(target, digest):
+    if is_complete(target, digest):
         return
     target.unlink()
-    if is_whole(source, digest):
+    if is_complete(source, digest):
         raise OSError(f"{target} differs from what was written; this node's disk is faulty")
-    raise DataError(f"{source} is damaged; `python -m shard_data verify {source.parent}` lists the problems")
+    raise DataError(f"{source} is corrupt; `python -m shard_data verify {source.parent}` lists the problems")
 
 
 def say(text: str) -> None:

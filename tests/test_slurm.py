@@ -74,7 +74,7 @@ def status(folder: Path) -> dict:
 
 
 def check_finished(job: Job, run: Path, total: int) -> None:
-    """Ended well, and its record has every step once."""
+    """Finished, with every step once in metrics.jsonl."""
     assert job.wait() == "COMPLETED", job.log()
     assert job.exit_code() == 0
     assert status(run)["state"] == "finished", job.log()
@@ -178,10 +178,10 @@ def submit_that(
     return job, checkout.folder / "runs" / "nvae_celeba64"
 
 
-def test_an_error_that_repetition_does_not_mend_ends_the_job(with_faces):
+def test_an_error_that_repetition_does_not_fix_ends_the_job(with_faces):
     job, run = submit_that(with_faces, "file.end('failed', 'optim.lr'); sys.exit(2)")
     assert job.wait() == "FAILED"
-    assert job.exit_code() == 1  # what accelerate makes of it
+    assert job.exit_code() == 2
     assert status(run)["attempt"] == 1
     assert f"failed: runs/{run.name}/status.json says why; not requeued" in job.log()
 
@@ -221,8 +221,8 @@ def train(checkout: Checkout, total: int, *words: str, options: tuple[str, ...] 
 
 
 def test_signalled_on_two_nodes_it_saves_requeues_itself_goes_on_and_finishes(with_faces, lab):
-    """No checkpoint but the one that the signal asks for; the shards are copied to the nodes' own disks; and the second
-    attempt runs the code of the first."""
+    """The signal gives the only checkpoint; the shards are copied to the nodes' own disks; the second attempt runs the
+    code of the first."""
     run = with_faces.folder / "runs" / "nvae_celeba64"
     job = train(with_faces, 40, STAGE=str(lab.scratch))
     job.wait_for(lambda: len(steps(run)) >= 3)
@@ -234,7 +234,7 @@ def test_signalled_on_two_nodes_it_saves_requeues_itself_goes_on_and_finishes(wi
     assert f"job {job.number}, attempt 1 on node[1-2]" in job.log()
     assert status(run)["attempt"] == 2
     for node in ("node1", "node2"):
-        copies = [line for line in job.log().splitlines() if line.startswith(f"{node}: ") and "is whole" in line]
+        copies = [line for line in job.log().splitlines() if line.startswith(f"{node}: ") and "is complete" in line]
         assert [line.split(", ")[-1] for line in copies] == ["12 of them copied now", "0 of them copied now"]
 
 
@@ -295,7 +295,7 @@ def test_shards_go_on_where_the_signal_stopped_them(checkout):
 
 @long
 def test_a_program_that_does_not_stop_is_requeued_before_the_time_limit(with_faces):
-    """Else SLURM would end the job for good."""
+    """Otherwise SLURM would end the job without requeueing it."""
     then = "import signal, time; signal.signal(signal.SIGUSR1, signal.SIG_IGN); time.sleep(999 if attempt == 1 else 0)"
     job, _ = submit_that(with_faces, f"{then}; file.end('finished')", options=("--time=1", "--signal=B:USR1@30"))
     assert job.wait() == "COMPLETED", job.log()
@@ -322,7 +322,7 @@ def test_preemption(with_faces):
 
 @long
 def test_preemption_by_the_signal_of_the_time_limit(lab, faces, tmp_path):
-    """The other configuration: the batch script hears of it instead of the steps."""
+    """The other configuration: the batch script gets the signal instead of the steps."""
     other = Lab(lab.script, SLAB_EXTRA_CONF="SlurmctldParameters=preempt_send_user_signal", SLAB_NET="10.78.0")
     try:
         other.up()

@@ -35,33 +35,33 @@ def stage(root: Path, scratch: Path) -> subprocess.CompletedProcess:
 
 
 def staged(root: Path, scratch: Path, copied: int) -> Path:
-    """Copies the set, which must have taken so many files; the copy is what `shard_data verify` calls in order."""
+    """Copies the set, which must have taken so many files; the copy is what `shard_data verify` accepts."""
     done = stage(root, scratch)
     assert done.returncode == 0, done.stderr
-    assert f"is whole: 12 files, {copied} of them copied now" in done.stderr
+    assert f"is complete: 12 files, {copied} of them copied now" in done.stderr
     (copy,) = (path.parent for path in scratch.glob("*/manifest.json"))
     assert verify(copy, decode=True) == []
     return copy
 
 
-def test_staged_shards_are_whole_and_only_what_is_not_is_copied_again(faces, tmp_path):
+def test_staged_shards_are_complete_and_only_others_are_copied_again(faces, tmp_path):
     scratch = tmp_path / "scratch"
     copy = staged(faces, scratch, copied=12)
     staged(faces, scratch, copied=0)
-    for damage in (lambda data: data[:-1], lambda data: data[:700] + b"x" + data[701:], lambda data: b""):
+    for corrupt in (lambda data: data[:-1], lambda data: data[:700] + b"x" + data[701:], lambda data: b""):
         tar = copy / "train-000001.tar"
-        tar.write_bytes(damage(tar.read_bytes()))
+        tar.write_bytes(corrupt(tar.read_bytes()))
         staged(faces, scratch, copied=1)
     (copy / "test-000000.index.npy").unlink()
     staged(faces, scratch, copied=1)
 
 
-def test_a_damaged_set_is_not_staged(faces, tmp_path):
+def test_a_corrupt_set_is_not_staged(faces, tmp_path):
     tar = faces / "train-000002.tar"
     tar.write_bytes(tar.read_bytes()[:-512])
     done = stage(faces, tmp_path / "scratch")
     assert done.returncode == 2
-    assert f"{tar} is damaged" in done.stderr
+    assert f"{tar} is corrupt" in done.stderr
     assert list((tmp_path / "scratch").rglob("manifest.json")) == []
     assert list((tmp_path / "scratch").rglob(tar.name)) == []
 

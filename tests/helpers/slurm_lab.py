@@ -1,8 +1,8 @@
 """A real SLURM of two emulated nodes on this machine, and a checkout to submit jobs from.
 
-SLURM_LAB names the script that brings the cluster up. It knows `up`, `down`, `wait JOB SECONDS` (prints the job's final
-state), `node-fail NODE` and `node-start NODE`, obeys the SLAB_* variables below, and puts sbatch, squeue, ... into
-SLAB_DIR/bin.
+SLURM_LAB names the script that brings the cluster up. Its commands are `up`, `down`, `wait JOB SECONDS` (prints the
+job's final state), `node-fail NODE` and `node-start NODE`. It reads the SLAB_* variables below, and puts sbatch,
+squeue, ... into SLAB_DIR/bin.
 """
 
 import os
@@ -29,13 +29,13 @@ class Lab:
     def __init__(self, script: str, **settings: str):
         self.script = script
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-lab-"))
-        self.folder.chmod(0o755)  # munge insists
+        self.folder.chmod(0o755)  # munge requires it
         kept = {k: v for k, v in os.environ.items() if k not in OURS and not k.startswith(("SLURM_", "SBATCH_"))}
         self.environment = kept | SETTINGS | settings | {"SLAB_DIR": str(self.folder), "PYTHON": sys.executable}
         self.scratch = self.folder / "local_scratch"
 
     def up(self) -> None:
-        """Skips the tests where the machine does not let us make a cluster."""
+        """Skips the tests on a machine that cannot run the cluster."""
         try:
             started = self.control("up", timeout=120)
         except subprocess.TimeoutExpired:
@@ -75,7 +75,7 @@ class Checkout:
         return Job(self, done.stdout.split()[-1])
 
     def replace_training(self, text: str) -> None:
-        """Puts a short program in the place of pipeline/train.py, for what is the launcher's business alone."""
+        """Puts a short program in the place of pipeline/train.py, for what concerns only the launcher."""
         (self.folder / "pipeline" / "train.py").write_text(text)
 
 
