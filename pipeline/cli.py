@@ -2,33 +2,73 @@
 
 import logging
 import os
+import select
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
-from pipeline.distributed.logs import start_logging
+from pipeline.distributed.logs import launched_rank, report_error, start_logging
+from shard_data import progress
 
 log = logging.getLogger("pipeline")
 ROOT = Path(__file__).resolve().parents[1]
 
+Failures = Mapping[type[Exception], int]
+NO_FAILURES: Failures = {}
 
-def run_tool(work: Callable[[], None]) -> int:
-    """Exit codes: 0 done, 2 user error, reported in one message, 130 interrupted by Ctrl-C."""
-    start_logging(None, is_main=True)
+
+def run_tool(work: Callable[[], int | None], interrupted: str = "", failures: Failures = NO_FAILURES) -> int:
+    """Runs a command, on one process or several, and returns its exit code.
+
+    0, or what `work` returns: done. 2: a user error, reported in one message. 130: interrupted by Ctrl-C; the message
+    continues with `interrupted`. `failures`: exit codes of further errors that are reported in one message.
+    """
+    start_logging(None, launched_rank() == 0)
+    codes = {ValueError: 2, OSError: 2, **failures}
     try:
-        work()
-    except (ValueError, OSError) as error:
-        log.error("error: %s", error)
-        return 2
+        return work() or 0
+    except tuple(codes) as error:
+        report_error(error)
+        return next(code for kind, code in codes.items() if isinstance(error, kind))
     except KeyboardInterrupt:
+        if interrupted and launched_rank() == 0:
+            log.error("error: interrupted; %s", interrupted)
         return 130
-    return 0
 
 
-def run_python(*arguments: str) -> None:
-    """Runs `python ARGUMENTS` in a new process, with this project on its path. Raises ValueError if it fails."""
-    ended = subprocess.run([sys.executable, *arguments], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
-    if ended.returncode != 0:
-        raise ValueError(f"`python {shlex.join(arguments)}` ended with exit code {ended.returncode}; see above")
+def run_python(*arguments: str, progress_timeout: float | None = None) -> None:
+    """Runs `python ARGUMENTS` in a new process, with this project on its path. Its progress (`shard_data.progress`)
+    counts as this process's own.
+
+    Raises ValueError if it fails, or makes no progress for `progress_timeout` seconds; then it is killed.
+    """
+    command = f"`python {shlex.join(arguments)}`"
+    reader, writer = os.pipe()
+    with open(reader, "rb", buffering=0) as pipe:
+        try:
+            environment = os.environ | {"PYTHONPATH": str(ROOT), progress.VARIABLE: str(writer)}
+            process = subprocess.Popen([sys.executable, *arguments], env=environment, pass_fds=[writer])
+        finally:
+            os.close(writer)
+        with process:
+            try:
+                while _waits_for(pipe, progress_timeout):
+                    progress.advance()
+            except TimeoutError:
+                process.kill()
+                raise ValueError(f"{command} made no progress for {progress_timeout:g} s and was ended") from None
+            except BaseException:  # Ctrl-C
+                process.kill()
+                raise
+    if process.returncode != 0:
+        raise ValueError(f"{command} ended with exit code {process.returncode}; see above")
+
+
+def _waits_for(pipe: BinaryIO, timeout: float | None) -> bool:
+    """Blocks until there is progress, True, or the process has ended, False. Raises TimeoutError."""
+    if not select.select([pipe], [], [], timeout)[0]:
+        raise TimeoutError
+    return pipe.read(2**16) != b""

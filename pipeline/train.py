@@ -7,7 +7,6 @@ Run the same command again to continue an interrupted run.
 """
 
 import argparse
-import logging
 import re
 import sys
 from pathlib import Path
@@ -15,7 +14,8 @@ from pathlib import Path
 # A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.distributed.logs import launched_rank, start_logging  # noqa: E402
+from pipeline.cli import run_tool  # noqa: E402
+from pipeline.distributed.logs import launched_rank  # noqa: E402
 from pipeline.distributed.preemption import StopRequest  # noqa: E402
 from pipeline.distributed.runtime import Runtime  # noqa: E402
 from pipeline.recipe import RECIPES, load_recipe, recipe_path  # noqa: E402
@@ -23,8 +23,6 @@ from pipeline.run.attempt import run_attempt  # noqa: E402
 from pipeline.run.dry_run import describe  # noqa: E402
 from pipeline.storage.run_lock import RunFolderLost  # noqa: E402
 from pipeline.training.progress import TrainingDiverged  # noqa: E402
-
-log = logging.getLogger("pipeline")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,22 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
     2 a user error; 130 interrupted by Ctrl-C; 80, 81, 82: see watchdog.
     """
     parsed = parse(arguments)
-    start_logging(None, launched_rank() == 0)
-    try:
-        return run(parsed)
-    except (ValueError, OSError, RunFolderLost) as error:
-        return fail(error, code=2)
-    except TrainingDiverged as error:
-        return fail(error, code=1)
-    except KeyboardInterrupt:
-        return fail("interrupted; run the same command again to continue from the last checkpoint", code=130)
-
-
-def fail(error: Exception | str, code: int) -> int:
-    """One message from the main process."""
-    if launched_rank() == 0:
-        log.error("error: %s", error)
-    return code
+    failures = {TrainingDiverged: 1, RunFolderLost: 2}
+    return run_tool(lambda: run(parsed), "run the same command again to continue from the last checkpoint", failures)
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -125,7 +109,8 @@ def run(parsed: argparse.Namespace) -> int:
             print(describe(recipe, folder, all_settings=parsed.dry_run_all))
         return 0
     with StopRequest() as stop:
-        runtime = Runtime(train.precision, train.cpu_threads, train.expect_processes, train.collective_timeout)
+        timeouts = train.collective_timeout, train.progress_timeout
+        runtime = Runtime(train.precision, train.cpu_threads, train.expect_processes, *timeouts)
         runtime.watchdog.stacks = folder / "stacks"
         with runtime.closing():
             run_attempt(folder, recipe, runtime, stop, parsed.resume, parsed.wait, may_make_data=parsed.data is None)

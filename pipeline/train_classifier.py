@@ -1,9 +1,9 @@
-"""Trains a small classifier of a shard set's classes, or of its attributes: the judge of what models draw.
+"""Trains a small classifier of a shard set's classes, or of its attributes. It judges samples and edits of models.
 
     python pipeline/train_classifier.py --data data/mnist --out classifiers/mnist
     python pipeline/train_classifier.py --data data/toy_faces32 --out classifiers/judge --seed 2
 
-Prints the accuracy on held-out images and writes it beside the weights. Attributes that a picture cannot show (bangs
+Prints the accuracy on held-out images and writes it beside the weights. Attributes that an image cannot show (bangs
 under a hat) count neither in training nor in the accuracy.
 """
 
@@ -21,14 +21,15 @@ from tqdm import tqdm
 # A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pipeline.cli import run_tool  # noqa: E402
 from pipeline.data.loader import Batch, build_eval_loader, build_train_loader  # noqa: E402
 from pipeline.data.order import Order  # noqa: E402
 from pipeline.data.preprocess import Preprocess, to_model_input  # noqa: E402
 from pipeline.data.shards import TarShards  # noqa: E402
-from pipeline.distributed.logs import start_logging  # noqa: E402
 from pipeline.distributed.runtime import cores_per_process  # noqa: E402
 from pipeline.models.classifier import Classifier, ClassifierConfig  # noqa: E402
 from pipeline.run.classifier_folder import check_new, save_classifier  # noqa: E402
+from shard_data.progress import advance  # noqa: E402
 
 log = logging.getLogger("pipeline")
 
@@ -54,12 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--threads", type=int, default=cores_per_process(), metavar="N", help="on CPU (default: the cores, %(default)s)"
     )
     add("--split", default="train", help="what to train on (default %(default)s)")
-    add("--held-out", default="test", metavar="SPLIT", help="what to judge by (default %(default)s)")
+    add("--held-out", default="test", metavar="SPLIT", help="what to measure on (default %(default)s)")
     return parser
 
 
 class Images:
-    """A split of a shard set as a classifier takes it: whole batches with their targets, on the device."""
+    """Batches of a split of a shard set, with their targets, on the device."""
 
     def __init__(self, root: Path, split: str, seed: int, flip: bool = False):
         self.shards = TarShards(root, split)
@@ -75,7 +76,7 @@ class Images:
         return map(self._item, loader)
 
     def held_out(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x, target) of the whole split, as stored."""
+        """(x, target) of the whole split, in natural order."""
         return map(self._item, build_eval_loader(self.shards, Preprocess(self.seed), batch_size))
 
     def _item(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -96,7 +97,7 @@ def describe_images(shards: TarShards, width: int) -> ClassifierConfig:
     height, across, channels = shards.image_shape
     names = shards.classes or shards.attribute_names
     if not names:
-        raise ValueError(f"{shards.root}: neither classes nor attributes; there is nothing to tell apart")
+        raise ValueError(f"{shards.root}: the set has neither classes nor attributes to classify")
     kind = "classes" if shards.classes else "attributes"
     return ClassifierConfig(kind=kind, names=names, image_shape=(channels, height, across), width=width)
 
@@ -107,8 +108,9 @@ def train(config: ClassifierConfig, images: Images, steps: int, batch_size: int,
     classifier = Classifier(config).to(images.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
-    with tqdm(images.training(batch_size, steps), total=steps, desc="train", unit="step") as bar:
+    with tqdm(images.training(batch_size, steps), total=steps, desc="train", unit="step", disable=None) as bar:
         for number, (x, target) in enumerate(bar, start=1):
+            advance()
             loss = classifier.loss(x, target)
             optimizer.zero_grad()
             loss.backward()
@@ -121,7 +123,7 @@ def train(config: ClassifierConfig, images: Images, steps: int, batch_size: int,
 
 @torch.no_grad()
 def accuracy(classifier: Classifier, images: Images, batch_size: int = 500) -> dict[str, float]:
-    """Share of right answers in [0, 1]: `accuracy`, and of attributes `accuracy/NAME`. NaN where nothing is known."""
+    """Share of correct answers in [0, 1]: `accuracy`; for attributes also `accuracy/NAME`. NaN if nothing is known."""
     classifier.eval()
     correct = torch.cat([classifier.correct(x, target) for x, target in images.held_out(batch_size)])  # (N, 1 or A)
     figures = {"accuracy": correct.nanmean().item()}
@@ -138,7 +140,7 @@ def run(parsed: argparse.Namespace) -> None:
         raise ValueError("--epochs, --batch-size, --width and --threads must be above 0")
     torch.set_num_threads(parsed.threads)
     config = describe_images(TarShards(parsed.data, parsed.split), parsed.width)
-    images = Images(parsed.data, parsed.split, parsed.seed, flip=config.kind == "attributes")  # digits are no faces
+    images = Images(parsed.data, parsed.split, parsed.seed, flip=config.kind == "attributes")  # not digits
     held_out = Images(parsed.data, parsed.held_out, parsed.seed)
     steps = max(1, round(parsed.epochs * len(images.shards) / parsed.batch_size))
     classifier = train(config, images, steps, parsed.batch_size, parsed.seed)
@@ -156,18 +158,9 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 something the user can mend, 130 interrupted by Ctrl-C."""
+    """Exit codes: see run_tool."""
     parsed = build_parser().parse_args(arguments)
-    start_logging(None, is_main=True)
-    try:
-        run(parsed)
-    except (ValueError, OSError) as error:
-        log.error("error: %s", error)
-        return 2
-    except KeyboardInterrupt:
-        log.error("error: interrupted; nothing was written")
-        return 130
-    return 0
+    return run_tool(lambda: run(parsed), interrupted="nothing was written")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import BinaryIO, NamedTuple
 
 from shard_data.errors import DataError
 from shard_data.file_kinds import HEAD, describe_kind
+from shard_data.progress import advance
 
 ATTEMPTS = 4
 FIRST_WAIT = 1.0
@@ -108,6 +109,7 @@ def _attempt(address: str, target: BinaryIO, expected: Expected, on_bytes: Calla
                 raise _wrong_size(address, "more", expected)
             digest.update(chunk)
             target.write(chunk)
+            advance()
             on_bytes(received, total)
     if total is not None and received < total:
         raise _Transient(f"the connection broke off after {received:,} of {total:,} bytes")

@@ -39,9 +39,14 @@ class FileLock:
         self.path = Path(path)
         self._descriptor: int | None = None
 
-    def acquire(self, timeout: float = 0.0, on_wait: Callable[[str], None] | None = None) -> "FileLock":
+    def acquire(
+        self,
+        timeout: float = 0.0,
+        on_wait: Callable[[str], None] | None = None,
+        while_waiting: Callable[[], None] = lambda: None,
+    ) -> "FileLock":
         """Take the lock, and wait at most `timeout` seconds for another holder. `on_wait` is called with the name of
-        the holder once, before the wait starts.
+        the holder once, before the wait starts, `while_waiting` ten times per second.
 
         Raises LockHeld when the lock is held for longer, and OSError when the file cannot be opened (a symbolic link
         is refused: its target would be overwritten) or its file system has no flock.
@@ -54,6 +59,7 @@ class FileLock:
             if on_wait is not None:
                 on_wait(self.holder())
                 on_wait = None
+            while_waiting()
             time.sleep(min(RETRY_SECONDS, max(0.0, end - time.monotonic())))
         return self
 

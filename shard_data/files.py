@@ -3,13 +3,18 @@
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from shard_data.progress import advance
+
 PARTIAL = ".partial"
+CHUNK = 2**22
+"""Bytes that are read at a time."""
 
 
 @contextlib.contextmanager
@@ -61,13 +66,20 @@ def read_bounded(path: Path, max_bytes: int, follow: bool = False) -> bytes:
     """The content of a regular file of at most `max_bytes`. Raises OSError as `open_regular` does, or for its size."""
     with open_regular(path, follow) as file:
         if os.fstat(file.fileno()).st_size <= max_bytes:  # before anything is read, as a file can be sparse
-            content = file.read(max_bytes + 1)
-            if len(content) <= max_bytes:
-                return content
+            content = io.BytesIO()
+            while chunk := file.read(min(CHUNK, max_bytes + 1 - content.tell())):
+                content.write(chunk)
+                advance()
+            if content.tell() <= max_bytes:
+                return content.getvalue()
     raise OSError(errno.EFBIG, f"larger than {max_bytes} bytes", str(path))
 
 
 def sha256(path: Path) -> str:
     """Hexadecimal sha256 of a regular file, through symbolic links. Raises OSError for a pipe or a device."""
+    digest = hashlib.sha256()
     with open_regular(path, follow=True) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            advance()
+    return digest.hexdigest()

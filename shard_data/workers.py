@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from shard_data.errors import BadImage, DataError
+from shard_data.progress import advance
 from shard_data.shard import Layout, write_shard
 from shard_data.source import Record, Sample, Source
 
@@ -68,7 +69,7 @@ class ShardWriter:
 def write_all(writer: ShardWriter, tasks: Sequence[Task], workers: int, bar: tqdm) -> Iterator[dict[str, Any]]:
     """Write every task's shard and yield the entries as they are finished, in any order."""
     if workers == 1 or len(tasks) < 2:
-        return (writer.write(task, bar.update) for task in tasks)
+        return (writer.write(task, lambda count: _show(bar, count)) for task in tasks)
     return _write_in_processes(writer, tasks, min(workers, len(tasks)), bar)
 
 
@@ -79,15 +80,23 @@ def _write_in_processes(
     counter, stop = context.Value("q", 0), context.Event()
     with ProcessPoolExecutor(workers, context, _start_worker, (writer, counter, stop)) as pool:
         try:
-            waiting = {pool.submit(_work, task) for task in tasks}
+            waiting, shown = {pool.submit(_work, task) for task in tasks}, 0
             while waiting:
                 done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-                bar.update(counter.value - bar.n)
+                before, shown = shown, counter.value
+                _show(bar, shown - before)
                 yield from map(_result, done)
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _show(bar: tqdm, count: int) -> None:
+    """`count` more images are converted."""
+    if count:
+        advance()
+        bar.update(count)
 
 
 def _result(future: Future) -> dict[str, Any]:

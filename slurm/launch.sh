@@ -210,9 +210,10 @@ print(status.state, status.step)' "$run_dir")
     esac
 }
 
-# Other programs have only an exit code: below 124 they ended by themselves.
+# Other programs have only an exit code: below 124 they ended by themselves, except for 80 to 83 (pipeline/distributed/
+# watchdog.py: a process hung, failed or was lost).
 report_by_code() { # RC
-    [ "$1" -ge 124 ] || exit "$1"
+    if [ "$1" -lt 124 ] && { [ "$1" -lt 80 ] || [ "$1" -gt 83 ]; }; then exit "$1"; fi
     requeue_or_give_up "$1" "$([ -n "$stopping" ] && echo preempted || echo killed)" 0
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What srun starts once on every node: `accelerate launch`, which starts the node's processes.
+# What srun starts once on every node: pipeline/launch.py, which starts the node's processes as `accelerate launch` does.
 #
 #   slurm/node.sh SCRIPT ARGUMENT...
 #
@@ -9,7 +9,7 @@ set -euo pipefail
 trap '' USR1
 # Without GPUs, training refuses the configuration below unless CPUs are requested.
 if [ -z "${SLURM_GPUS_ON_NODE:-}" ]; then export ACCELERATE_USE_CPU=true; fi
-exec "$PYTHON" -m accelerate.commands.launch \
+exec "$PYTHON" "$FROZEN_CODE/pipeline/launch.py" \
     --config_file "$FROZEN_CODE/accelerate_configs/multi_node.yaml" \
     --num_machines "$SLURM_JOB_NUM_NODES" --machine_rank "$SLURM_NODEID" --num_processes "$NUM_PROCESSES" \
     --main_process_ip "$MAIN_PROCESS_IP" --main_process_port "$MAIN_PROCESS_PORT" \

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = {
-    "train evaluate sample edit train_classifier status": 7,  # the commands
+    "launch train evaluate sample edit train_classifier status": 7,  # the commands
     "inference": 6,
     "run": 5,
     "recipe": 4,
@@ -30,8 +30,8 @@ FOLDERS = {"inference", "run", "evaluation", "training", "data", "models", "trac
 DOORS = {
     "wandb": {"pipeline/tracking/wandb_run.py"},
     "yaml": {"pipeline/config.py"},
-    "accelerate": {"pipeline/distributed/runtime.py"},
-    "torch.distributed": {"pipeline/distributed/collectives.py"},
+    "accelerate": {"pipeline/distributed/runtime.py", "pipeline/launch.py"},
+    "torch.distributed": {"pipeline/distributed/collectives.py", "pipeline/launch.py"},
     "torchvision": {"pipeline/evaluation/images.py"},
     "webdataset": {"shard_data/verify.py"},
     "pydantic": None,
@@ -96,11 +96,14 @@ def test_shard_data_imports_neither_pipeline_nor_torch():
 
 
 FORMAT = {
-    "data": {"errors", "fetch", "file_lock", "files", "manifest"},
+    "data": {"errors", "fetch", "file_lock", "files", "manifest", "progress"},
     "run": {"manifest"},
-    "storage": {"file_lock", "files"},
+    "storage": {"file_lock", "files", "progress"},
+    "distributed": {"progress"},
+    "cli": {"progress"},
+    "train_classifier": {"progress"},
 }
-"""Modules of shard_data that folders of pipeline/ may import: the format of a shard set, and locks."""
+"""Modules of shard_data that parts of pipeline/ may import: the format of a shard set, locks, and progress."""
 
 
 def test_pipeline_imports_only_the_format_side_of_shard_data():

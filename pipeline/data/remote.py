@@ -24,8 +24,9 @@ from tqdm import tqdm
 from shard_data import manifest as manifests
 from shard_data.fetch import Expected, FetchFailed, WrongContent, fetch
 from shard_data.file_lock import FileLock, LockHeld
-from shard_data.files import replacing
+from shard_data.files import PARTIAL, replacing
 from shard_data.manifest import Manifest
+from shard_data.progress import advance
 
 MAX_INDEX_HEADER = 2**16
 
@@ -145,7 +146,8 @@ def _fetch_all(folder: Path, missing: list[RemoteFile], progress: bool) -> None:
     with tqdm(total=total, desc="fetch", unit="B", unit_scale=True, disable=None if progress else True) as bar:
         for wait in (0.0, math.inf):
             for file in list(missing):
-                with contextlib.suppress(LockHeld), FileLock(folder / f"{file.name}.lock").acquire(wait, _log_wait):
+                lock, growth = FileLock(folder / f"{file.name}.lock"), _Growth(folder / file.name)
+                with contextlib.suppress(LockHeld), lock.acquire(wait, _log_wait, growth.look):
                     _fetch_file(folder, file)
                     missing.remove(file)
                     bar.update(file.size or 0)
@@ -153,6 +155,20 @@ def _fetch_all(folder: Path, missing: list[RemoteFile], progress: bool) -> None:
 
 def _log_wait(holder: str) -> None:
     log.info("waiting for the files that %s fetches", holder)
+
+
+class _Growth:
+    """Counts as progress what another process writes of a file."""
+
+    def __init__(self, path: Path):
+        self._partial, self._size = path.with_name(path.name + PARTIAL), 0
+
+    def look(self) -> None:
+        """Compare the size with the last one."""
+        with contextlib.suppress(FileNotFoundError):
+            before, self._size = self._size, self._partial.stat().st_size
+            if self._size != before:
+                advance()
 
 
 def _fetch_file(folder: Path, file: RemoteFile) -> None:

@@ -2,10 +2,27 @@
 
 import logging
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from tqdm import tqdm
+
 log = logging.getLogger("pipeline")
+
+REPORT_DELAY = 10.0
+"""Seconds that other processes leave to the main process for its error."""
+
+
+class TerminalHandler(logging.StreamHandler):
+    """Writes to stderr. A progress bar there is cleared before each message and drawn again below it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a message."""
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+        except Exception:
+            self.handleError(record)
 
 
 def launched_rank() -> int:
@@ -19,6 +36,23 @@ def launched_rank() -> int:
     return int(environment.get("RANK", "0"))
 
 
+def report_error(error: Exception) -> None:
+    """Logs an error that ends a command, once, on the main process.
+
+    Another process waits: the launcher ends all processes when the first one exits, and would cut the main process
+    short. If it is still there after that, the main process has no such error, so it logs its own.
+    """
+    if getattr(error, "is_reported", False):
+        return
+    rank = launched_rank()
+    if rank > 0:
+        time.sleep(REPORT_DELAY)
+        log.error("error on rank %d: %s", rank, error)
+    else:
+        log.error("error: %s", error)
+    error.is_reported = True
+
+
 def start_logging(log_file: Path | None, is_main: bool, earlier: Iterable[logging.LogRecord] = ()) -> None:
     """Sends messages of the package to the terminal and, where given, to `log_file`.
 
@@ -30,7 +64,7 @@ def start_logging(log_file: Path | None, is_main: bool, earlier: Iterable[loggin
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
-    terminal = logging.StreamHandler()
+    terminal = TerminalHandler()
     terminal.setLevel(logging.INFO if is_main else logging.WARNING)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(terminal)

@@ -1,7 +1,7 @@
 """Processes and devices. The only module that uses Accelerate; the trainer's collectives go through it.
 
 It does not depend on models or data. With one process each collective is the identity. If a process does not join a
-collective in time, all processes end (see `watchdog`). Processes wait without a timeout for the work of another one.
+collective in time, all processes end (see `watchdog`). They wait for the work of another one as long as it advances.
 """
 
 import os
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pipeline.distributed import collectives
 from pipeline.distributed.agreement import disagreement
-from pipeline.distributed.watchdog import Watchdog, World, wait_until
+from pipeline.distributed.logs import report_error
+from pipeline.distributed.watchdog import Watchdog, Work, World, wait_until
 
 Precision = Literal["fp32", "bf16", "fp64"]
 Result = TypeVar("Result")
@@ -35,14 +36,17 @@ class Runtime:
         cpu_threads: int | None = None,
         expect_processes: int | None = None,
         collective_timeout: float = 120.0,
+        progress_timeout: float = 600.0,
     ):
         """Joins the process group that the launcher set up.
 
         `collective_timeout`: seconds that processes wait for a rank in a collective before all of them end.
+        `progress_timeout`: seconds that work which others wait for otherwise may make no progress.
         Raises ValueError where the launcher made fewer processes than it announced or than `expect_processes` asks for,
         and where it was configured for GPUs on a machine that has none.
         """
-        self.watchdog = Watchdog()
+        self._work = Work()
+        self.watchdog = Watchdog(self._work, progress_timeout)
         timeout = timedelta(seconds=collective_timeout + BACKEND_MARGIN)
         # With synchronized batch norm DDP has no buffers to broadcast.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -120,25 +124,29 @@ class Runtime:
         """Equal-sized tensors of all ranks, joined along dimension 0 in rank order, on every rank."""
         return self.accelerator.gather(value)
 
-    def run_on_main(self, work: Callable[[], Result]) -> Result | None:
-        """Runs `work` on the main process while the others wait without a timeout.
+    def run_on_main(self, work: Callable[[], Result], name: str = "its work") -> Result | None:
+        """Runs `work` on the main process while the others wait, as long as it advances (`shard_data.progress`).
 
-        Returns its result there, and None elsewhere. Its ValueError or OSError is raised on every rank.
+        `name` completes "no progress in": "writing the checkpoint". Returns the result there, and None elsewhere. Its
+        ValueError or OSError is raised on every rank.
         """
-        return self._run(work if self.is_main else lambda: None, workers=1)
+        return self._run(work if self.is_main else lambda: None, name, workers=1)
 
-    def run_on_all(self, work: Callable[[], Result]) -> Result:
-        """Runs `work` on every rank. Blocks without a timeout until all ranks finish. A ValueError or OSError of any
-        rank is raised on every rank; if several fail, that of the lowest rank.
+    def run_on_all(self, work: Callable[[], Result], name: str = "its work") -> Result:
+        """Runs `work` on every rank. Blocks until all ranks finish, as long as one of them advances. A ValueError or
+        OSError of any rank is raised on every rank; if several fail, that of the lowest rank.
         """
-        return self._run(work, workers=self.world_size)
+        return self._run(work, name, workers=self.world_size)
 
-    def _run(self, work: Callable[[], Result], workers: int) -> Result:
+    def _run(self, work: Callable[[], Result], name: str, workers: int) -> Result:
         result, failure = None, None
+        self._work.name = name
         try:
             result = work()
         except (ValueError, OSError) as error:
             failure = error
+        finally:
+            self._work.name = ""
         self._rendezvous(workers)
         failures = [failure for failure in self.gather_objects(failure) if failure is not None]
         if failures:
@@ -147,7 +155,7 @@ class Runtime:
 
     def _rendezvous(self, workers: int) -> None:
         """Blocks until the first `workers` ranks arrive. Not a collective, which would time out; the watchdog checks
-        that the other ranks are alive.
+        that the other ranks are alive and that their work advances.
         """
         if self.world_size == 1:
             return
@@ -155,7 +163,9 @@ class Runtime:
         count, opened = f"rendezvous/{self._num_rendezvous}/count", f"rendezvous/{self._num_rendezvous}/open"
         if self.rank < workers and self._store.add(count, 1) == workers:
             self._store.set(opened, "")
+        self._work.waiting = True
         wait_until(lambda: self._store.check([opened]))
+        self._work.waiting = False
         collectives.barrier(self._hosts)
         if self.is_main:
             self._store.delete_key(count)
@@ -176,7 +186,7 @@ class Runtime:
             raise raised_on_all_ranks(ValueError(problem))
 
     def barrier(self) -> None:
-        """Blocks without a timeout until all ranks arrive."""
+        """Blocks until all ranks arrive, as long as the others advance."""
         self._rendezvous(self.world_size)
 
     @contextmanager
@@ -187,17 +197,21 @@ class Runtime:
         except Exception as error:
             if not is_raised_on_all_ranks(error):
                 self.watchdog.report_failure(error)
+                error.is_reported = not self.is_main
             raise
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """For a script's whole work: `propagate_failure`, then `close`."""
+        """for the whole work of a script: `propagate_failure`, then `close`."""
         try:
             with self.propagate_failure():
                 yield
         except Exception as error:
             if is_raised_on_all_ranks(error):
-                # The launcher ends all processes when the first one exits: wait until the main process has reported.
+                # The launcher ends all processes when the first one exits, so the main process reports before that.
+                if self.is_main:
+                    report_error(error)
+                error.is_reported = True
                 self.barrier()
             raise
         finally:

@@ -6,13 +6,15 @@ rank is missing if others wait for it in a collective, or it sends no heartbeat,
 that finds a missing rank, or that fails, puts a failure report into the store. The first report counts, and every
 process acts on it.
 
-A process that waits for another's long work without a collective (see `Runtime.run_on_main`) is not behind. It
-waits without a timeout while heartbeats arrive.
+A process that waits for another's long work without a collective (see `Runtime.run_on_main`) is not behind. It waits as
+long as that work advances: each heartbeat counts the pieces of work that are done (see `shard_data.progress`). If none
+is added for longer than `progress_timeout`, all processes end. A process alone ends in the same way.
 """
 
 import atexit
 import faulthandler
 import logging
+import math
 import os
 import socket
 import sys
@@ -31,14 +33,17 @@ from typing import NamedTuple
 from pipeline.distributed.collectives import Store, is_lost_connection
 from pipeline.distributed.heartbeat import SILENT, Heartbeat, Heartbeats
 from pipeline.distributed.launcher import Launcher
+from shard_data import progress
 
 PERIOD = 0.5  # seconds between heartbeats
 REPORT_TIMEOUT = 5.0  # seconds that processes wait for each other's messages before they end
 CLOSE_TIMEOUT = 20.0  # seconds that the main process waits at the end for the others to leave
 HEAD_START = 5.0  # seconds by which the process that failed leaves earlier, so that the launcher names it as the cause
 
-HUNG, PEER_FAILED, ORPHANED = 80, 81, 82
-"""Exit codes: a collective timed out; another process failed; the launcher died."""
+HUNG, PEER_FAILED, ORPHANED, STALLED = 80, 81, 82, 83
+"""Exit codes: a collective timed out; another process failed; the launcher died; work that others waited for made no
+progress.
+"""
 
 PACKAGE = Path(__file__).parents[1]
 log = logging.getLogger("pipeline")
@@ -55,6 +60,15 @@ class FailureReport(NamedTuple):
     """The rank that prints it."""
     num_acknowledgements: int
     """The number of processes that are expected to act on it."""
+
+
+@dataclass
+class Work:
+    """What this process does that others wait for without a collective."""
+
+    name: str = ""
+    waiting: bool = False
+    """Whether it waits for others instead."""
 
 
 @dataclass
@@ -76,14 +90,18 @@ class Watchdog:
     group is destroyed.
     """
 
-    def __init__(self):
+    def __init__(self, work: Work | None = None, progress_timeout: float = math.inf):
+        """`progress_timeout`: seconds that `work`, or that of another process, may make no progress."""
         self.stacks: Path | None = None  # folder for the stacks of a hanging run
         self.failed = False  # whether this process has reported its failure
         self._launcher = Launcher()
         self._world: World | None = None
+        self._work = work or Work()
+        self._progress_timeout = progress_timeout
         self._host = socket.gethostname()
         self._count = 0
-        self._heartbeats: Heartbeats | None = None
+        self._alone = Heartbeats([self._heartbeat()], math.inf, progress_timeout)
+        self._heartbeats: Heartbeats | None = None  # where this process observes all
         self._closing = threading.Event()
         self._failing = threading.Event()
         self._ending = threading.Lock()  # never released
@@ -97,7 +115,7 @@ class Watchdog:
         self._send_heartbeat()
         world.store.wait(self._keys(), timedelta(seconds=world.timeout))
         if world.rank in (0, world.world_size - 1):
-            self._heartbeats = Heartbeats(self._read_heartbeats(), world.timeout)
+            self._heartbeats = Heartbeats(self._read_heartbeats(), world.timeout, self._progress_timeout)
         if not self._thread.is_alive():
             self._start()
 
@@ -144,14 +162,23 @@ class Watchdog:
         while not self._closing.wait(PERIOD):
             if self._launcher.is_gone():
                 self._end_orphan()
-            if self._world is None:
-                continue
             now = time.monotonic()
-            try:
-                self._check(now - last)
-            except RuntimeError as error:
-                self._lose_store(error)
+            if self._world is None:
+                self._check_alone(now - last)
+            else:
+                try:
+                    self._check(now - last)
+                except RuntimeError as error:
+                    self._lose_store(error)
             last = now
+
+    def _check_alone(self, elapsed: float) -> None:
+        self._alone.update([self._heartbeat()], elapsed)
+        if self._alone.stalled():
+            end_within(REPORT_TIMEOUT, STALLED)
+            log.error("%s", describe_stall(self._alone))
+            self._show_stacks(STALLED)
+            os._exit(STALLED)
 
     def _check(self, elapsed: float) -> None:
         self._send_heartbeat()
@@ -162,10 +189,13 @@ class Watchdog:
             self._act_on(report)
 
     def _send_heartbeat(self, running: bool = True) -> None:
-        world = self._world
+        self._world.store.set(f"heartbeat/{self._world.rank}", self._heartbeat(running).encode())
+
+    def _heartbeat(self, running: bool = True) -> Heartbeat:
         self._count += 1
-        heartbeat = Heartbeat(self._count, world.joined(), self._host, main_thread_position(), running)
-        world.store.set(f"heartbeat/{world.rank}", heartbeat.encode())
+        joined = self._world.joined() if self._world is not None else 0
+        work = progress.count(), self._work.name, self._work.waiting
+        return Heartbeat(self._count, joined, self._host, main_thread_position(), running, *work)
 
     def _read_heartbeats(self) -> list[Heartbeat]:
         return [Heartbeat.decode(text) for text in self._world.store.multi_get(self._keys())]
@@ -175,15 +205,22 @@ class Watchdog:
 
     def _observe(self, elapsed: float) -> FailureReport | None:
         self._heartbeats.update(self._read_heartbeats(), elapsed)
-        missing, present = self._heartbeats.missing(), self._heartbeats.present()
-        if not missing:
+        missing = self._heartbeats.missing()
+        if missing:
+            code, message = HUNG, self._describe_missing(missing)
+        elif self._heartbeats.stalled():
+            code, message = STALLED, describe_stall(self._heartbeats)
+        else:
             return None
-        timeout = self._world.timeout
-        lines = [
-            f"collective timeout: after {timeout:g} s (train.collective_timeout) all processes end, because",
-            *(f"  {self._heartbeats.describe(rank)}" for rank in missing),
-        ]
-        return self._publish(FailureReport(HUNG, "\n".join(lines), self._world.rank, present[0], len(present)))
+        present = self._heartbeats.present()
+        return self._publish(FailureReport(code, message, self._world.rank, present[0], len(present)))
+
+    def _describe_missing(self, ranks: list[int]) -> str:
+        lines = [self._heartbeats.describe(rank) for rank in ranks]
+        head = (
+            f"collective timeout: after {self._world.timeout:g} s (train.collective_timeout) all processes end, because"
+        )
+        return "\n  ".join([head, *lines])
 
     # ------------------------------------------------------------------------------------------ failure reports
 
@@ -206,8 +243,8 @@ class Watchdog:
         end_within(2 * REPORT_TIMEOUT, report.code)
         if self._world.rank == report.reporter:
             log.error("%s", report.message)
-        if report.code == HUNG:
-            self._show_stacks()
+        if report.code in (HUNG, STALLED):
+            self._show_stacks(report.code)
         with suppress(RuntimeError):
             self._world.store.add("acknowledgements", 1)
             self._await_acknowledgements(report)
@@ -269,16 +306,24 @@ class Watchdog:
         log.error("rank %d on %s ends: the store of the process group is gone: %s", self._world.rank, self._host, error)
         os._exit(PEER_FAILED)
 
-    def _show_stacks(self) -> None:
-        """Every thread's Python stack, to the log and to a file of this rank."""
-        name = f"rank_{self._world.rank:05d}.txt"
+    def _show_stacks(self, code: int) -> None:
+        """Every thread's Python stack, to a file of this rank, and to the log unless work stalled."""
+        rank = self._world.rank if self._world is not None else 0
+        name = f"rank_{rank:05d}.txt"
         try:
             text = write_stacks(self.stacks and self.stacks / name)
         except OSError as error:
             log.error("%s: %s", name, error)
             faulthandler.dump_traceback(all_threads=True)
             return
-        log.error("rank %d on %s, Python stacks:\n%s", self._world.rank, self._host, text)
+        if code == HUNG:
+            log.error("rank %d on %s, Python stacks:\n%s", rank, self._host, text)
+
+
+def describe_stall(heartbeats: Heartbeats) -> str:
+    """One line about the ranks whose work makes no progress."""
+    parts = "; ".join(map(heartbeats.describe_stall, heartbeats.stalled()))
+    return f"{parts}; the run ends (train.progress_timeout: {heartbeats.progress_timeout:g} s)"
 
 
 def main_thread_position() -> str:

@@ -37,8 +37,8 @@ def run_attempt(
     `wait`: seconds to wait for the processes of an earlier attempt. Raises ValueError for a user error, ResumeRefused
     among them, and TrainingDiverged.
     """
-    runtime.run_on_all(lambda: check_batch(recipe, runtime.world_size))
-    lock = runtime.run_on_main(lambda: RunLock(folder, wait))  # held by the main process until it ends
+    runtime.run_on_all(lambda: check_batch(recipe, runtime.world_size), "checking the batch size")
+    lock = runtime.run_on_main(lambda: RunLock(folder, wait), f"locking {folder}")  # the main process holds it
     try:
         session = open_session(folder, recipe, runtime, resume, may_make_data, lock)
         was_finished = runtime.from_main(session.status.status.state) == "finished"
@@ -75,12 +75,12 @@ def open_session(
             "processes": str(runtime.world_size),
         }
     )
-    runtime.run_on_main(lambda: prepare_data(recipe, may_make_data))
+    runtime.run_on_main(lambda: prepare_data(recipe, may_make_data), f"making {recipe.data.root}")
     session = Session(recipe, runtime, folder, lock.check if lock is not None else lambda: None)
     runtime.check_agreement({"training data": session.data.train.fingerprint})
     checkpoint = find_checkpoint(runtime, session.checkpoints, resume)
     if checkpoint is not None:
-        runtime.run_on_all(lambda: restore(session, checkpoint, resume))
+        runtime.run_on_all(lambda: restore(session, checkpoint, resume), "restoring a checkpoint")
     start_logging(folder / "log.txt" if runtime.is_main else None, runtime.is_main, earlier=list(early.buffer))
     return session
 
@@ -97,7 +97,7 @@ def train_with_tracker(session: Session, recipe: Recipe, runtime: Runtime, stop:
 
     # Inside the tracker: its last upload to W&B must not delay the failure report to the other processes.
     with (
-        runtime.run_on_main(lambda: tracker(is_main=True)) or tracker(is_main=False) as opened,
+        runtime.run_on_main(lambda: tracker(is_main=True), "starting the tracker") or tracker(is_main=False) as opened,
         runtime.propagate_failure(),
     ):
         return session.run(opened, should_stop=lambda: stop.reason is not None)

@@ -20,7 +20,7 @@ def build_trainer(recipe: Recipe, runtime: Runtime, data: RunData) -> Trainer:
     """The trainer at step 0. The initial weights depend on the recipe's seed alone."""
     train = recipe.train
     folder = recipe.model.classifier_folder
-    classifier = runtime.run_on_all(lambda: load_frozen_classifier(folder)) if folder else None
+    classifier = runtime.run_on_all(lambda: load_frozen_classifier(folder), "reading a classifier") if folder else None
     torch.manual_seed(train.seed)
     model = build_model(recipe, classifier).to(runtime.dtype)
     if train.channels_last:

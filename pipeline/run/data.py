@@ -45,12 +45,16 @@ class RunData:
         splits = config.train_split, self.recipe.validation.split
         if not is_address(config.root):
             runtime.run_on_all(lambda: check_set(self.recipe, manifests.load(Path(config.root)), config.root))
-            return runtime.run_on_all(lambda: [TarShards(config.root, split, verify) for split in splits])
+            return runtime.run_on_all(
+                lambda: [TarShards(config.root, split, verify) for split in splits], f"opening {config.root}"
+            )
         address = check_address(config.root)
-        manifest = runtime.from_main(runtime.run_on_main(lambda: fetch_manifest(address)))
+        manifest = runtime.from_main(runtime.run_on_main(lambda: fetch_manifest(address), f"fetching {address}"))
         runtime.run_on_all(lambda: check_set(self.recipe, manifests.parse(manifest, address), address))
         cache = Path(config.cache) if config.cache else default_cache()
-        folder = runtime.run_on_all(lambda: fetch_set(address, manifest, splits, cache, progress=runtime.is_main))
+        folder = runtime.run_on_all(
+            lambda: fetch_set(address, manifest, splits, cache, progress=runtime.is_main), f"fetching {address}"
+        )
         return [TarShards(folder, split, verify, origin=address) for split in splits]
 
     def batches(self, step: int) -> Iterable[Batch]:
@@ -90,7 +94,7 @@ class RunData:
         """
         on_error = self.recipe.data.on_error
         batches = build_eval_loader(self.held_out, self._plain, batch_size=count, on_error=on_error)
-        return self.model_inputs(self.runtime.run_on_all(lambda: first_with_images(batches)))
+        return self.model_inputs(self.runtime.run_on_all(lambda: first_with_images(batches), "reading images"))
 
     def report_unreadable(
         self,

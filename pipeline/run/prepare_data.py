@@ -19,7 +19,9 @@ def prepare_data(recipe: Recipe, may_make: bool) -> None:
         arguments = ["--data", root, "--out", folder, "--epochs", "2"]
         command = shlex.join(arguments)
         log.info("%s is missing and trained once: python pipeline/train_classifier.py %s", folder, command)
-        run_python(str(ROOT / "pipeline/train_classifier.py"), *arguments)
+        run_python(
+            str(ROOT / "pipeline/train_classifier.py"), *arguments, progress_timeout=recipe.train.progress_timeout
+        )
 
 
 def prepare_shards(recipe: Recipe, may_make: bool) -> None:
@@ -37,4 +39,4 @@ def prepare_shards(recipe: Recipe, may_make: bool) -> None:
         how = f"; make it with: {command}" if source else ""
         raise ValueError(f"{root}: no complete shard set (no manifest.json){how}")
     log.info("%s is missing and made once: %s", root, command)
-    run_python("-m", "shard_data", *shlex.split(source), "--out", root)
+    run_python("-m", "shard_data", *shlex.split(source), "--out", root, progress_timeout=recipe.train.progress_timeout)

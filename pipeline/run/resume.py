@@ -24,6 +24,7 @@ CHANGEABLE = (
     "train.expect_processes",
     "train.max_skipped_steps",
     "train.collective_timeout",
+    "train.progress_timeout",
     "model.classifier",
     "data.root",
     "data.source",
@@ -69,7 +70,7 @@ def choose_checkpoint(checkpoints: Checkpoints, resume: str) -> Checkpoint | Non
 
 def find_checkpoint(runtime: Runtime, checkpoints: Checkpoints, resume: str) -> Checkpoint | None:
     """The main process chooses; every rank reads the checkpoint that it chose."""
-    chosen = runtime.run_on_main(lambda: choose_checkpoint(checkpoints, resume))
+    chosen = runtime.run_on_main(lambda: choose_checkpoint(checkpoints, resume), "reading a checkpoint")
     path = runtime.from_main(chosen.path if chosen is not None else None)
     if path is None or chosen is not None:
         return chosen

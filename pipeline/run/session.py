@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,9 @@ class Session:
             with replacing(self.folder / "config.yaml") as file:
                 file.write(dump(self.recipe).encode())
         recipe = self.recipe
-        self.runtime.run_on_main(lambda: self.data.unreadable.open(self.folder, self.trainer.step))
+        self.runtime.run_on_main(
+            lambda: self.data.unreadable.open(self.folder, self.trainer.step), f"reading {self.folder}"
+        )
         cadences = [
             Cadence(recipe.validation.every, self.validate),
             Cadence(recipe.tracking.log_every, self.report),
@@ -95,7 +98,7 @@ class Session:
         completed = self.trainer.fit(cadences, should_stop, **observers)
         if not completed:
             self.save(self.trainer.step)
-        self.runtime.run_on_main(lambda: self.writer.finish())  # the other ranks wait for the disk without a timeout
+        self.runtime.run_on_main(lambda: self.writer.finish(), f"writing a checkpoint to {self.checkpoints.folder}")
         return completed
 
     def _report_unsaved(self, step: int, message: str) -> None:
@@ -114,13 +117,20 @@ class Session:
         self.checkpoints.check()
         scalars = self.trainer.interval_scalars()
         if self.peak_flops and "perf/images_per_second" in scalars:
-            speed = scalars["perf/images_per_second"] * self.flops_per_image  # FLOP/s of all devices
-            scalars["perf/mfu"] = speed / (self.peak_flops * self.runtime.world_size)
+            flops = scalars["perf/images_per_second"] * self.flops_per_image  # per second, of all devices
+            scalars["perf/mfu"] = flops / (self.peak_flops * self.runtime.world_size)
         if self.stall_ms:
             scalars["perf/checkpoint_stall_ms"], self.stall_ms = self.stall_ms, 0.0
         self.tracker.log(step, scalars)
         shown = [f"{name.split('/')[-1]} {scalars[name]:.4g}" for name in SHOWN if name in scalars]
+        if speed := scalars.get("perf/images_per_second"):
+            shown.append(f"{self._time_left(step, speed)} left")
         log.info("step %d/%d  %s", step, self.trainer.total_steps, "  ".join(shown))
+
+    def _time_left(self, step: int, images_per_second: float) -> timedelta:
+        """Until the last step at this speed, without validation and samples."""
+        images = (self.trainer.total_steps - step) * self.recipe.train.batch_size
+        return timedelta(seconds=round(images / images_per_second))
 
     def validate(self, step: int) -> None:
         """Held-out figures of the averaged weights, where there are any."""
@@ -157,15 +167,19 @@ class Session:
         self.tracker.log(step, {}, grids)
 
     def save(self, step: int) -> None:
-        """A checkpoint, written by the main process while training goes on."""
+        """A checkpoint, written by the main process while training continues. All ranks wait for the previous one."""
         self.checkpoints.check()
-        if self.writer is None or step == self.saved_step:
+        if step == self.saved_step:
             return
+        self.saved_step = step
+        folder = self.checkpoints.folder
+        self.runtime.run_on_main(lambda: self._hand_to_writer(step), f"writing a checkpoint to {folder}")
+
+    def _hand_to_writer(self, step: int) -> None:
         score = self.validated[1] if self.validated and self.validated[0] == step else None
         self.tracker.sync()
         stall = self.writer.save(step, self.trainer.state.tensors(), self._facts(), score)
         self.stall_ms = max(self.stall_ms, stall)
-        self.saved_step = step
 
     def _facts(self) -> dict[str, Any]:
         return {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.storage.checkpoint_folder import Snapshot
+from shard_data.progress import advance
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class CheckpointWriter:
             if self._fault is None:
                 return
             logger.warning("the last checkpoint of this run is tried again in %g s", seconds)
+            advance()
             time.sleep(seconds)
             self._fault = self._attempt(self._job)
         if self._fault is not None:

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 from shard_data.file_lock import FileLock, LockHeld
+from shard_data.progress import advance
 
 log = logging.getLogger("pipeline")
 
@@ -27,7 +28,7 @@ class RunLock:
         self._lock = FileLock(self.folder / "run.lock")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout, lambda holder: log.info(WAITING, self.folder, holder, timeout))
+            self._lock.acquire(timeout, lambda holder: log.info(WAITING, self.folder, holder, timeout), advance)
         except LockHeld as error:
             advice = "wait for it, stop it, or name another with --run-dir"
             raise ValueError(f"{self.folder} is in use by {error.holder}; {advice}") from None

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shard_data.progress import advance
+
 DTYPES = {
     torch.uint64: "U64",
     torch.int64: "I64",
@@ -31,6 +33,9 @@ DTYPES = {
 }
 """The format's names of dtypes, in the order in which the library stores them, so that all are aligned."""
 
+CHUNK = 2**26
+"""Bytes that are written and hashed at a time."""
+
 _ORDER = {dtype: position for position, dtype in enumerate(DTYPES)}
 
 
@@ -43,8 +48,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, int]:
     digest = hashlib.sha256()
     with open(path, "xb") as file:
         for piece in _pieces(tensors):
-            digest.update(piece)
-            file.write(piece)
+            for start in range(0, len(piece), CHUNK):
+                part = piece[start : start + CHUNK]
+                digest.update(part)
+                file.write(part)
+                if len(part) == CHUNK:
+                    os.fsync(file.fileno())  # on a slow disk a single fsync at the end could take very long
+                advance()
         file.flush()
         os.fsync(file.fileno())
         return digest.hexdigest(), file.tell()

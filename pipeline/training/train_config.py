@@ -34,6 +34,9 @@ class TrainConfig(Section):
     """Refuse to train with any other number of processes."""
     collective_timeout: float = Field(120.0, gt=0)
     """Seconds that processes wait for one that does not come; then all end, and the missing one is named."""
+    progress_timeout: float = Field(600.0, gt=0)
+    """Seconds that work which other processes wait for (hashing, fetching, making shards, reading or writing a
+    checkpoint) may make no progress; then all end, and the work is named. Slow work that advances is never ended."""
     max_skipped_steps: int = Field(20, gt=0)
     """So many steps in a row with a non-finite loss or gradient end the run."""
 

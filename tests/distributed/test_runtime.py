@@ -1,5 +1,5 @@
 """One process: collectives are the identity, and threads follow the machine rather than the launcher. Two: they wait
-for each other, agree, and stop together."""
+for each other and agree."""
 
 import json
 import os
@@ -29,9 +29,9 @@ def test_with_one_process_collectives_are_the_identity(make_runtime):
     assert runtime.from_main("x") == "x"
     runtime.check_agreement({"code": "a"})
     runtime.barrier()
-    assert runtime.run_on_main(lambda: 7) == 7
+    assert runtime.run_on_main(lambda: 7, "a test") == 7
     with pytest.raises(ValueError, match="spoiled"):
-        runtime.run_on_main(lambda: int("spoiled"))
+        runtime.run_on_main(lambda: int("spoiled"), "a test")
 
 
 def test_cores_are_shared_by_local_processes(monkeypatch):
@@ -112,16 +112,18 @@ def test_a_cpu_configuration_is_accepted_without_gpus(monkeypatch, environment):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
-def test_the_multi_gpu_configuration_ends_with_one_error(tmp_path):
-    """Before, it trained on CPU processes and exited with 0."""
-    command = [part.replace("cpu_2proc", "multi_gpu") for part in script_command(2, write_script(tmp_path, ""))]
+@pytest.mark.parametrize(("processes", "cpus", "gpus"), [(2, "cpu_2proc", "multi_gpu"), (1, "cpu", "single_gpu")])
+def test_gpu_configurations_end_with_one_error(tmp_path, processes, cpus, gpus):
+    """Otherwise they would train on CPU processes and exit with 0."""
+    command = script_command(processes, write_script(tmp_path, ""))
+    command = [part.replace(f"{cpus}.yaml", f"{gpus}.yaml") for part in command]
     result = run_command(*command, PYTHONPATH=str(ROOT))
     assert result.returncode != 0
     assert "the launcher was configured for GPUs and this machine has none" in result.stderr
 
 
 def test_one_process_needs_no_thread(make_runtime):
-    """Without a launcher there is nobody to watch."""
+    """Without a launcher there is nothing to watch."""
     runtime = make_runtime()
     assert not runtime.watchdog._thread.is_alive()
     with pytest.raises(KeyError), runtime.propagate_failure():
@@ -131,10 +133,10 @@ def test_one_process_needs_no_thread(make_runtime):
 
 # ------------------------------------------------------------------------------------------------------ two processes
 
-TOGETHER = """
+COLLECTIVES = """
 import json
 from pipeline.distributed.runtime import is_raised_on_all_ranks
-rank, told = runtime.rank, {}
+rank, results = runtime.rank, {}
 def caught(work):
     try:
         return work()
@@ -145,19 +147,19 @@ def slowly(seconds):
     return rank
 def bad(value):
     raise ValueError(value)
-told["run_on_main"] = runtime.run_on_main(lambda: slowly(9))
-told["together"] = runtime.run_on_all(lambda: slowly(4 * rank))
+results["run_on_main"] = runtime.run_on_main(lambda: slowly(9), "a test")
+results["run_on_all"] = runtime.run_on_all(lambda: slowly(4 * rank), "a test")
 time.sleep(4 * rank)
 runtime.barrier()
-told["bad on main"] = caught(lambda: runtime.run_on_main(lambda: bad(rank)))
-told["bad on one"] = caught(lambda: runtime.run_on_all(lambda: bad(rank) if rank == 1 else rank))
-told["agree"] = [runtime.agree(torch.tensor(flag)) for flag in (True, rank == 0, rank == 1, False)]
-told["any_of"] = runtime.any_of(rank == 0, False, rank == 1, True)
-told["all_agree"] = [runtime.all_agree(True), runtime.all_agree(rank == 0)]
+results["bad on main"] = caught(lambda: runtime.run_on_main(lambda: bad(rank), "a test"))
+results["bad on one"] = caught(lambda: runtime.run_on_all(lambda: bad(rank) if rank == 1 else rank, "a test"))
+results["agree"] = [runtime.agree(torch.tensor(flag)) for flag in (True, rank == 0, rank == 1, False)]
+results["any_of"] = runtime.any_of(rank == 0, False, rank == 1, True)
+results["all_agree"] = [runtime.all_agree(True), runtime.all_agree(rank == 0)]
 runtime.check_agreement({"code": "a", "data": "b"})
-told["disagreement"] = caught(lambda: runtime.check_agreement({"code": "a", "data": f"set {rank}"}))
-told["keys left"] = [key for key in ("count", "open") if runtime._store.check([f"rendezvous/1/{key}"])]
-(folder / f"{rank}.json").write_text(json.dumps(told))
+results["disagreement"] = caught(lambda: runtime.check_agreement({"code": "a", "data": f"set {rank}"}))
+results["keys left"] = [key for key in ("count", "open") if runtime._store.check([f"rendezvous/1/{key}"])]
+(folder / f"{rank}.json").write_text(json.dumps(results))
 if rank == 1:
     time.sleep(1)  # the first one waits for us before it leaves
 runtime.close()
@@ -165,38 +167,38 @@ runtime.close()
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory) -> list[dict]:
+def results(tmp_path_factory) -> list[dict]:
     """What two processes found, by rank, where collectives time out after 3 seconds."""
-    folder = tmp_path_factory.mktemp("together")
-    result = run_script(2, write_script(folder, TOGETHER))
+    folder = tmp_path_factory.mktemp("collectives")
+    result = run_script(2, write_script(folder, COLLECTIVES))
     assert result.returncode == 0, result.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def test_long_work_of_one_rank_is_waited_for(told):
+def test_long_work_of_one_rank_is_waited_for(results):
     """Three times the timeout on the first rank, and longer than it on the second."""
-    assert [rank["run_on_main"] for rank in told] == [0, None]
-    assert [rank["together"] for rank in told] == [0, 1]
-    assert [rank["keys left"] for rank in told] == [[], []]
+    assert [rank["run_on_main"] for rank in results] == [0, None]
+    assert [rank["run_on_all"] for rank in results] == [0, 1]
+    assert [rank["keys left"] for rank in results] == [[], []]
 
 
-def test_an_error_of_one_rank_reaches_all(told):
-    assert [rank["bad on main"] for rank in told] == [[True, "0"]] * 2
-    assert [rank["bad on one"] for rank in told] == [[True, "1"]] * 2
+def test_an_error_of_one_rank_reaches_all(results):
+    assert [rank["bad on main"] for rank in results] == [[True, "0"]] * 2
+    assert [rank["bad on one"] for rank in results] == [[True, "1"]] * 2
 
 
-def test_flags_travel_together(told):
-    assert [rank["any_of"] for rank in told] == [[True, False, True, True]] * 2
-    assert [rank["all_agree"] for rank in told] == [[True, False]] * 2
+def test_flags_are_reduced_in_one_collective(results):
+    assert [rank["any_of"] for rank in results] == [[True, False, True, True]] * 2
+    assert [rank["all_agree"] for rank in results] == [[True, False]] * 2
 
 
-def test_a_flag_must_be_true_on_every_rank(told):
-    """Whichever the one is where it is not."""
-    assert [rank["agree"] for rank in told] == [[True, False, False, False]] * 2
+def test_a_flag_must_be_true_on_every_rank(results):
+    """Whichever rank it is false on."""
+    assert [rank["agree"] for rank in results] == [[True, False, False, False]] * 2
 
 
-def test_disagreement_is_named_on_every_rank(told):
-    for raised_on_all_ranks, message in (rank["disagreement"] for rank in told):
+def test_disagreement_is_named_on_every_rank(results):
+    for raised_on_all_ranks, message in (rank["disagreement"] for rank in results):
         assert raised_on_all_ranks
         assert "data: set 0 on rank 0; set 1 on rank 1" in message
         assert "code" not in message.splitlines()[-1]
@@ -206,7 +208,7 @@ def test_disagreement_is_named_on_every_rank(told):
 
 
 @given(st.lists(st.dictionaries(st.sampled_from("abc"), st.sampled_from("xyz")), min_size=1, max_size=5))
-def test_any_difference_is_told(facts):
+def test_any_difference_is_named(facts):
     problem = disagreement(facts)
     assert (problem is None) == all(rank == facts[0] for rank in facts)
     if problem is not None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.distributed.heartbeat import LONGEST_TICK, Heartbeat, Heartbeats
-from pipeline.distributed.watchdog import HUNG, ORPHANED, PEER_FAILED
+from pipeline.distributed.watchdog import HUNG, ORPHANED, PEER_FAILED, STALLED
 from tests.helpers.launching import ROOT, TIMEOUT, clean_environment, is_alive, started, wait_until
 from tests.helpers.rank_scripts import pid_of, run_script, script_command, write_script
 
@@ -50,19 +50,21 @@ def test_a_rank_that_sleeps_is_named_and_all_show_their_stacks(tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_is_named(tmp_path, rank):
-    """Also where it is the main process, which cannot print. Continued, it ends as the other has."""
+    """Also where it is the main process, which cannot print. Continued, it ends too, by itself or by the launcher."""
     with started(script_command(2, write_script(tmp_path, "train()"))) as launcher:
         pids = [pid_of(tmp_path, r) for r in (0, 1)]
         os.kill(pids[rank], signal.SIGSTOP)
-        said = ""
-        while "no heartbeat" not in said:
+        output = ""
+        while "no heartbeat" not in output:
             line = launcher.stderr.readline()
-            assert line, said
-            said += line
+            assert line, output
+            output += line
         os.kill(pids[rank], signal.SIGCONT)
-        said += launcher.communicate(timeout=TIMEOUT)[1]
-    assert re.search(rf"rank {rank} on \S+: no heartbeat for \d+ s; it was last at: ", said)
-    assert exit_codes(said) == {0: HUNG, 1: HUNG}
+        output += launcher.communicate(timeout=TIMEOUT)[1]
+    assert re.search(rf"rank {rank} on \S+: no heartbeat for \d+ s; it was last at: ", output)
+    codes = exit_codes(output)
+    assert codes[1 - rank] == HUNG
+    assert codes[rank] in (HUNG, -signal.SIGTERM)
 
 
 SLOW = """
@@ -79,12 +81,47 @@ def test_a_slow_rank_that_advances_is_not_missing(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+STALLS = """
+from shard_data import progress
+def advance(pieces):
+    for _ in range(pieces):
+        time.sleep(1)
+        progress.advance()
+runtime.run_on_all(lambda: advance(6) if runtime.rank == 0 else None, "counting")
+def hang():
+    advance(6)
+    (folder / "advanced").write_text("")
+    time.sleep(1000)
+runtime.run_on_main(hang, "hashing the shards")
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_work_that_others_wait_for_ends_the_run_when_it_stands_still(tmp_path, processes):
+    """Not while it advances: twice for twice the timeout."""
+    result = run_script(processes, write_script(tmp_path, STALLS, progress_timeout=3))
+    assert (tmp_path / "advanced").exists(), result.stderr
+    place = r"at \S+:\d+ in \S+"
+    lines = re.findall(
+        rf"^rank 0 on \S+ made no progress in hashing the shards for . s \({place}\); .*$", result.stderr, re.M
+    )
+    assert len(lines) == 1, result.stderr
+    assert lines[0].endswith("the run ends (train.progress_timeout: 3 s)")
+    assert "Python stacks" not in result.stderr
+    for rank in range(processes):
+        assert "Current thread" in (tmp_path / f"stacks/rank_0000{rank}.txt").read_text()
+    if processes == 2:
+        assert exit_codes(result.stderr) == {0: STALLED, 1: STALLED}
+    else:
+        assert f"exit status {STALLED}" in result.stderr
+
+
 # ------------------------------------------------------------------------------------------------------------ failing
 
 FAILS = """
 def fail(step):
     if runtime.rank == 1:
-        raise RuntimeError("the moon is full")
+        raise RuntimeError("out of luck")
 try:
     with runtime.propagate_failure():
         train(fail)
@@ -96,9 +133,9 @@ finally:
 def test_one_ranks_error_ends_both_with_its_message(tmp_path):
     """The launcher names the rank that failed, not the one that had to follow."""
     result = run_script(2, write_script(tmp_path, FAILS))
-    message = re.findall(r"^rank 1 on \S+ failed: RuntimeError: the moon is full$", result.stderr, re.MULTILINE)
+    message = re.findall(r"^rank 1 on \S+ failed: RuntimeError: out of luck$", result.stderr, re.MULTILINE)
     assert len(message) == 1
-    assert "[rank1]: RuntimeError: the moon is full" in result.stderr
+    assert "[rank1]: RuntimeError: out of luck" in result.stderr
     assert "collective timeout" not in result.stderr
     assert re.search(r"Root Cause.*\n\[0\]:\n.*\n.*\n +rank +: 1 .*\n +exitcode +: 1 ", result.stderr)
 
@@ -116,7 +153,7 @@ finally:
 """
 
 
-def test_the_survivor_of_a_killed_rank_says_who_is_gone(tmp_path):
+def test_the_survivor_of_a_killed_rank_names_it(tmp_path):
     result = run_script(2, write_script(tmp_path, VANISHES))
     assert re.search(
         r"^rank 0 on \S+ failed: RuntimeError: .*; rank 1 gives no heartbeat$", result.stderr, re.MULTILINE
@@ -129,17 +166,17 @@ try:
     with runtime.propagate_failure():
         train(lambda step: int("spoiled"))
 except ValueError as error:
-    (folder / f"{runtime.rank}.told").write_text(str(error))
+    (folder / f"{runtime.rank}.error").write_text(str(error))
 finally:
     runtime.close()
 """
 
 
-def test_an_error_of_all_ranks_stays_each_ones_own(tmp_path):
+def test_an_error_of_all_ranks_is_raised_on_each(tmp_path):
     result = run_script(2, write_script(tmp_path, SAME))
     assert result.returncode == 0, result.stderr
     assert "failed" not in result.stderr
-    assert [(tmp_path / f"{rank}.told").read_text() for rank in (0, 1)] == [
+    assert [(tmp_path / f"{rank}.error").read_text() for rank in (0, 1)] == [
         "invalid literal for int() with base 10: 'spoiled'"
     ] * 2
 
@@ -161,9 +198,9 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path, processes):
         end = time.monotonic() + 10
         wait_until(lambda: not any(map(is_alive, pids)))
         assert time.monotonic() < end
-    said = (tmp_path / "stderr").read_text()
-    assert "the launcher" in said
-    assert "has died; this process ends" in said
+    output = (tmp_path / "stderr").read_text()
+    assert "the launcher" in output
+    assert "has died; this process ends" in output
 
 
 LOOK = """
@@ -236,7 +273,7 @@ def test_who_is_behind_is_missing_after_the_timeout():
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=4), st.integers(1, 60))
-def test_waiting_without_a_collective_is_not_being_behind(extra, ticks):
+def test_a_rank_that_waits_without_a_collective_is_not_behind(extra, ticks):
     """All have entered as many; for how long does not matter. Nor does being ahead in turns."""
     heartbeats = Heartbeats(latest([0] * len(extra), 0), timeout=3)
     for tick in range(1, ticks):
@@ -248,7 +285,7 @@ def test_waiting_without_a_collective_is_not_being_behind(extra, ticks):
     assert heartbeats.missing() == []
 
 
-def test_a_silent_rank_is_missing_even_where_nobody_waits():
+def test_a_silent_rank_is_missing_even_where_no_rank_waits():
     heartbeats = Heartbeats(latest([5, 5], 0), timeout=10)
     for tick in range(1, 12):
         heartbeats.update(latest([5, 5], tick, silent=frozenset({0})), elapsed=1)
@@ -271,7 +308,35 @@ def test_a_rank_that_left_is_missed_only_by_those_who_wait_for_it():
     assert heartbeats.describe(1) == "rank 1 on host has left the run"
 
 
-def test_a_suspended_observer_blames_nobody():
+def working(advanced: list[int], waiting: list[bool], count: int) -> list[Heartbeat]:
+    return [
+        Heartbeat(count, 5, "host", "a.py:1 in f", True, done, "" if waits else "hashing", waits)
+        for done, waits in zip(advanced, waiting, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("waiting", [[False, True, True], [False, False, True]])
+def test_work_is_stalled_when_no_rank_advances(waiting):
+    """A rank that waits for a file that another one fetches does not advance itself."""
+    heartbeats = Heartbeats(working([0, 0, 0], waiting, 0), timeout=3, progress_timeout=10)
+    for tick in range(1, 100):
+        heartbeats.update(working([tick // 9, 0, 0], waiting, tick), elapsed=1)
+        assert heartbeats.stalled() == []
+    for tick in range(100, 112):
+        heartbeats.update(working([99, 0, 0], waiting, tick), elapsed=1)
+    assert heartbeats.stalled() == [rank for rank in range(3) if not waiting[rank]]
+    assert heartbeats.missing() == []
+    assert heartbeats.describe_stall(0) == "rank 0 on host made no progress in hashing for 11 s (at a.py:1 in f)"
+
+
+def test_work_that_no_rank_waits_for_is_not_stalled():
+    heartbeats = Heartbeats(working([0, 0], [False, False], 0), timeout=3, progress_timeout=10)
+    for tick in range(1, 100):
+        heartbeats.update(working([0, 0], [False, False], tick), elapsed=1)
+        assert heartbeats.stalled() == []
+
+
+def test_a_suspended_observer_reports_no_rank():
     """All of a job stopped for a day, and continued: the others' heartbeats come a moment later."""
     heartbeats = Heartbeats(latest([6, 5], 0), timeout=2 * LONGEST_TICK)
     heartbeats.update(latest([6, 5], 1), elapsed=1)
@@ -280,6 +345,6 @@ def test_a_suspended_observer_blames_nobody():
 
 
 def test_exit_codes_are_neither_signals_nor_taken():
-    codes = {HUNG, PEER_FAILED, ORPHANED}
-    assert len(codes) == 3
+    codes = {HUNG, PEER_FAILED, ORPHANED, STALLED}
+    assert len(codes) == 4
     assert all(2 < code < 124 for code in codes)

@@ -13,7 +13,7 @@ from pipeline.distributed.logs import start_logging
 from pipeline.distributed.runtime import Runtime
 folder = Path(sys.argv[1])
 start_logging(None, os.environ.get("RANK", "0") == "0")
-runtime = Runtime(collective_timeout=3.0)
+runtime = Runtime(collective_timeout=3.0, progress_timeout=PROGRESS_TIMEOUT)
 runtime.watchdog.stacks = folder / "stacks"
 def train(at_step=lambda step: None):
     for step in range(10**9):
@@ -25,10 +25,10 @@ def train(at_step=lambda step: None):
 """
 
 
-def write_script(folder: Path, body: str) -> Path:
+def write_script(folder: Path, body: str, progress_timeout: float = 600.0) -> Path:
     """A script that defines `train`, which never ends, and then runs `body`."""
     path = folder / "script.py"
-    path.write_text(BEGINNING + body)
+    path.write_text(BEGINNING.replace("PROGRESS_TIMEOUT", str(progress_timeout)) + body)
     return path
 
 

@@ -123,6 +123,16 @@ def test_metrics_have_every_key_the_design_names(single):
     assert keys >= {"perf/images_per_second", "perf/data_wait", "perf/step_ms", "samples_seen"}
 
 
+def test_log_lines_name_the_time_left(single):
+    text = (single / "log.txt").read_text()
+    lines = re.findall(r"step (\d+)/8 .* images_per_second (\S+)  (\d+):(\d+):(\d+) left", text)
+    assert lines[-1][0] == "8"
+    for step, speed, *time_left in lines:
+        hours, minutes, seconds = map(int, time_left)
+        left = (8 - int(step)) * 12 / float(speed)
+        assert 3600 * hours + 60 * minutes + seconds == pytest.approx(left, abs=0.6)
+
+
 def test_a_finished_run_says_so(recipe_file, single):
     result = train(1, recipe_file, "--run-dir", str(single), *FP64)
     assert result.returncode == 0

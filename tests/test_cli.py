@@ -1,0 +1,50 @@
+"""What the commands share: other commands that they start."""
+
+import re
+import time
+
+import pytest
+
+from pipeline.cli import run_python
+from shard_data import progress
+
+STANDS_STILL = """
+import subprocess, sys, time
+from shard_data.progress import advance
+for _ in range(8):
+    time.sleep(0.5)
+    advance()
+open(sys.argv[1], "w").close()
+time.sleep(1000)
+"""
+
+
+def test_a_command_that_makes_no_progress_is_killed(tmp_path):
+    """Not while it advances: for twice the timeout."""
+    before, start = progress.count(), time.monotonic()
+    with pytest.raises(ValueError, match=re.escape("` made no progress for 2 s and was ended")):
+        run_python("-c", STANDS_STILL, str(tmp_path / "advanced"), progress_timeout=2)
+    assert (tmp_path / "advanced").exists()
+    assert progress.count() - before == 8
+    assert time.monotonic() - start < 60
+
+
+def test_a_command_that_fails_is_named():
+    with pytest.raises(ValueError, match="`python -c 'import sys; sys.exit.3.'` ended with exit code 3; see above"):
+        run_python("-c", "import sys; sys.exit(3)", progress_timeout=60)
+
+
+def test_a_commands_own_commands_do_not_get_the_pipe():
+    """They could outlive it, and their progress would be taken for its own."""
+    code = (
+        "import os; from shard_data import progress; assert progress._pipe; assert progress.VARIABLE not in os.environ"
+    )
+    run_python("-c", code)
+
+
+def test_only_a_pipe_is_written_to(tmp_path, monkeypatch):
+    with (tmp_path / "file").open("w") as file:
+        monkeypatch.setenv(progress.VARIABLE, str(file.fileno()))
+        assert progress._take_pipe() is None
+    monkeypatch.setenv(progress.VARIABLE, "none")
+    assert progress._take_pipe() is None
