@@ -23,6 +23,7 @@ from pipeline.distributed.logs import launched_rank, start_logging  # noqa: E402
 from pipeline.distributed.runtime import Runtime  # noqa: E402
 from pipeline.inference.report import (  # noqa: E402
     bound_figures,
+    check_held_out,
     check_metrics,
     describe_measurement,
     edit_measurement,
@@ -98,6 +99,7 @@ def evaluate(parsed: argparse.Namespace, runtime: Runtime) -> None:
     seed = recipe.train.seed if parsed.seed is None else parsed.seed
     log.info("%s at step %d on %s, split %s", recipe.model.name, trained.step, recipe.data.root, parsed.split)
     data = RunData(recipe, runtime, progress=True)
+    check_held_out(trained, data)
     runtime.check_agreement({"data": data.held_out.fingerprint, "code": code_version()})
     figures = measure(parsed, trained, data, runtime, seed)
     report = describe_measurement(trained, data, runtime, seed, figures)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -47,6 +47,10 @@ class DataConfig(Section):
     none is made where it is missing."""
     train_split: str = "train"
     """Split that is trained on."""
+    holdout: int | float = Field(default=0, ge=0)
+    """Images of the training split that are held out as split `val`, for a set that has none: a number, or a fraction
+    below 1. Which ones depends on train.seed and the set. They are not trained on; validate on them with
+    validation.split=val. 0: none."""
     size: int = Field(default=32, ge=1)
     """Height and width, in pixels, that the stored images must have, before padding."""
     channels: int = Field(default=3, ge=1)
@@ -65,6 +69,13 @@ class DataConfig(Section):
     """Reading processes per training process; 0 reads in the training process. Does not change the batches."""
     trace: bool = False
     """Write the epoch and the sample keys of every global batch to data_trace.jsonl."""
+
+    @field_validator("holdout")
+    @classmethod
+    def _is_number_or_fraction(cls, holdout: int | float) -> int | float:
+        if isinstance(holdout, float) and holdout >= 1:
+            raise ValueError(f"give a whole number of images, or a fraction below 1; not {holdout}")
+        return holdout
 
 
 class Batch(NamedTuple):

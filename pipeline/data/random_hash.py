@@ -21,6 +21,7 @@ class Stream(IntEnum):
     FLIP = 3
     BINARIZE = 4
     REPLACE = 5
+    HOLDOUT = 6
 
 
 def mix64(state: np.ndarray) -> np.ndarray:

@@ -56,18 +56,15 @@ class TarShards:
         self.manifest = manifests.load(self.root)
         if split not in self.manifest["splits"]:
             raise ValueError(f"{self.root}: no split '{split}'; it has: {', '.join(self.manifest['splits'])}")
+        self._entries = self.manifest["splits"][split]["shards"]
         self.shard_sizes = tuple(shard["count"] for shard in self._entries)
         self._starts = np.cumsum((0, *self.shard_sizes))  # (S + 1,)
         self._indexes = LRUCache(MAX_OPEN_SHARDS)
         self._tars = LRUCache(MAX_OPEN_SHARDS)
         self._sound: dict[int, bool] = {}  # of the tars that were hashed: whether the hash is the manifest's
 
-    @property
-    def _entries(self) -> list[Shard]:
-        return self.manifest["splits"][self.split]["shards"]
-
     def __len__(self) -> int:
-        return self.manifest["splits"][self.split]["count"]
+        return int(self._starts[-1])
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -125,15 +122,19 @@ class TarShards:
 
     def _by_shard(self, indices: Indices) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Per shard concerned: its number, the places (k,) of its samples in `indices`, their rows (k,) in it."""
-        indices = np.asarray(indices, np.int64)
-        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
-            raise IndexError(
-                f"indices {indices.min()}..{indices.max()} asked of split '{self.split}' with {len(self)} samples"
-            )
+        indices = self._checked(indices, int(self._starts[-1]))
         numbers = np.searchsorted(self._starts, indices, side="right") - 1
         for number in np.unique(numbers).tolist():
             here = np.flatnonzero(numbers == number)
             yield number, here, indices[here] - self._starts[number]
+
+    def _checked(self, indices: Indices, count: int) -> np.ndarray:
+        indices = np.asarray(indices, np.int64)
+        if indices.size and not (indices.min() >= 0 and indices.max() < count):
+            raise IndexError(
+                f"indices {indices.min()}..{indices.max()} asked of split '{self.split}' with {count} samples"
+            )
+        return indices
 
     def _index(self, number: int) -> np.ndarray:
         entry, remedy = self._entries[number], self.remedy
@@ -152,6 +153,32 @@ class TarShards:
             if not self._sound[number]:
                 raise tar.damaged(wanted, "some bytes of the shard were changed: its sha256 is not the manifest's")
         return tar
+
+
+class Subset(TarShards):
+    """Some samples of a split under a name of their own, in the split's order and numbered from 0."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        members: np.ndarray,
+        name: str,
+        verify: bool = False,
+        origin: str | None = None,
+    ):
+        """`members`: the samples' indices in `split`, ascending (n,) int64. For the others see TarShards."""
+        super().__init__(root, split, verify, origin)
+        self.split = name
+        self._members = self._checked(members, int(self._starts[-1]))
+        numbers = np.searchsorted(self._starts, self._members, side="right") - 1
+        self.shard_sizes = tuple(size for size in np.bincount(numbers).tolist() if size)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def _by_shard(self, indices: Indices) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        return super()._by_shard(self._members[self._checked(indices, len(self))])
 
 
 def _image_shape(manifest: Manifest) -> tuple[int, int, int]:

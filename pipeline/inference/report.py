@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import build
+from pipeline.data.holdout import SPLIT as HELD_OUT
 from pipeline.distributed.agreement import code_version
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.class_recognition import recognition
@@ -32,12 +33,18 @@ def evaluation_recipe(
     batch_size: int = 100,
     importance_samples: int = 0,
 ) -> Recipe:
-    """The recipe of a run whose data are this split alone, of its own shard set where `root` is None.
+    """The recipe of a run whose data are this split alone, of its own shard set where `root` is None. Of a run with
+    `data.holdout`, `val` are the held-out images, and its training split is without them.
 
     Raises ConfigError for numbers that make no sense.
     """
     settings = recipe.model_dump(mode="json")
-    settings["data"] |= {"root": recipe.data.root if root is None else root, "train_split": split}
+    root = recipe.data.root if root is None else root
+    settings["data"] |= {"root": root, "train_split": split}
+    if recipe.data.holdout and split == HELD_OUT:
+        settings["data"]["train_split"] = recipe.data.train_split
+    elif split != recipe.data.train_split or root != recipe.data.root:
+        settings["data"]["holdout"] = 0
     settings["validation"] |= {
         "split": split,
         "images": images,
@@ -45,6 +52,15 @@ def evaluation_recipe(
         "importance_samples": importance_samples,
     }
     return build(Recipe, settings)
+
+
+def check_held_out(trained: TrainedModel, data: RunData) -> None:
+    """Raises ValueError where `val` are not the images that were held out of the model's training."""
+    if data.holdout is not None and data.holdout != trained.facts.get("holdout"):
+        raise ValueError(
+            f"--split {data.held_out.split}: the run's validation images are a share of the set that it was trained on "
+            f"(data.holdout), and {data.recipe.data.root} is another set; give that set with --data, or another --split"
+        )
 
 
 def check_metrics(metrics: Sequence[str], trained: TrainedModel, classifier: Path | None) -> None:
@@ -122,6 +138,7 @@ def describe_measurement(
             "root": recipe.data.root,
             "split": shards.split,
             "fingerprint": shards.fingerprint,
+            "holdout": data.holdout,
             "trained_on_fingerprint": trained.facts.get("data_fingerprint"),
             "binarize": recipe.data.binarize,
             "bits": recipe.data.bits,

@@ -1,5 +1,6 @@
 """The data of a run, as the recipe describes them."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pipeline.data.holdout import SPLIT, check_holdout, describe_holdout, open_split
 from pipeline.data.loader import Batch, build_eval_loader, build_train_loader, check_data
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Preprocess, to_model_input
@@ -19,6 +21,8 @@ from pipeline.recipe import Recipe, total_steps
 from pipeline.run.unreadable_log import UnreadableLog
 from shard_data import manifest as manifests
 from shard_data.manifest import Manifest
+
+log = logging.getLogger("pipeline")
 
 
 class RunData:
@@ -33,6 +37,9 @@ class RunData:
         self.runtime = runtime
         config = recipe.data
         self.train, self.held_out = self._open_shards()
+        self.holdout = describe_holdout(config, recipe.train.seed, self.train)
+        if self.holdout is not None:
+            log.info("%(count)d of the %(of)d training images are held out for validation (data.holdout)", self.holdout)
         self.order = Order(self.train.shard_sizes, recipe.train.seed, config.window)
         self.unreadable = UnreadableLog(runtime)
         self._augment = Preprocess(recipe.train.seed, flip=config.flip, binarize=config.binarize, pad=config.pad)
@@ -41,21 +48,26 @@ class RunData:
     def _open_shards(self) -> list[TarShards]:
         """Of the training and the validation split; from an address, they are fetched first."""
         config, runtime = self.recipe.data, self.runtime
-        verify = config.verify and config.on_error == "raise"  # a hash cannot say which sample to skip
         splits = config.train_split, self.recipe.validation.split
         if not is_address(config.root):
             runtime.run_on_all(lambda: check_set(self.recipe, manifests.load(Path(config.root)), config.root))
             return runtime.run_on_all(
-                lambda: [TarShards(config.root, split, verify) for split in splits], f"opening {config.root}"
+                lambda: [self._open(config.root, split) for split in splits], f"opening {config.root}"
             )
         address = check_address(config.root)
         manifest = runtime.from_main(runtime.run_on_main(lambda: fetch_manifest(address), f"fetching {address}"))
         runtime.run_on_all(lambda: check_set(self.recipe, manifests.parse(manifest, address), address))
         cache = Path(config.cache) if config.cache else default_cache()
+        stored = [config.train_split if config.holdout and split == SPLIT else split for split in splits]
         folder = runtime.run_on_all(
-            lambda: fetch_set(address, manifest, splits, cache, progress=runtime.is_main), f"fetching {address}"
+            lambda: fetch_set(address, manifest, stored, cache, progress=runtime.is_main), f"fetching {address}"
         )
-        return [TarShards(folder, split, verify, origin=address) for split in splits]
+        return [self._open(folder, split, origin=address) for split in splits]
+
+    def _open(self, root: str | Path, split: str, origin: str | None = None) -> TarShards:
+        config = self.recipe.data
+        verify = config.verify and config.on_error == "raise"  # a hash cannot say which sample to skip
+        return open_split(root, split, config, self.recipe.train.seed, verify, origin)
 
     def batches(self, step: int) -> Iterable[Batch]:
         """This rank's micro-batches from optimizer step `step` to the end of the run."""
@@ -125,8 +137,11 @@ class RunData:
 
 def check_set(recipe: Recipe, manifest: Manifest, place: str) -> None:
     """Raises ValueError, naming the setting, where the shard set at `place` is not what the recipe expects."""
+    check_holdout(recipe.data, recipe.validation.split, manifest, place)
     splits = {"data.train_split": recipe.data.train_split, "validation.split": recipe.validation.split}
-    if len(set(splits.values())) > 1:  # evaluate.py opens one split, which no setting names
+    if recipe.data.holdout:  # validation.split is a part of the training split
+        del splits["validation.split"]
+    if len(set(splits.values())) > 1 or recipe.data.holdout:  # evaluate.py opens one split, which no setting names
         manifests.check_splits(manifest, place, splits)
     check_data(recipe.data, manifest["image"], place)
     if recipe.condition is not None:

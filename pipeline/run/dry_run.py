@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import dump
+from pipeline.data.holdout import num_held_out
 from pipeline.data.remote import FetchError, check_address, fetch_manifest, is_address
 from pipeline.recipe import Recipe, build_model, total_steps
 from pipeline.run.data import check_set
@@ -27,12 +28,26 @@ def describe(recipe: Recipe, folder: Path, all_settings: bool = False) -> str:
         lines += [f"data        {error}", *describe_length(recipe, None)]
     else:
         check_set(recipe, manifest, recipe.data.root)
-        splits = dict.fromkeys((recipe.data.train_split, recipe.validation.split))
-        counts = ", ".join(f"{split} {manifest['splits'][split]['count']:,}" for split in splits)
+        counts = describe_counts(recipe, manifest)
         image = "{height}x{width}x{channels}".format(**manifest["image"])
         lines += [f"data        {recipe.data.root}: images of {image}; {counts}"]
-        lines += describe_length(recipe, manifest["splits"][recipe.data.train_split]["count"])
+        lines += describe_length(recipe, num_trained_on(recipe, manifest))
     return "\n".join([*lines, describe_folder(folder)])
+
+
+def describe_counts(recipe: Recipe, manifest: manifests.Manifest) -> str:
+    """Images of the training and the validation split."""
+    splits, data = manifest["splits"], recipe.data
+    if data.holdout:
+        trained_on = num_trained_on(recipe, manifest)
+        return f"{data.train_split} {trained_on:,}; {splits[data.train_split]['count'] - trained_on:,} held out as val"
+    return ", ".join(f"{name} {splits[name]['count']:,}" for name in {data.train_split: 0, recipe.validation.split: 0})
+
+
+def num_trained_on(recipe: Recipe, manifest: manifests.Manifest) -> int:
+    """Images of the training split without those held out."""
+    count = manifest["splits"][recipe.data.train_split]["count"]
+    return count - num_held_out(recipe.data.holdout, count) if recipe.data.holdout else count
 
 
 def describe_model(recipe: Recipe) -> list[str]:

@@ -94,6 +94,11 @@ def restore(session: Session, checkpoint: Checkpoint, resume: str = "auto") -> N
             f"  --run-dir {unused_name(session.folder)}  to start a new run with the new settings\n"
             "  --resume changed  to continue this run with the new settings"
         )
+    if is_own and saved == found and checkpoint.facts.get("holdout") != session.data.holdout:
+        raise ResumeRefused(
+            "the checkpoint was trained on images that would now be held out: a run cannot change data.holdout, nor "
+            f"train.seed where it is set; give the old values, or --run-dir {unused_name(session.folder)}"
+        )
     for change in allowed:
         log.info("changed since the checkpoint: %s", change)
     for change in other:

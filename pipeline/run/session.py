@@ -65,6 +65,11 @@ class Session:
     def finished(self) -> bool:
         return self.trainer.step >= self.trainer.total_steps
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether validation chooses a best checkpoint: not on the test set, whose figures would then be too good."""
+        return self.recipe.validation.split != "test"
+
     def run(self, tracker: Tracker, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Trains to the last step. Returns False where `should_stop` was true on some rank before it. In both cases the
         state is in a checkpoint.
@@ -77,6 +82,11 @@ class Session:
             with replacing(self.folder / "config.yaml") as file:
                 file.write(dump(self.recipe).encode())
         recipe = self.recipe
+        if recipe.validation.every and not self.keeps_best:
+            log.info(
+                "no best checkpoint is kept, since validation.split is 'test'; use a validation split, or hold out "
+                "training images with data.holdout=N validation.split=val"
+            )
         self.runtime.run_on_main(
             lambda: self.data.unreadable.open(self.folder, self.trainer.step), f"reading {self.folder}"
         )
@@ -176,7 +186,8 @@ class Session:
         self.runtime.run_on_main(lambda: self._hand_to_writer(step), f"writing a checkpoint to {folder}")
 
     def _hand_to_writer(self, step: int) -> None:
-        score = self.validated[1] if self.validated and self.validated[0] == step else None
+        is_current = self.validated is not None and self.validated[0] == step
+        score = self.validated[1] if is_current and self.keeps_best else None
         self.tracker.sync()
         stall = self.writer.save(step, self.trainer.state.tensors(), self._facts(), score)
         self.stall_ms = max(self.stall_ms, stall)
@@ -186,6 +197,7 @@ class Session:
             "progress": self.trainer.counters(),
             "settings": self.settings,
             "data_fingerprint": self.data.train.fingerprint,
+            "holdout": self.data.holdout,
             "classes": self.data.train.classes and list(self.data.train.classes),
             "torch": torch.__version__,
             "world_size": self.runtime.world_size,

@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from pipeline.config import build, overlay
+from pipeline.data.holdout import held_out_indices
 from pipeline.data.order import Order
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluate import build_parser, evaluate
@@ -185,9 +186,10 @@ def test_every_step_exercises_what_is_compared(pair):
 
 @pytest.fixture(scope="module")
 def validated(tiny_set, tmp_path_factory) -> tuple[Recipe, Path]:
-    """A run of an NVAE that was validated at steps 2 and 4 and saved at steps 1 to 4."""
+    """A run of an NVAE that was validated at steps 2 and 4, on 13 images held out of training, and saved at 1 to 4."""
     words = ("train.steps=4", "validation.every=2", "validation.importance_samples=0", "train.ema_decay=0.8")
-    recipe = make_recipe(tiny_set, None, *plain_training.SETTINGS, *QUIET, *words)
+    held_out = ("data.holdout=13", "validation.split=val")
+    recipe = make_recipe(tiny_set, None, *plain_training.SETTINGS, *QUIET, *words, *held_out)
     folder = tmp_path_factory.mktemp("validated")
     train(recipe, folder)
     return recipe, folder
@@ -209,7 +211,8 @@ def test_a_score_belongs_to_the_averaged_weights(validated, step):
     """
     recipe, folder = validated
     checkpoint = Checkpoints(folder / "checkpoints").load(folder / f"checkpoints/step_{step:08d}")
-    images = as_input(random_samples(13, 16, 16, 3, seed=2).images)
+    held_out = held_out_indices(13, 41, recipe.train.seed)
+    images = as_input(random_samples(41, 16, 16, 3, seed=1).images[held_out])
     elbo = {}
     for stem in ("ema", "model"):
         model = build_model(recipe).double().eval()
@@ -224,9 +227,10 @@ def test_a_score_belongs_to_the_averaged_weights(validated, step):
 
 def test_evaluating_a_run_gives_the_elbo_of_its_validation(validated, make_runtime, tmp_path):
     _, folder = validated
-    words = [str(folder), "--out", str(tmp_path / "out.json"), "--precision", "fp64", "--batch-size", "5"]
+    out = tmp_path / "out.json"
+    words = [str(folder), "--out", str(out), "--precision", "fp64", "--batch-size", "5", "--split", "val"]
     evaluate(build_parser().parse_args(words), make_runtime("fp64"))
-    figures = json.loads((tmp_path / "out.json").read_text())["figures"]
+    figures = json.loads(out.read_text())["figures"]
     for name in ("elbo", "kl", "log_px", "bpd"):
         assert figures[name] == pytest.approx(records(folder)[4][f"val/{name}"], rel=1e-10), name
 
@@ -235,7 +239,8 @@ def test_the_best_checkpoint_by_validation_stays(tiny_set, tmp_path):
     """Of five, where one is to be kept: the last, and the one of the highest bound."""
     elbos = iter([-30.0, -10.0, -20.0, -11.0, -40.0])
     words = ("train.steps=5", "validation.every=1", "checkpoint.keep=1", "regularizers.strength=0")
-    recipe = make_recipe(tiny_set, MLP, *plain_training.SETTINGS, *QUIET, *words)
+    held_out = ("data.holdout=5", "validation.split=val")
+    recipe = make_recipe(tiny_set, MLP, *plain_training.SETTINGS, *QUIET, *words, *held_out)
 
     def fake(session: Session) -> None:
         session.evaluator.run = lambda model, step: {"val/elbo": next(elbos)}
