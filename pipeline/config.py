@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -89,6 +90,10 @@ def parse_yaml(text: str, where: str) -> Any:
     """The value of a YAML text. Raises ConfigError naming `where` and the line."""
     try:
         return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ConfigError(f"{where}: not valid YAML: {error.problem}{place}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
@@ -157,7 +162,8 @@ def build(kind: type[SectionType], data: Mapping[str, Any]) -> SectionType:
         # JSON mode is strict about types yet lets a list stand for a tuple, which YAML cannot write.
         return kind.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        raise ConfigError("\n".join(dict.fromkeys(_explain(kind, fault) for fault in error.errors()))) from None
+        faults = [fault for fault in error.errors() if not _is_repeated(fault, error.errors())]
+        raise ConfigError("\n".join(dict.fromkeys(_explain(kind, fault) for fault in faults))) from None
 
 
 def dump(section: Section, defaults: bool = True) -> str:
@@ -188,23 +194,79 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _is_repeated(fault: Mapping[str, Any], faults: list) -> bool:
+    """Whether a list is only called too short because some of its elements are invalid, which is reported too."""
+    place = fault["loc"]
+    return fault["type"] == "too_short" and any(each["loc"][:-1] == place for each in faults)
+
+
 def _explain(kind: type[Section], fault: Mapping[str, Any]) -> str:
+    """One line: the dotted path of the setting, what is wrong, and a value that is allowed."""
     path, holder = _locate(kind, fault["loc"])
-    dotted = ".".join(path) or kind.__name__.lower()
-    if fault["type"] == "extra_forbidden":
+    dotted, given, error = ".".join(path), f"(given: {_shown(fault)})", fault["type"]
+    if error == "value_error":  # of a section's own check, whose message names the settings
+        return fault["msg"].removeprefix("Value error, ")
+    if error == "extra_forbidden":
         return f"{dotted}: unknown key{_suggestion(path, kind, holder)}"
-    if fault["type"] == "missing":
+    if error == "missing":
         return f"{dotted}: is required and has no default"
-    if fault["type"] == "union_tag_invalid":
-        return f"{dotted}.name: {_shown(fault)} is not allowed; choose from {fault['ctx']['expected_tags']}"
-    if fault["type"] == "literal_error":
+    if error == "union_tag_not_found":
+        names = [tag_of(section) for section in sections_in(_fields(holder)[path[-1]].annotation)]
+        return f"{dotted}: needs a name, one of {', '.join(names)}, for instance {dotted}.name={names[0]}"
+    if error == "union_tag_invalid":
+        allowed = fault["ctx"]["expected_tags"]
+        hint = _did_you_mean(str(fault["ctx"]["tag"]), re.findall(r"'([^']*)'", allowed))
+        return f"{dotted}.name: {_shown(fault)} is not allowed{hint or ';'} choose from {allowed}"
+    if error == "literal_error":
         return f"{dotted}: {_shown(fault)} is not allowed; choose from {fault['ctx']['expected']}"
-    if fault["type"] == "union_tag_not_found":
-        return f"{dotted}: needs a 'name' that says which kind it is"
-    if fault["type"] in ("tuple_type", "list_type"):
-        return f"{dotted}: needs a list, for instance {dotted}={_example(holder, path[-1])} (given: {_shown(fault)})"
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"{dotted}: {message}" if fault["type"] == "value_error" else f"{dotted}: {message} (given: {_shown(fault)})"
+    if error in NEEDS:
+        return f"{dotted}: needs {NEEDS[error]}{_example(path, holder, fault['input'], error)} {given}"
+    bounds = {name: f"{value:g}" if isinstance(value, float) else value for name, value in fault.get("ctx", {}).items()}
+    return f"{dotted}: {BOUNDS.get(error, fault['msg']).format(**bounds)} {given}"
+
+
+NEEDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "model_type": "a section of settings",
+    "model_attributes_type": "a section of settings",
+    "dict_type": "a section of settings",
+}
+"""What a setting needs, by the type of pydantic's error."""
+
+BOUNDS = {
+    "finite_number": "must be a finite number",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "too_short": "needs {min_length} or more values",
+}
+"""Messages in place of pydantic's, by the type of its error."""
+
+EXAMPLES = {"int_type": 32, "int_from_float": 32, "float_type": 0.1, "tuple_type": [1, 2], "list_type": [1, 2]}
+"""Values of settings that have no default."""
+
+
+def _example(path: list[str], holder: type[Section] | None, given: Any, error: str) -> str:
+    """`, for instance` and an override with a value of the right type; empty for an element of a list."""
+    field, name = _fields(holder).get(path[-1]), ".".join(path)
+    if field is None:
+        return ""
+    if sections := sections_in(field.annotation):
+        value = f"{{name: {tag_of(sections[0])}}}" if len(sections) > 1 else None
+    elif error == "string_type" and isinstance(given, int | float):
+        value = f'"{given}"'  # YAML reads the word as a number, unless it is quoted
+    elif isinstance(field.default, str | int | float | tuple) and field.default != ():
+        value = field.default if isinstance(field.default, str) else json.dumps(field.default)
+    else:
+        value = "[a, b]" if "tuple[str" in str(field.annotation) else json.dumps(EXAMPLES.get(error))
+    return "" if value in (None, "null") else f", for instance {shlex.quote(f'{name}={value}')}"
 
 
 def _shown(fault: Mapping[str, Any]) -> str:
@@ -258,19 +320,16 @@ def tag_of(section: type[Section]) -> str | None:
 def _suggestion(path: list[str], root: type[Section], holder: type[Section] | None) -> str:
     key, names = path[-1], list(_fields(holder))
     elsewhere = [f"{name}.{key}" for name, field in _fields(root).items() if _has_setting(field.annotation, key)]
-    close = elsewhere if len(path) == 1 and elsewhere else difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {' or '.join(map(repr, close))}?"
-    return f"; known keys: {', '.join(names)}" if names else ""
+    if len(path) == 1 and elsewhere:
+        return f"; did you mean {' or '.join(map(repr, elsewhere))}?"
+    return _did_you_mean(key, names) or (f"; known keys: {', '.join(names)}" if names else "")
+
+
+def _did_you_mean(word: str, names: list[str]) -> str:
+    """Names the one that a mistyped word is most similar to, if any is."""
+    similar = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.5)
+    return f"; did you mean {similar[0]!r}?" if similar else ""
 
 
 def _has_setting(annotation: Any, key: str) -> bool:
     return any(key in section.model_fields for section in sections_in(annotation))
-
-
-def _example(holder: type[Section] | None, key: str) -> str:
-    """A value for a setting that is a list."""
-    field = _fields(holder).get(key)
-    if field is None or not field.default:
-        return "[a, b]" if field is not None and "str" in str(field.annotation) else "[1, 2]"
-    return json.dumps(field.default) if isinstance(field.default, tuple) else "[1, 2]"

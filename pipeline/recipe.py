@@ -5,6 +5,7 @@
 
 import json
 from difflib import get_close_matches
+from math import isqrt
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -53,7 +54,7 @@ class Recipe(Section):
     validation: ValidationConfig = ValidationConfig()
     samples: SamplesConfig = SamplesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _spans_sections(self) -> Self:
@@ -61,10 +62,9 @@ class Recipe(Section):
         if (train.steps is None) == (train.epochs is None):
             raise ValueError("train: give one of train.steps and train.epochs")
         if train.batch_size % train.images_per_pass:
-            sizes = [size for size in range(1, train.batch_size + 1) if train.batch_size % size == 0]
             raise ValueError(
                 f"train.micro_batch: {train.micro_batch} does not divide train.batch_size={train.batch_size}; "
-                f"{sizes} do"
+                f"{divisors(train.batch_size)} do"
             )
         if self.regularizers.strength and not self.model.supports_regularizers:
             raise ValueError(
@@ -74,6 +74,12 @@ class Recipe(Section):
         with torch.device("meta"):
             build_model(self)  # the model's own checks: sizes that the scales divide, channels, likelihood
         return self
+
+
+def divisors(number: int) -> list[int]:
+    """The positive divisors, ascending."""
+    small = [size for size in range(1, isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def build_model(recipe: Recipe, classifier: FrozenClassifier | None = None) -> VAE:

@@ -27,7 +27,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from pipeline.schema import Section
 from pipeline.tracking.history import LoggedStep
@@ -60,7 +60,7 @@ class TrackingConfig(Section):
     """W&B user or team; null is the default of the key."""
     name: str | None = None
     """Name of the run in W&B; null is the name of the run folder."""
-    tags: list[str] = Field(default_factory=list)
+    tags: tuple[str, ...] = ()
     """W&B tags."""
     log_every: PositiveInt = 50
     """Steps between records of training metrics."""
@@ -313,7 +313,7 @@ def init_run(
         project=config.project,
         entity=config.entity,
         name=config.name or run_dir.resolve().name,
-        tags=config.tags,
+        tags=list(config.tags),
         config=dict(run_config),
         allow_val_change=True,
         settings=wandb.Settings(**known),

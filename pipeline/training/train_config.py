@@ -13,7 +13,7 @@ class TrainConfig(Section):
     """Optimizer steps of the whole run; or give `epochs`."""
     epochs: float | None = Field(None, gt=0)
     """Passes over the training split, instead of `steps`."""
-    batch_size: int = Field(32, gt=0)
+    batch_size: int = Field(32, gt=0, lt=2**31)
     """Images per optimizer step over all processes."""
     micro_batch: int | None = Field(None, gt=0)
     """Images per forward pass over all processes; gradients accumulate up to `batch_size`. Default: the whole batch.
