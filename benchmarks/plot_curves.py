@@ -4,19 +4,33 @@ python -m benchmarks.plot_curves runs/a runs/b --key val/elbo --label "ELBO, nat
 """
 
 import argparse
-import json
+import math
+import sys
+from html import escape
 from pathlib import Path
 
+from pipeline.storage.metrics_file import read_records
+
 WIDTH, HEIGHT, MARGIN = 640, 360, 56
-COLOURS = ("#2a6fbb", "#d1632b", "#3d8f4f", "#8a4fb0", "#b03a5b")
+COLORS = ("#2a6fbb", "#d1632b", "#3d8f4f", "#8a4fb0", "#b03a5b")
 
 Points = list[tuple[float, float]]
 
 
 def read_points(run: Path, key: str, sign: int) -> Points:
-    """(step, value) of every record that has the key."""
-    records = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return [(record["step"], sign * record[key]) for record in records if key in record]
+    """(step, value) of every record in which the figure is finite. Raises ValueError where there are fewer than two."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give run folders of pipeline/train.py")
+    names, points = set(), []
+    for record in read_records(path):
+        names |= record.keys() - {"step", "time"}
+        if math.isfinite(record.get(key, math.nan)):
+            points.append((record["step"], sign * record[key]))
+    if len(points) < 2:
+        known = f"it has: {', '.join(sorted(names))}" if key not in names else f"it has {len(points)}"
+        raise ValueError(f"--key {key}: a curve needs two values of it in {path}; {known}")
+    return points
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -29,8 +43,8 @@ class Axes:
     def __init__(self, curves: list[Points]):
         steps = [step for curve in curves for step, _ in curve]
         values = [value for curve in curves for _, value in curve]
-        self.left, self.right = 0, max(steps)
-        pad = 0.05 * (max(values) - min(values))
+        self.left, self.right = 0, max(*steps, 1)
+        pad = 0.05 * (max(values) - min(values)) or 1.0
         self.bottom, self.top = min(values) - pad, max(values) + pad
 
     def x(self, step: float) -> float:
@@ -56,32 +70,36 @@ def draw(curves: dict[str, Points], label: str) -> str:
         x = axes.x(step)
         parts += [f'<text x="{x:.1f}" y="{HEIGHT - MARGIN + 18}" text-anchor="middle">{step:g}</text>']
     parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 14}" text-anchor="middle">step</text>')
-    parts.append(f'<text x="{MARGIN}" y="{MARGIN / 2 - 8}">{label}</text>')
+    parts.append(f'<text x="{MARGIN}" y="{MARGIN / 2 - 8}">{escape(label)}</text>')
     for number, (name, points) in enumerate(curves.items()):
-        colour = COLOURS[number % len(COLOURS)]
+        color = COLORS[number % len(COLORS)]
         path = " ".join(f"{axes.x(step):.1f},{axes.y(value):.1f}" for step, value in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{axes.x(s):.1f}" cy="{axes.y(v):.1f}" r="3" fill="{colour}"/>' for s, v in points]
-        parts.append(f'<text x="{WIDTH - 170}" y="{MARGIN / 2 + 18 * number + 14}" fill="{colour}">{name}</text>')
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts += [f'<circle cx="{axes.x(s):.1f}" cy="{axes.y(v):.1f}" r="3" fill="{color}"/>' for s, v in points]
+        place = f'x="{WIDTH - MARGIN / 2}" y="{MARGIN / 2 + 18 * number + 14}" text-anchor="end"'
+        parts.append(f'<text {place} fill="{color}">{escape(name)}</text>')
     style = 'font-family="sans-serif" font-size="12"'
     size = f'width="{WIDTH}" height="{HEIGHT}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n' + "\n".join(parts) + "\n</svg>\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders with a metrics.jsonl")
-    parser.add_argument("--key", default="val/elbo", help="the figure (default val/elbo)")
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0; 2 for a run without such a figure, and for a file that cannot be written."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot_curves", description=__doc__.partition("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of pipeline/train.py")
+    parser.add_argument("--key", default="val/elbo", help="name of the figure in metrics.jsonl (default: val/elbo)")
     parser.add_argument("--negate", action="store_true", help="draw it with the other sign")
-    parser.add_argument("--label", default="", help="what stands above the picture")
-    parser.add_argument("--out", type=Path, required=True, help="the SVG file")
-    arguments = parser.parse_args()
-    curves = {run.name: read_points(run, arguments.key, -1 if arguments.negate else 1) for run in arguments.runs}
-    empty = [name for name, points in curves.items() if len(points) < 2]
-    if empty:
-        parser.error(f"no curve of {arguments.key} in {', '.join(empty)}")
-    arguments.out.write_text(draw(curves, arguments.label or arguments.key))
+    parser.add_argument("--label", default="", help="text above the picture (default: the key)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the SVG file to write")
+    parsed = parser.parse_args(arguments)
+    try:
+        curves = {str(run): read_points(run, parsed.key, -1 if parsed.negate else 1) for run in parsed.runs}
+        parsed.out.write_text(draw(curves, parsed.label or parsed.key))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,12 +10,18 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from pipeline.storage.atomic import replacing
+from pipeline.storage.atomic import open_regular, replacing
 
 logger = logging.getLogger(__name__)
+
+MAX_RECORD = 2**20
+"""Bytes of a record that is read."""
+MAX_LINE = 2**24
+"""Bytes of a line that is kept at a restart."""
 
 
 class MetricsFile:
@@ -75,38 +81,60 @@ class MetricsFile:
         self._file.close()
 
 
-def read_records(path: Path) -> list[dict[str, float]]:
-    """The complete records of a file, in order; none if there is no file. An incomplete line is skipped."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    records = [parse(line) for line in lines if line.endswith(b"\n")]
-    return [{key: float(v) if isinstance(v, str) else v for key, v in record.items()} for record in records if record]
+def read_records(path: Path) -> Iterator[dict[str, int | float]]:
+    """The complete records of a file, in order; none if there is no file. Every record has `step` and a finite `time`
+    (0.0 where the file has none).
+
+    Lines that are no records, and values that are no numbers, are skipped. Raises OSError for a symbolic link.
+    """
+    for line in read_lines(path):
+        if len(line) <= MAX_RECORD and (record := parse(line)):
+            numbers = {key: number for key, value in record.items() if (number := _number(value)) is not None}
+            written = numbers.get("time", 0.0)
+            numbers["time"] = written if math.isfinite(written) else 0.0
+            yield numbers
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file that end with a newline; none if there is no file."""
+    try:
+        with open_regular(path) as file:
+            yield from (line for line in file if line.endswith(b"\n"))
+    except FileNotFoundError:
+        return
 
 
 def cut_records(path: Path, last_step: int) -> None:
     """Remove records after `last_step` and incomplete lines (from a kill or a full disk), atomically."""
-    if not path.exists():
-        return
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and (record := parse(line)) and record["step"] <= last_step]
-    if kept == lines:
+    kept = sum(len(line) for line in read_lines(path) if _is_kept(line, last_step))
+    if not path.exists() or kept == path.stat().st_size:
         return
     with replacing(path) as file:
-        file.writelines(kept)
-    logger.info(
-        "%s: removed %d records after step %d, which are about to be repeated",
-        path,
-        len(lines) - len(kept),
-        last_step,
-    )
+        file.writelines(line for line in read_lines(path) if _is_kept(line, last_step))
+    logger.info("%s: removed what followed step %d; those steps are repeated", path, last_step)
 
 
-def parse(line: bytes) -> dict[str, int | float | str] | None:
-    """The record in a line; None if the line is not a record."""
+def _is_kept(line: bytes, last_step: int) -> bool:
+    record = parse(line) if len(line) <= MAX_LINE else None
+    return record is not None and record["step"] <= last_step
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """The JSON object in a line; None for anything else, and for an object without a valid `step`."""
     try:
         record = json.loads(line)
-        return record if isinstance(record["step"], int) else None
-    except (ValueError, KeyError, TypeError):
+        return record if type(record["step"]) is int and 0 <= record["step"] < 2**63 else None
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _number(value: Any) -> int | float | None:
+    """A value of a record as a number; None if it is none."""
+    if isinstance(value, str):
+        return float(value) if value in ("NaN", "Infinity", "-Infinity") else None
+    if type(value) is int:
+        return value if abs(value) < 2**63 else None
+    return value if type(value) is float else None
 
 
 def json_number(value: float) -> int | float | str:

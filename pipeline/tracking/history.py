@@ -24,13 +24,12 @@ class LoggedStep:
 
 def read_history(run_dir: Path, last_step: int | None = None) -> list[LoggedStep]:
     """The steps of a run folder up to `last_step` (default: the last step of `metrics.jsonl`), in ascending order."""
-    records = read_records(run_dir / "metrics.jsonl")
-    if last_step is None:
-        last_step = records[-1]["step"] if records else -1
     steps: dict[int, LoggedStep] = {}
-    for record in records:
-        scalars = {key: value for key, value in record.items() if key not in ("step", "time")}
-        steps[record["step"]] = LoggedStep(record["step"], record["time"], scalars)
+    for record in read_records(run_dir / "metrics.jsonl"):
+        step, time = record.pop("step"), record.pop("time")
+        steps[step] = LoggedStep(step, time, record)
+    if last_step is None:
+        last_step = max(steps, default=-1)
     for folder in PICTURE_FOLDERS:
         for path in run_dir.glob(f"{folder}/*.png"):
             if found := PICTURE_NAME.fullmatch(path.name):

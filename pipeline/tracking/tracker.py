@@ -4,6 +4,7 @@
 """
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,8 +54,7 @@ class Tracker:
         run_dir.mkdir(parents=True, exist_ok=True)
         path, last_step = run_dir / "metrics.jsonl", start_step or -1
         self._wandb = start_wandb(config, run_dir, run_config, fresh=start_step == 0)
-        earlier = read_records(path)
-        self._spent = max((record.get(WALL_CLOCK, 0.0) for record in earlier), default=0.0)
+        self._spent = _seconds_spent(path)
         self._metrics = MetricsFile(path, last_step)
         if self._wandb is not None:
             self._wandb.send_missing(read_history(run_dir, last_step))
@@ -105,3 +105,9 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.finish(exit_code=0 if kind is None else 1)
+
+
+def _seconds_spent(path: Path) -> float:
+    """Seconds of training that a `metrics.jsonl` records."""
+    seconds = (record.get(WALL_CLOCK, 0.0) for record in read_records(path))
+    return max((value for value in seconds if math.isfinite(value)), default=0.0)

@@ -154,7 +154,7 @@ def test_wandb_gets_one_continuous_run(recipe_file, tmp_path):
         finish(stopped)
         finish(start(1, recipe_file, tmp_path / "run", *overrides, **online))
     (run,) = server.runs.values()
-    records = read_records(tmp_path / "run/metrics.jsonl")
+    records = list(read_records(tmp_path / "run/metrics.jsonl"))
     assert [row["_step"] for row in run.history] == [record["step"] for record in records] == list(range(1, 41))
     for row, record in zip(run.history, records, strict=True):
         assert row["train/loss"] == record["train/loss"], record["step"]
