@@ -36,21 +36,40 @@ MAX_VALUES = 100_000
 """Values that a recipe may have when its YAML aliases are expanded."""
 
 
+MAX_RECIPE_BYTES = 2**20
+MAX_DIGITS = 400
+"""Of a number, which `float` can then still represent."""
+_KINDS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader with decimal numbers only, unique keys, and a bound on what aliases expand to."""
+    """YAML's safe loader for the values that JSON has: decimal numbers, text, lists, and mappings with unique names.
+
+    Dates are text. What aliases expand to is bounded.
+    """
+
+    yaml_implicit_resolvers: typing.ClassVar = {
+        letter: [(tag, pattern) for tag, pattern in resolvers if tag in _KINDS]
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors: typing.ClassVar = {
+        tag: constructor for tag, constructor in yaml.SafeLoader.yaml_constructors.items() if tag in {*_KINDS, None}
+    }
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
         if node is not None and _expanded_size(node, {}) > MAX_VALUES:
-            raise yaml.constructor.ConstructorError(None, None, "its aliases expand to too many values")
+            raise _refused("its aliases expand to too many values", node)
         return node
 
     def construct_decimal_int(self, node: yaml.ScalarNode) -> int:
         text = self.construct_scalar(node).replace("_", "")
         if ":" in text:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{node.value} is a number to base 60 in YAML 1.1; write a decimal number, or quote it"
+            raise _refused(
+                f"{node.value} is a number to base 60 in YAML 1.1; write a decimal number, or quote it", node
             )
+        if len(text) > MAX_DIGITS:
+            raise _refused(f"a number of {len(text)} digits", node)
         return int(text) if text.lstrip("+-").isdigit() else self.construct_yaml_int(node)
 
     def construct_decimal_float(self, node: yaml.ScalarNode) -> float:
@@ -58,14 +77,24 @@ class _StrictLoader(yaml.SafeLoader):
             return self.construct_decimal_int(node)  # refuses it
         return self.construct_yaml_float(node)
 
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        text = self.construct_scalar(node)
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise _refused("text that is not valid Unicode", node)
+        return text
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        doubled = {str(key) for key in keys if keys.count(key) > 1}
-        if doubled:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {sorted(doubled)[0]!r} stands twice", node.start_mark
-            )
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for name in names:
+            if not isinstance(name, str):
+                raise _refused(f"{name!r} is used as a name; names are text", node)
+            if names.count(name) > 1:
+                raise _refused(f"key {name!r} stands twice", node)
         return super().construct_mapping(node, deep)
+
+
+def _refused(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
@@ -80,6 +109,7 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_decimal_int)
 _StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_decimal_float)
+_StrictLoader.add_constructor("tag:yaml.org,2002:str", _StrictLoader.construct_text)
 # YAML 1.1 reads 5e-3 and 1e5 as strings; YAML 1.2 and people read numbers.
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
@@ -93,9 +123,9 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise ConfigError(f"{where}: not valid YAML: {error.problem}{place}") from None
+        raise ConfigError(_one_line(f"{where}: not valid YAML: {error.problem}{place}")) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(_one_line(f"{where}: not valid YAML: {' '.join(str(error).split())}")) from None
     except RecursionError:
         raise ConfigError(f"{where}: not valid YAML: nested too deeply") from None
 
@@ -104,7 +134,14 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError where the file is missing or is not a mapping."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such recipe file")
-    data = parse_yaml(path.read_text(), str(path))
+    with path.open("rb") as file:
+        content = file.read(MAX_RECIPE_BYTES + 1)
+    if len(content) > MAX_RECIPE_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes; not a recipe")
+    try:
+        data = parse_yaml(content.decode(), str(path))
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file in UTF-8; not a recipe") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of sections, this is {type(data).__name__}")
     return data
@@ -163,7 +200,7 @@ def build(kind: type[SectionType], data: Mapping[str, Any]) -> SectionType:
         return kind.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         faults = [fault for fault in error.errors() if not _is_repeated(fault, error.errors())]
-        raise ConfigError("\n".join(dict.fromkeys(_explain(kind, fault) for fault in faults))) from None
+        raise ConfigError("\n".join(dict.fromkeys(_one_line(_explain(kind, fault)) for fault in faults))) from None
 
 
 def dump(section: Section, defaults: bool = True) -> str:
@@ -194,6 +231,11 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _one_line(message: str) -> str:
+    """The message in printable characters: parts of it come from a file."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
+
+
 def _is_repeated(fault: Mapping[str, Any], faults: list) -> bool:
     """Whether a list is only called too short because some of its elements are invalid, which is reported too."""
     place = fault["loc"]
@@ -203,7 +245,7 @@ def _is_repeated(fault: Mapping[str, Any], faults: list) -> bool:
 def _explain(kind: type[Section], fault: Mapping[str, Any]) -> str:
     """One line: the dotted path of the setting, what is wrong, and a value that is allowed."""
     path, holder = _locate(kind, fault["loc"])
-    dotted, given, error = ".".join(path), f"(given: {_shown(fault)})", fault["type"]
+    dotted, given, error = ".".join(path)[:200] or "settings", f"(given: {_shown(fault)})", fault["type"]
     if error == "value_error":  # of a section's own check, whose message names the settings
         return fault["msg"].removeprefix("Value error, ")
     if error == "extra_forbidden":
@@ -246,6 +288,7 @@ BOUNDS = {
     "less_than": "must be less than {lt}",
     "less_than_equal": "must be at most {le}",
     "too_short": "needs {min_length} or more values",
+    "json_invalid": "nested too deeply",
 }
 """Messages in place of pydantic's, by the type of its error."""
 

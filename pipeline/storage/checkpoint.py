@@ -171,9 +171,8 @@ class Checkpoints:
                 continue
             if self._is_own_id(found.facts):
                 return found, problems
-            problems.append(
-                f"{found.path}: belongs to another run ({found.facts['run_id']}); give its path to continue from it"
-            )
+            other = repr(found.facts["run_id"])[:34]
+            problems.append(f"{found.path}: belongs to another run ({other}); give its path to continue from it")
         return None, problems
 
     def _is_own(self, step: int) -> bool:

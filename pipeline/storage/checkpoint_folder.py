@@ -192,7 +192,10 @@ def _json(content: Any) -> bytes:
 
 
 def _first_line(error: Exception) -> str:
+    """The first line of an error's message, of printable characters only: parts of it come from the file."""
     if isinstance(error, pydantic.ValidationError):
         problem = error.errors()[0]
-        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        text = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+    else:
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:300])

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,8 +21,7 @@ logger = logging.getLogger(__name__)
 
 MAX_RECORD = 2**20
 """Bytes of a record that is read."""
-MAX_LINE = 2**24
-"""Bytes of a line that is kept at a restart."""
+_START = re.compile(rb'\{"step": (\d{1,18})[,}]')
 
 
 class MetricsFile:
@@ -115,7 +115,11 @@ def cut_records(path: Path, last_step: int) -> None:
 
 
 def _is_kept(line: bytes, last_step: int) -> bool:
-    record = parse(line) if len(line) <= MAX_LINE else None
+    """Of a line longer than a record only the start is read."""
+    if len(line) > MAX_RECORD:
+        found = _START.match(line)
+        return found is not None and int(found[1]) <= last_step
+    record = parse(line)
     return record is not None and record["step"] <= last_step
 
 
