@@ -4,7 +4,11 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Count = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=1, le=2**16, strict=True)]
+"""A width, or a number of channels or features."""
+
+Layers = Annotated[int, Field(ge=1, le=100, strict=True)]
+"""How many layers, cells or groups of one kind."""
 
 
 class Section(BaseModel):

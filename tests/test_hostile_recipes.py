@@ -11,8 +11,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import ConfigError, build, dump, load_yaml, overlay, parse_yaml
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.config import ConfigError, build, dump, flatten, load_yaml, overlay, parse_yaml
+from pipeline.recipe import Recipe, load_recipe, recipe_path
 from tests.helpers.hostile import VALUES, altered, dumps, flipped
 from tests.helpers.recipes import tiny_settings
 
@@ -66,6 +66,25 @@ def test_a_recipe_file(tmp_path, text):
 def test_an_override(key, text):
     with contextlib.suppress(ConfigError, UnicodeDecodeError):
         build(Recipe, overlay(TINY, [f"{key}={text.decode()}"]))
+
+
+@pytest.mark.parametrize("name", ["nvae", "mlp_vae", "conv_vae", "resnet_vae", "attribute_vae"])
+def test_a_size_or_depth_has_a_bound(name):
+    """Absurd ones are refused before a model of that size is built."""
+    recipe = load_recipe(recipe_path(name), []).model_dump(mode="json")
+    values = {f"model.{key}": value for key, value in flatten(recipe["model"]).items()}
+    values |= {key: recipe["data"][key.removeprefix("data.")] for key in ("data.size", "data.channels", "data.pad")}
+    for key, value in values.items():
+        if type(value) is int or (isinstance(value, list) and type(value[0]) is int):
+            absurd = [2**31] * len(value) if isinstance(value, list) else 2**31
+            with pytest.raises(ConfigError, match=key):
+                build(Recipe, overlay(recipe, [f"{key}={absurd}"]))
+
+
+def test_a_model_has_a_bound_of_cells():
+    words = ["model.groups_per_scale=[100,100]", "model.num_encoder_cells=100", "model.num_decoder_cells=100"]
+    with pytest.raises(ConfigError, match=r"model.groups_per_scale: 40,000 cells and flows in all; at most 5,000"):
+        build(Recipe, overlay(TINY, [*words, "model.num_flows=0"]))
 
 
 def test_a_recipe_file_has_a_size_limit(tmp_path):

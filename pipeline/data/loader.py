@@ -51,15 +51,15 @@ class DataConfig(Section):
     """Images of the training split that are held out as split `val`, for a set that has none: a number, or a fraction
     below 1. Which ones depends on train.seed and the set. They are not trained on; validate on them with
     validation.split=val. 0: none."""
-    size: int = Field(default=32, ge=1)
+    size: int = Field(default=32, ge=1, le=2**13)
     """Height and width, in pixels, that the stored images must have, before padding."""
-    channels: int = Field(default=3, ge=1)
+    channels: int = Field(default=3, ge=1, le=16)
     """Colour channels that the stored images must have."""
     flip: bool = False
     """Mirror training images left and right with probability 1/2."""
     binarize: Binarize = "none"
     """dynamic: each value becomes 255 with probability grey / 255 and else 0, sampled again in every epoch; or none."""
-    pad: int = Field(default=0, ge=0)
+    pad: int = Field(default=0, ge=0, le=2**10)
     """Black pixels added on each side."""
     bits: int = Field(default=8, ge=1, le=8)
     """Bits per colour channel that the model sees."""

@@ -22,7 +22,7 @@ class ClassCondition(Section):
     """The class of each image."""
 
     name: Literal["class"] = "class"
-    num_classes: Annotated[int, Field(ge=2)]
+    num_classes: Annotated[int, Field(ge=2, le=2**16)]
     """How many classes the data have."""
 
     @property

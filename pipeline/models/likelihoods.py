@@ -41,7 +41,7 @@ class LogisticMixtureLikelihood(Section):
     """Discretized mixture of logistics over RGB."""
 
     name: Literal["logistic_mixture"] = "logistic_mixture"
-    num_components: Annotated[int, Field(ge=1)] = 10
+    num_components: Annotated[int, Field(ge=1, le=2**10)] = 10
     """Logistics per pixel."""
     bin_rule: BinRule = "published"
     """`published` computes bits per dimension as the paper's figures were; `exact` is a normalised distribution."""

@@ -10,11 +10,11 @@ width (encoder_channels or decoder_channels) times 2^level.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipeline.models.base import (
@@ -32,9 +32,10 @@ from pipeline.nn.cells import CELLS, ResidualCell, Resize
 from pipeline.nn.distributions import ClampedNormal, Normal, at_least_float32
 from pipeline.nn.flows import FlowPair
 from pipeline.nn.layers import WNConv2d, find_convs, normalized_once
-from pipeline.schema import Count
+from pipeline.schema import Count, Layers
 
 Architecture = Literal[tuple(CELLS)]
+MAX_CELLS = 5_000  # of all latent groups, flows included
 
 
 class NVAEConfig(ModelConfig):
@@ -43,7 +44,7 @@ class NVAEConfig(ModelConfig):
     supports_regularizers: ClassVar[bool] = True
 
     name: Literal["nvae"] = "nvae"
-    groups_per_scale: Annotated[tuple[Count, ...], Field(min_length=1, strict=False)] = (6,)
+    groups_per_scale: Annotated[tuple[Layers, ...], Field(min_length=1, max_length=10, strict=False)] = (6,)
     """Latent groups at each latent resolution, lowest resolution first: the order in which they are drawn."""
     encoder_channels: Count = 32
     """Width of the encoder at the image's resolution; it doubles with every halving of the resolution."""
@@ -51,17 +52,17 @@ class NVAEConfig(ModelConfig):
     """Width of the decoder at the image's resolution."""
     latent_channels: Count = 20
     """Channels of each latent group."""
-    num_blocks: Count = 1
+    num_blocks: Layers = 1
     """Halvings between the image and the highest latent resolution: of preprocessing, and as many of postprocessing."""
-    num_preprocess_cells: Count = 2
+    num_preprocess_cells: Layers = 2
     """Cells in each preprocessing block; the last one halves the resolution."""
-    num_postprocess_cells: Count = 2
+    num_postprocess_cells: Layers = 2
     """Cells in each postprocessing block; the first one doubles the resolution."""
-    num_encoder_cells: Count = 2
+    num_encoder_cells: Layers = 2
     """Encoder cells per latent group."""
-    num_decoder_cells: Count = 2
+    num_decoder_cells: Layers = 2
     """Decoder cells per latent group."""
-    num_flows: Annotated[int, Field(ge=0)] = 0
+    num_flows: Annotated[int, Field(ge=0, le=100)] = 0
     """Pairs of autoregressive flow layers on each group's posterior. With flows the KL is a one-sample estimate."""
     squeeze_excitation: bool = True
     """Channel gates at the end of every cell's branch."""
@@ -71,6 +72,13 @@ class NVAEConfig(ModelConfig):
     """Which cells are used where. `res_mbconv` is the paper's: plain convolutions encode, inverted residuals decode."""
     likelihood: Likelihood = LogisticMixtureLikelihood()
     """p(x | z)."""
+
+    @model_validator(mode="after")
+    def _check_depth(self) -> Self:
+        cells = sum(self.groups_per_scale) * (self.num_encoder_cells + self.num_decoder_cells + self.num_flows)
+        if cells > MAX_CELLS:
+            raise ValueError(f"model.groups_per_scale: {cells:,} cells and flows in all; at most {MAX_CELLS:,}")
+        return self
 
     def build(
         self, image_shape: tuple[int, int, int], border: int, bits: int, condition: Condition | None = None

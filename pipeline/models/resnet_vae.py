@@ -27,7 +27,7 @@ from pipeline.models.likelihoods import Likelihood, SquaredErrorLikelihood
 from pipeline.models.vector_vae import TORCH_MOMENTUM, VectorVAE, VectorVAEConfig, check_divisible, joined
 from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.nn.posterior import Posterior
-from pipeline.schema import Count
+from pipeline.schema import Count, Layers
 
 Resize = Literal["same", "down", "up"]
 
@@ -42,9 +42,9 @@ class ResNetVAEConfig(VectorVAEConfig):
     """p(x | z)."""
     stem_width: Count = 32
     """Channels at the image's resolution."""
-    stage_widths: Annotated[tuple[Count, ...], Field(min_length=1, strict=False)] = (64, 128, 256, 512)
+    stage_widths: Annotated[tuple[Count, ...], Field(min_length=1, max_length=10, strict=False)] = (64, 128, 256, 512)
     """Channels of each stage; each halves the resolution."""
-    num_blocks: Count = 2
+    num_blocks: Layers = 2
     """Residual blocks per stage."""
 
     def build(

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.nn.distributions import at_least_float32
-from pipeline.schema import Count, Section
+from pipeline.schema import Count, Layers, Section
 
 SMALLEST_SQUARE = 1e-12
 OPEN_GATE = 2.0
@@ -22,7 +22,7 @@ class PlanarFlows(Section):
     """Planar flows (Rezende & Mohamed 2015)."""
 
     name: Literal["planar"] = "planar"
-    length: Count = 4
+    length: Layers = 4
     """Steps."""
 
     def build(self, latent_size: int, num_features: int) -> nn.ModuleList:
@@ -34,7 +34,7 @@ class AutoregressiveFlows(Section):
     """Inverse autoregressive flows (Kingma et al. 2016)."""
 
     name: Literal["iaf"] = "iaf"
-    length: Count = 2
+    length: Layers = 2
     """Steps; the order of the units is reversed from one to the next."""
     hidden: Count = 128
     """Units of each step's hidden layer."""

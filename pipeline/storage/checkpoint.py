@@ -135,7 +135,7 @@ class Checkpoints:
 
     def own_steps(self) -> list[int]:
         """`steps` without the checkpoints of another run."""
-        return [step for step in self.steps() if self._is_own(step)]
+        return list(self._own_scores(self.steps()))
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of `step` lies."""
@@ -175,12 +175,18 @@ class Checkpoints:
             problems.append(f"{found.path}: belongs to another run ({other}); give its path to continue from it")
         return None, problems
 
-    def _is_own(self, step: int) -> bool:
-        """Whether the checkpoint is of this run, as far as it can be read."""
-        try:
-            return self._is_own_id(read_meta(self.path(step)).facts)
-        except UnreadableCheckpoint:
-            return True
+    def _own_scores(self, steps: Iterable[int]) -> dict[int, float | None]:
+        """The scores of those that are of this run, as far as they can be read; None where there is no score."""
+        scores: dict[int, float | None] = {}
+        for step in steps:
+            try:
+                meta = read_meta(self.path(step))
+            except UnreadableCheckpoint:
+                scores[step] = None
+                continue
+            if self._is_own_id(meta.facts):
+                scores[step] = meta.score
+        return scores
 
     def _is_own_id(self, facts: Mapping[str, Any]) -> bool:
         return self.run_id is None or facts.get("run_id") in (None, self.run_id)
@@ -235,9 +241,10 @@ class Checkpoints:
         """Steps beyond `step` are left from before a return to an older checkpoint: they stay, and do not count."""
         if not self.keep:
             return
-        steps = [each for each in self.own_steps() if each <= step]
-        kept = {*steps[-self.keep :], *self._by_score(steps)[:1]}
-        for old in set(steps) - kept:
+        scores = self._own_scores(each for each in self.steps() if each <= step)
+        scored = [each for each, score in scores.items() if score is not None]
+        kept = {*list(scores)[-self.keep :], min(scored, key=scores.__getitem__, default=None)}
+        for old in scores.keys() - kept:
             try:
                 self._delete(self.path(old))
             except OSError as error:

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage.atomic import open_regular, replacing
+from pipeline.storage.atomic import replacing
+from shard_data.files import open_regular
 
 logger = logging.getLogger(__name__)
 
