@@ -237,17 +237,23 @@ def _one_line(message: str) -> str:
 
 
 def _is_repeated(fault: Mapping[str, Any], faults: list) -> bool:
-    """Whether a list is only called too short because some of its elements are invalid, which is reported too."""
-    place = fault["loc"]
-    return fault["type"] == "too_short" and any(each["loc"][:-1] == place for each in faults)
+    """Whether another fault says more: of an element, where the list without it is too short; of the wider type, where
+    a setting can be an int or a float.
+    """
+    place, others = fault["loc"], [each["loc"] for each in faults]
+    if fault["type"] == "too_short":
+        return any(other[:-1] == place for other in others)
+    return place[-1:] == ("int",) and (*place[:-1], "float") in others
 
 
 def _explain(kind: type[Section], fault: Mapping[str, Any]) -> str:
     """One line: the dotted path of the setting, what is wrong, and a value that is allowed."""
     path, holder = _locate(kind, fault["loc"])
     dotted, given, error = ".".join(path)[:200] or "settings", f"(given: {_shown(fault)})", fault["type"]
-    if error == "value_error":  # of a section's own check, whose message names the settings
-        return fault["msg"].removeprefix("Value error, ")
+    if error == "value_error":  # the check of a whole section names the settings itself
+        field = _fields(holder).get(path[-1]) if path else None
+        prefix = f"{dotted}: " if field is not None and not sections_in(field.annotation) else ""
+        return prefix + fault["msg"].removeprefix("Value error, ")
     if error == "extra_forbidden":
         return f"{dotted}: unknown key{_suggestion(path, kind, holder)}"
     if error == "missing":
@@ -329,6 +335,8 @@ def _locate(kind: type[Section], loc: tuple) -> tuple[list[str], type[Section] |
         if part in members and part not in _fields(current):
             current = members[part]  # a union's tag, which the user did not write
             continue
+        if part in ("int", "float") and path and part not in _fields(current):
+            continue  # a type of a union
         holder = current if _is_section(current) else None
         path.append(str(part))
         field = _fields(current).get(part)

@@ -26,6 +26,7 @@ class Train(Section):
     batch_size: int = Field(8, gt=0)
     lr: float = 1e-3
     root: str | None = None
+    share: int | float = 0
     mode: Literal["fast", "slow"] = "fast"
 
 
@@ -51,7 +52,7 @@ def test_words_replace_what_the_recipe_says():
         ("train.batchsize=64", "train.batchsize: unknown key; did you mean 'batch_size'?"),
         ("trian.batch_size=64", "trian: unknown key; did you mean 'train'?"),
         ("model.widht=64", "model.widht: unknown key; did you mean 'width'?"),
-        ("train.zzz=1", "train.zzz: unknown key; known keys: batch_size, lr, root, mode"),
+        ("train.zzz=1", "train.zzz: unknown key; known keys: batch_size, lr, root, share, mode"),
         (
             "train.batch_size=many",
             "train.batch_size: needs a whole number, for instance train.batch_size=8 (given: 'many')",
@@ -69,6 +70,7 @@ def test_words_replace_what_the_recipe_says():
         ("train=3", "train: needs a section of settings (given: 3)"),
         ("train.root=2024", """train.root: needs text, for instance 'train.root="2024"' (given: 2024)"""),
         ("train.lr=fast", "train.lr: needs a number, for instance train.lr=0.001 (given: 'fast')"),
+        ("train.share=x", "train.share: needs a number, for instance train.share=0 (given: 'x')"),
         ("train.LR=1", "train.LR: unknown key; did you mean 'lr'?"),
         ("model.depth=[1]", "model.depth: unknown key"),
         ("train.batch_size.x=3", "train.batch_size: needs a whole number"),

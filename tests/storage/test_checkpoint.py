@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline.storage import checkpoint, checkpoint_folder
 from pipeline.storage.checkpoint import Checkpoints
-from pipeline.storage.checkpoint_folder import UnreadableCheckpoint, read_folder, snapshot
+from pipeline.storage.checkpoint_folder import UnreadableCheckpoint, read_folder, read_meta, snapshot
 from tests.helpers.checkpoints import FACTS, assert_same, damage, same_bits, small
 
 
@@ -265,3 +265,14 @@ def test_saving_a_step_again_is_harmless(checkpoints):
     assert checkpoints.save(10, small(1), {"first": True}) == path
     assert (path / "meta.json").stat() == written
     assert os.listdir(checkpoints.folder) == [path.name]
+
+
+def test_a_save_reads_the_facts_of_each_checkpoint_once(checkpoints, monkeypatch):
+    """Reading them takes time on a network file system."""
+    for step, score in ((1, 0.5), (2, 3.0), (3, 2.0)):
+        checkpoints.save(step, small(), {}, score)
+    read = []
+    monkeypatch.setattr(checkpoint, "read_meta", lambda path: read.append(path.name) or read_meta(path))
+    checkpoints.save(4, small(), {}, 1.0)
+    assert sorted(read) == [f"step_{step:08d}" for step in (1, 2, 3, 4)]
+    assert checkpoints.steps() == [1, 3, 4]
