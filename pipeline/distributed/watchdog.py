@@ -1,4 +1,4 @@
-"""A thread in every process that ends it when its launcher has died, when a process hangs, or when another one failed.
+"""Threads in every process that end it when its launcher has died, when a process hangs, or when another one failed.
 
 Twice a second each process puts a heartbeat into the store of the process group (through a connection of its own): how
 many collectives it has entered, and the position of its main thread. The first and the last rank read all heartbeats. A
@@ -12,13 +12,10 @@ is added for longer than `progress_timeout`, all processes end. A process alone 
 """
 
 import atexit
-import faulthandler
 import logging
 import math
 import os
 import socket
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -27,12 +24,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from json import dumps, loads
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 from pipeline.distributed.collectives import Store, is_lost_connection
-from pipeline.distributed.heartbeat import SILENT, Heartbeat, Heartbeats
+from pipeline.distributed.heartbeat import LONGEST_TICK, SILENT, Heartbeat, Heartbeats
 from pipeline.distributed.launcher import Launcher
+from pipeline.distributed.stacks import main_thread_position, show_stacks
 from shard_data import progress
 
 PERIOD = 0.5  # seconds between heartbeats
@@ -102,12 +99,16 @@ class Watchdog:
         self._count = 0
         self._alone = Heartbeats([self._heartbeat()], math.inf, progress_timeout)
         self._heartbeats: Heartbeats | None = None  # where this process observes all
+        self._answers = 0  # of the store
+        self._joined = threading.Event()
         self._closing = threading.Event()
+        self._closed = threading.Event()
         self._failing = threading.Event()
         self._ending = threading.Lock()  # never released
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._guard = threading.Thread(target=self._watch_launcher, name="watchdog of the launcher", daemon=True)
+        self._watcher = threading.Thread(target=self._watch_others, name="watchdog of other processes", daemon=True)
         if self._launcher.exists:
-            self._start()
+            self._start(self._guard)
 
     def join(self, world: World) -> None:
         """Starts to send heartbeats and to watch the others. All processes call it at the same time."""
@@ -116,8 +117,10 @@ class Watchdog:
         world.store.wait(self._keys(), timedelta(seconds=world.timeout))
         if world.rank in (0, world.world_size - 1):
             self._heartbeats = Heartbeats(self._read_heartbeats(), world.timeout, self._progress_timeout)
-        if not self._thread.is_alive():
-            self._start()
+        self._joined.set()
+        self._start(self._watcher)
+        if not self._guard.is_alive():
+            self._start(self._guard)
 
     def report_failure(self, error: BaseException) -> None:
         """Ends all processes because of this process's error. Waits a few seconds for them.
@@ -133,43 +136,63 @@ class Watchdog:
         except RuntimeError:  # the store is gone, perhaps with our own launcher
             if self._orphaned_just_now():
                 self._end_orphan()
+        self._stop_watching()
         self._stop()
 
     def close(self) -> None:
         """Leaves without an error. The main process waits some seconds for the others, since it may hold the store."""
+        self._stop_watching()
+        if self._world is not None and not self.failed:
+            with suppress(RuntimeError):
+                self._send_heartbeat(running=False)
+                if self._world.rank == 0:
+                    wait_until(self._are_others_gone, CLOSE_TIMEOUT)
         self._stop()
-        if self._world is None or self.failed:
-            return
-        with suppress(RuntimeError):
-            self._send_heartbeat(running=False)
-            if self._world.rank == 0:
-                wait_until(lambda: not any(heartbeat.running for heartbeat in self._read_heartbeats()), CLOSE_TIMEOUT)
 
-    # ------------------------------------------------------------------------------------------------ the thread
+    def _are_others_gone(self) -> bool:
+        return not any(heartbeat.running for heartbeat in self._read_heartbeats())
 
-    def _start(self) -> None:
-        self._thread.start()
+    # ------------------------------------------------------------------------------------------------ the threads
+
+    def _start(self, thread: threading.Thread) -> None:
+        thread.start()
         atexit.register(self._stop)  # a thread must not be inside torch when the interpreter ends
+
+    def _stop_watching(self) -> None:
+        self._closing.set()
+        if self._watcher.is_alive():
+            self._watcher.join(REPORT_TIMEOUT)
 
     def _stop(self) -> None:
         atexit.unregister(self._stop)
-        self._closing.set()
-        if self._thread.is_alive():
-            self._thread.join(REPORT_TIMEOUT)
+        self._stop_watching()
+        self._closed.set()
+        if self._guard.is_alive():
+            self._guard.join(REPORT_TIMEOUT)
 
-    def _watch(self) -> None:
-        last = time.monotonic()
-        while not self._closing.wait(PERIOD):
+    def _watch_launcher(self) -> None:
+        """Also the work of a process alone, and whether the store answers, whose launcher may be stopped."""
+        last, answers, silence = time.monotonic(), self._answers, 0.0
+        while not self._closed.wait(PERIOD):
             if self._launcher.is_gone():
                 self._end_orphan()
-            now = time.monotonic()
+            elapsed = min(time.monotonic() - last, LONGEST_TICK)
+            last = time.monotonic()
             if self._world is None:
-                self._check_alone(now - last)
-            else:
-                try:
-                    self._check(now - last)
-                except RuntimeError as error:
-                    self._lose_store(error)
+                self._check_alone(elapsed)
+            silence = silence + elapsed if self._joined.is_set() and self._answers == answers else 0.0
+            answers = self._answers
+            if self._world is not None and silence > self._world.timeout:
+                self._end_without_store(f"has not answered for {silence:.0f} s; is its launcher stopped?")
+
+    def _watch_others(self) -> None:
+        last = time.monotonic()
+        while not self._closing.wait(PERIOD):
+            now = time.monotonic()
+            try:
+                self._check(now - last)
+            except RuntimeError as error:
+                self._lose_store(error)
             last = now
 
     def _check_alone(self, elapsed: float) -> None:
@@ -177,7 +200,7 @@ class Watchdog:
         if self._alone.stalled():
             end_within(REPORT_TIMEOUT, STALLED)
             log.error("%s", describe_stall(self._alone))
-            self._show_stacks(STALLED)
+            show_stacks(self.stacks, 0, in_log=False)
             os._exit(STALLED)
 
     def _check(self, elapsed: float) -> None:
@@ -198,29 +221,23 @@ class Watchdog:
         return Heartbeat(self._count, joined, self._host, main_thread_position(), running, *work)
 
     def _read_heartbeats(self) -> list[Heartbeat]:
-        return [Heartbeat.decode(text) for text in self._world.store.multi_get(self._keys())]
+        texts = self._world.store.multi_get(self._keys())
+        self._answers += 1
+        return [Heartbeat.decode(text) for text in texts]
 
     def _keys(self) -> list[str]:
         return [f"heartbeat/{rank}" for rank in range(self._world.world_size)]
 
     def _observe(self, elapsed: float) -> FailureReport | None:
         self._heartbeats.update(self._read_heartbeats(), elapsed)
-        missing = self._heartbeats.missing()
-        if missing:
-            code, message = HUNG, self._describe_missing(missing)
+        if self._heartbeats.missing():
+            code, message = HUNG, describe_missing(self._heartbeats)
         elif self._heartbeats.stalled():
             code, message = STALLED, describe_stall(self._heartbeats)
         else:
             return None
         present = self._heartbeats.present()
         return self._publish(FailureReport(code, message, self._world.rank, present[0], len(present)))
-
-    def _describe_missing(self, ranks: list[int]) -> str:
-        lines = [self._heartbeats.describe(rank) for rank in ranks]
-        head = (
-            f"collective timeout: after {self._world.timeout:g} s (train.collective_timeout) all processes end, because"
-        )
-        return "\n  ".join([head, *lines])
 
     # ------------------------------------------------------------------------------------------ failure reports
 
@@ -230,7 +247,9 @@ class Watchdog:
 
     def _read_report(self) -> FailureReport | None:
         store = self._world.store
-        return FailureReport(*loads(store.get("report"))) if store.check(["report"]) else None
+        found = store.check(["report"])
+        self._answers += 1
+        return FailureReport(*loads(store.get("report"))) if found else None
 
     def _act_on(self, report: FailureReport) -> None:
         """Ends this process, in the watchdog's thread, unless its main thread is about to fail too."""
@@ -244,7 +263,7 @@ class Watchdog:
         if self._world.rank == report.reporter:
             log.error("%s", report.message)
         if report.code in (HUNG, STALLED):
-            self._show_stacks(report.code)
+            show_stacks(self.stacks, self._world.rank, in_log=report.code == HUNG)
         with suppress(RuntimeError):
             self._world.store.add("acknowledgements", 1)
             self._await_acknowledgements(report)
@@ -302,58 +321,24 @@ class Watchdog:
             return
         if self._orphaned_just_now():
             self._end_orphan()
+        self._end_without_store(f"is gone: {error}")
+
+    def _end_without_store(self, problem: str) -> None:
         end_within(REPORT_TIMEOUT, PEER_FAILED)
-        log.error("rank %d on %s ends: the store of the process group is gone: %s", self._world.rank, self._host, error)
+        log.error("rank %d on %s ends: the store of the process group %s", self._world.rank, self._host, problem)
         os._exit(PEER_FAILED)
 
-    def _show_stacks(self, code: int) -> None:
-        """Every thread's Python stack, to a file of this rank, and to the log unless work stalled."""
-        rank = self._world.rank if self._world is not None else 0
-        name = f"rank_{rank:05d}.txt"
-        try:
-            text = write_stacks(self.stacks and self.stacks / name)
-        except OSError as error:
-            log.error("%s: %s", name, error)
-            faulthandler.dump_traceback(all_threads=True)
-            return
-        if code == HUNG:
-            log.error("rank %d on %s, Python stacks:\n%s", rank, self._host, text)
+
+def describe_missing(heartbeats: Heartbeats) -> str:
+    """A line for each missing rank, below one that says why the run ends."""
+    head = f"collective timeout: after {heartbeats.timeout:g} s (train.collective_timeout) all processes end, because"
+    return "\n  ".join([head, *map(heartbeats.describe, heartbeats.missing())])
 
 
 def describe_stall(heartbeats: Heartbeats) -> str:
     """One line about the ranks whose work makes no progress."""
     parts = "; ".join(map(heartbeats.describe_stall, heartbeats.stalled()))
     return f"{parts}; the run ends (train.progress_timeout: {heartbeats.progress_timeout:g} s)"
-
-
-def main_thread_position() -> str:
-    """The innermost frame of the main thread that is in this package, or else the innermost one."""
-    frame = innermost = sys._current_frames().get(threading.main_thread().ident)
-    while frame is not None:
-        if Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
-            return place(frame)
-        frame = frame.f_back
-    return place(innermost) if innermost is not None else "its end"
-
-
-def place(frame: FrameType) -> str:
-    """As `pipeline/training/trainer.py:12 in fit`."""
-    file = Path(frame.f_code.co_filename)
-    shown = file.relative_to(PACKAGE.parent) if file.is_relative_to(PACKAGE) else file
-    return f"{shown}:{frame.f_lineno} in {frame.f_code.co_qualname}"
-
-
-def write_stacks(path: Path | None) -> str:
-    """The Python stacks of all threads, also appended to the file, where one is given."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") if path is not None else tempfile.TemporaryFile("w+") as file:
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        start = file.tell()
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(start)
-        return file.read()
 
 
 def wait_until(done: Callable[[], bool], seconds: float | None = None) -> bool:

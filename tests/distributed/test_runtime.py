@@ -125,7 +125,8 @@ def test_gpu_configurations_end_with_one_error(tmp_path, processes, cpus, gpus):
 def test_one_process_needs_no_thread(make_runtime):
     """Without a launcher there is nothing to watch."""
     runtime = make_runtime()
-    assert not runtime.watchdog._thread.is_alive()
+    assert not runtime.watchdog._guard.is_alive()
+    assert not runtime.watchdog._watcher.is_alive()
     with pytest.raises(KeyError), runtime.propagate_failure():
         raise KeyError("x")
     runtime.close()

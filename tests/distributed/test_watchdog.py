@@ -203,6 +203,19 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path, processes):
     assert "has died; this process ends" in output
 
 
+def test_ranks_end_when_their_launcher_is_stopped(tmp_path):
+    """It holds the store of the process group, which then does not answer."""
+    script = write_script(tmp_path, "train()")
+    with (tmp_path / "stderr").open("w") as stderr, started(script_command(2, script), stderr=stderr) as launcher:
+        pids = [pid_of(tmp_path, rank) for rank in (0, 1)]
+        launcher.send_signal(signal.SIGSTOP)
+        wait_until(lambda: not any(map(is_alive, pids)), timeout=30)
+    output = (tmp_path / "stderr").read_text()
+    assert re.search(
+        r"^rank 0 on \S+ ends: the store .* has not answered for \d s; is its launcher stopped\?$", output, re.M
+    )
+
+
 LOOK = """
 import sys, time
 from pathlib import Path
