@@ -7,7 +7,7 @@ Needs the repository on PYTHONPATH. Exit codes: 0 the copy is complete, 1 this n
 is corrupt.
 """
 
-import fcntl
+import math
 import shutil
 import socket
 import sys
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from shard_data.errors import DataError
+from shard_data.file_lock import FileLock
 from shard_data.files import replacing, sha256
 from shard_data.manifest import FILE, Manifest, all_shards, load
 
@@ -22,7 +23,7 @@ SECONDS_PER_LINE = 10
 
 
 def where(manifest: Manifest, folder: Path) -> Path:
-    """The copy's folder. Each set, and each version of it, has its own."""
+    """The copy's folder. Each set, and each version of it, has its own. `load` has checked that its name has no `/`."""
     return folder / f"{manifest['name']}-{manifest['fingerprint'][:12]}"
 
 
@@ -31,11 +32,14 @@ def stage(root: Path, folder: Path) -> None:
     manifest = load(root)
     target = where(manifest, folder)
     target.mkdir(parents=True, exist_ok=True)
-    with open(target / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one job per node copies; the others wait, then use its copy
+    with FileLock(target / ".lock").acquire(math.inf, say_wait):  # one job per node copies; then all use its copy
         copied = copy_shards(manifest, root, target)
         copy(root / FILE, target / FILE, sha256(root / FILE))
     say(f"{target} is complete: {len(hashes(manifest))} files, {copied} of them copied now")
+
+
+def say_wait(holder: str) -> None:
+    say(f"waiting for {holder}, which copies the same shards")
 
 
 def copy_shards(manifest: Manifest, root: Path, target: Path) -> int:

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from shard_data import ToyFaces, convert
+from shard_data.file_lock import FileLock
+from shard_data.manifest import load
 from shard_data.verify import verify
+from tests.helpers.shard_sets import edit_manifest
 from tests.helpers.slurm_lab import FOLDERS, OURS, ROOT
 
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -64,6 +67,31 @@ def test_a_corrupt_set_is_not_staged(faces, tmp_path):
     assert f"{tar} is corrupt" in done.stderr
     assert list((tmp_path / "scratch").rglob("manifest.json")) == []
     assert list((tmp_path / "scratch").rglob(tar.name)) == []
+
+
+def test_a_set_whose_name_leads_to_another_folder_is_not_staged(faces, tmp_path):
+    edit_manifest(faces, lambda manifest: manifest.update(name="../../outside"))
+    done = stage(faces, tmp_path / "in" / "scratch")
+    assert done.returncode == 2
+    assert "manifest.json: name: " in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["faces"]
+
+
+def test_of_two_jobs_on_a_node_one_copies_and_the_other_names_it(faces, tmp_path):
+    target = tmp_path / f"toy_faces-{load(faces)['fingerprint'][:12]}"
+    target.mkdir()
+    command = [sys.executable, "slurm/stage.py", str(faces), str(tmp_path)]
+    with FileLock(target / ".lock") as lock:
+        lines = []
+        with subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."}, stderr=subprocess.PIPE, text=True
+        ) as waiting:
+            lines.append(waiting.stderr.readline())
+            assert not list(target.glob("*.tar"))
+            lock.release()
+            lines += waiting.stderr
+    assert f"waiting for process {os.getpid()} on " in lines[0]
+    assert "is complete: 12 files, 12 of them copied now" in lines[-1]
 
 
 def test_a_node_that_cannot_take_the_shards_says_so(faces, tmp_path):
