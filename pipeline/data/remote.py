@@ -117,9 +117,9 @@ def remote_files(address: str, manifest: Manifest, splits: Sequence[str]) -> lis
 
 
 def _own_folder(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     if folder.is_symlink():
         raise FetchError(f"{folder}: is a symbolic link, which is refused; delete it, or set another data.cache")
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

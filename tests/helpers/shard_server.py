@@ -1,10 +1,16 @@
 """An HTTP server on loopback for tests: files of a folder, and faults by request."""
 
+import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+import pytest
+
+from shard_data import fetch as fetching
 
 Fault = Callable[[BaseHTTPRequestHandler, bytes], None]
 
@@ -20,6 +26,7 @@ class ShardServer:
     """A context manager. `requests` counts paths; `faults[name]` answers the next requests of a file instead."""
 
     def __init__(self, folder: Path):
+        self.folder = folder
         self.requests: Counter[str] = Counter()
         self.faults: dict[str, list[Fault]] = {}
         self._lock = threading.Lock()
@@ -63,3 +70,61 @@ def answer(handler: BaseHTTPRequestHandler, content: bytes, length: int | None =
         handler.send_header("Content-Length", str(len(content) if length == -1 else length))
     handler.end_headers()
     handler.wfile.write(content)
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+
+def send(content: bytes, length: int | None = -1) -> Fault:
+    """Something else than the file."""
+    return lambda handler, _content: answer(handler, content, length)
+
+
+def refuse(code: int, body: bytes | None = None) -> Fault:
+    """An HTTP error; its body is a web page by default."""
+
+    def fault(handler: BaseHTTPRequestHandler, _content: bytes) -> None:
+        if body is None:
+            handler.send_error(code)
+            return
+        handler.send_response(code)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return fault
+
+
+def redirect(address: str) -> Fault:
+    def fault(handler: BaseHTTPRequestHandler, _content: bytes) -> None:
+        handler.send_response(302)
+        handler.send_header("Location", address)
+        handler.end_headers()
+
+    return fault
+
+
+def cut(handler: BaseHTTPRequestHandler, content: bytes) -> None:
+    """The connection breaks off after half of the file."""
+    answer(handler, content[: len(content) // 2], length=len(content))
+    handler.close_connection = True
+
+
+def hang_up(handler: BaseHTTPRequestHandler, _content: bytes) -> None:
+    """No answer at all."""
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def stall(handler: BaseHTTPRequestHandler, content: bytes) -> None:
+    """1,000 bytes of the file, and then nothing for half a minute."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    handler.wfile.write(content[:1000])
+    time.sleep(30)
+
+
+def fetch_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short pauses between attempts, and no proxy."""
+    monkeypatch.setattr(fetching, "FIRST_WAIT", 0.01)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")

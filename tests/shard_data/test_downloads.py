@@ -3,11 +3,9 @@
 import errno
 import gzip
 import hashlib
-import http.server
 import importlib.util
 import os
 import socket
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,60 +16,20 @@ from shard_data import fetch as fetching
 from shard_data.__main__ import main
 from shard_data.downloads import FILES, Download, fetch
 from tests.helpers.mnist_files import digits, idx
+from tests.helpers.shard_server import ShardServer, fetch_quickly, redirect, refuse, send
 
 QUOTA = b"<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head></html>"
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Answers from a table: path -> bytes, or (status, bytes), or (bytes, promised length)."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers: dict[str, object] = {}
-        self.asked: list[str] = []
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        answer = self.server.answers.get(self.path, (404, b"<html><title>404 Not Found</title></html>"))
-        status, body, length = 200, answer, None
-        if isinstance(answer, tuple):
-            status, body = answer if isinstance(answer[0], int) else (200, answer[0])
-            length = None if isinstance(answer[0], int) else answer[1]
-        if status == 302:
-            self.send_response(302)
-            self.send_header("Location", body.decode())
-            self.end_headers()
-            return
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(fetching, "FIRST_WAIT", 0.01)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    fetch_quickly(monkeypatch)
 
 
 @pytest.fixture
-def server():
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def server(tmp_path_factory):
+    with ShardServer(tmp_path_factory.mktemp("published")) as server:
+        yield server
 
 
 @pytest.fixture
@@ -85,12 +43,13 @@ def mnist(monkeypatch, server) -> dict[str, bytes]:
         Download(name, hashlib.md5(data).hexdigest(), ("http://127.0.0.1:9/",)) for name, data in made.items()
     )
     monkeypatch.setitem(FILES, "mnist", published)
-    server.answers = {f"/mirror/{name}": data for name, data in made.items()}
+    for name, data in made.items():
+        (server.folder / name).write_bytes(data)
     return made
 
 
 def test_fetched_files_are_converted(mnist, server, tmp_path):
-    words = ["--source", str(tmp_path / "in"), "--download", "--mirror", f"{server.address}/mirror/"]
+    words = ["--source", str(tmp_path / "in"), "--download", "--mirror", f"{server.address}/"]
     assert main(["mnist", *words, "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == mnist
     rows = np.load(tmp_path / "out" / "train-000000.index.npy")
@@ -98,45 +57,46 @@ def test_fetched_files_are_converted(mnist, server, tmp_path):
 
 
 def test_what_is_there_is_not_fetched_again(mnist, server, tmp_path):
-    fetch("mnist", tmp_path, f"{server.address}/mirror")
-    assert len(server.asked) == 4
+    fetch("mnist", tmp_path, server.address)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
-    fetch("mnist", tmp_path, f"{server.address}/mirror")
-    assert server.asked[4:] == ["/mirror/t10k-labels-idx1-ubyte.gz"]
+    fetch("mnist", tmp_path, server.address)
+    assert server.requests == dict.fromkeys(mnist, 1) | {"t10k-labels-idx1-ubyte.gz": 2}
 
 
 def test_a_file_that_is_not_as_published_is_not_overwritten(mnist, server, tmp_path):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"mine")
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz: is not as published"):
-        fetch("mnist", tmp_path, f"{server.address}/mirror")
+        fetch("mnist", tmp_path, server.address)
     assert (tmp_path / "train-images-idx3-ubyte.gz").read_bytes() == b"mine"
 
 
 WRONG = {
-    "quota page": (QUOTA, "a web page titled 'Google Drive - Quota exceeded' arrived"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
-    "nothing": (b"", "an empty file arrived"),
-    "other content": (b"\x1f\x8b other", "gzip data arrived, with md5 [0-9a-f]{32} instead of"),
+    "quota page": (send(QUOTA), "a web page titled 'Google Drive - Quota exceeded' arrived"),
+    "terminal codes": (send(b"<html><title>\x1b[2J</title>"), r"a web page titled '\\x1b\[2J' arrived"),
+    "pointer": (send(b"version https://git-lfs.github.com/spec/v1\noid"), "a Git LFS pointer"),
+    "nothing": (send(b""), "an empty file arrived"),
+    "other content": (send(b"\x1f\x8b other"), "gzip data arrived, with md5 [0-9a-f]{32} instead of"),
     "not found": (
-        (404, b"<html><title>Gone</title>"),
+        refuse(404, b"<html><title>Gone</title>"),
         "the server answers 404 Not Found with a web page titled 'Gone'",
     ),
-    "error": ((500, b""), r"the server answers 500 Internal Server Error \(4 attempts\)"),
-    "broken off": ((b"\x1f\x8b half", 100_000), "broke off after 7 of 100,000 bytes"),
-    "elsewhere": ((302, b"file:///etc/passwd"), "the server answers 302"),
+    "error": (refuse(500, b""), r"the server answers 500 Internal Server Error \(4 attempts\)"),
+    "broken off": (send(b"\x1f\x8b half", length=100_000), "broke off after 7 of 100,000 bytes"),
+    "elsewhere": (redirect("file:///etc/passwd"), "the server answers 302"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_arrives_instead_is_told_with_what_to_do_by_hand(mnist, server, tmp_path, case, capsys):
-    server.answers["/mirror/train-images-idx3-ubyte.gz"], message = WRONG[case]
+    fault, message = WRONG[case]
+    server.faults["train-images-idx3-ubyte.gz"] = [fault] * 8
     with pytest.raises(DataError, match=message) as failure:
-        fetch("mnist", tmp_path / "a folder", f"{server.address}/mirror")
+        fetch("mnist", tmp_path / "a folder", server.address)
     digest = hashlib.md5(mnist["train-images-idx3-ubyte.gz"]).hexdigest()
     for part in (digest, f"place it as '{tmp_path}/a folder/train-images-idx3-ubyte.gz'", "--mirror"):
         assert part in str(failure.value)
     assert list((tmp_path / "a folder").iterdir()) == []
-    words = ["--source", str(tmp_path / "in"), "--download", "--mirror", f"{server.address}/mirror"]
+    words = ["--source", str(tmp_path / "in"), "--download", "--mirror", server.address]
     assert main(["mnist", *words, "--out", str(tmp_path / "out")]) == 2
     assert not (tmp_path / "out").exists()
 
@@ -150,10 +110,10 @@ def test_addresses_that_cannot_work(mnist, tmp_path, mirror):
 def test_the_second_address_is_tried_when_the_first_fails(mnist, server, tmp_path, monkeypatch):
     name = "train-images-idx3-ubyte.gz"
     digest = hashlib.md5(mnist[name]).hexdigest()
-    addresses = (f"{server.address}/gone/{name}", f"{server.address}/mirror/{name}")
+    addresses = (f"{server.address}/gone/{name}", f"{server.address}/{name}")
     monkeypatch.setitem(FILES, "mnist", (Download(name, digest, addresses),))
     fetch("mnist", tmp_path)
-    assert server.asked == [f"/gone/{name}", f"/mirror/{name}"]
+    assert server.requests == {name: 2}
     assert (tmp_path / name).read_bytes() == mnist[name]
 
 
@@ -165,7 +125,7 @@ def test_a_server_that_says_nothing_is_not_waited_for_for_ever(mnist, tmp_path, 
 
 def test_a_place_that_cannot_be_written_is_named(mnist, server, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
-    words = ["--download", "--mirror", f"{server.address}/mirror", "--out", str(tmp_path / "out")]
+    words = ["--download", "--mirror", server.address, "--out", str(tmp_path / "out")]
     assert main(["mnist", "--source", str(tmp_path / "file"), *words]) == 2
     assert f"{tmp_path}/file: cannot be written" in capsys.readouterr().err
 
