@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint: written in place, and written aside from a copy.
+"""How long training waits for a checkpoint: written by the training thread, and by a background thread from a copy.
 
 python -m benchmarks.checkpoint --mib 200 --saves 5
 """
@@ -17,7 +17,7 @@ from pipeline.storage.checkpoint_writer import CheckpointWriter
 
 
 def make_state(mib: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Weights and two moments, together so many MiB, in tensors of 1 MiB."""
+    """Weights and two moments: `mib` MiB in all, in tensors of 1 MiB."""
     tensors = [torch.randn(2**18) for _ in range(mib)]
     third = max(1, mib // 3)
     return {
@@ -35,7 +35,7 @@ def train_step(weight: torch.Tensor) -> float:
 
 
 def measure(save: Callable[[int], None], saves: int, seconds_between: float) -> tuple[list[float], list[float]]:
-    """(what each save took of training, the steps between them), ms."""
+    """(time that training waited for each save, time of the steps between them), ms."""
     weight, stalls, steps = torch.randn(400, 400), [], []
     for number in range(1, saves + 1):
         start = time.perf_counter()
@@ -50,7 +50,7 @@ def measure(save: Callable[[int], None], saves: int, seconds_between: float) -> 
 def report(what: str, stalls: list[float], steps: list[float]) -> None:
     first, later = stalls[0], stalls[1:]
     print(
-        f"{what:<10} stall: first {first:.0f} ms, later median {statistics.median(later):.0f} ms, "
+        f"{what:<15} stall: first {first:.0f} ms, later median {statistics.median(later):.0f} ms, "
         f"longest {max(later):.0f} ms; step: median {statistics.median(steps):.1f} ms, longest {max(steps):.0f} ms"
     )
 
@@ -58,19 +58,21 @@ def report(what: str, stalls: list[float], steps: list[float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__.partition("\n")[0])
     parser.add_argument("--mib", type=int, default=200, help="size of the state (default: 200)")
-    parser.add_argument("--saves", type=int, default=5, help="of either kind (default: 5)")
+    parser.add_argument("--saves", type=int, default=5, help="number of saves of each kind (default: 5)")
     parser.add_argument("--between", type=float, default=2.0, help="seconds of training between saves (default: 2)")
     parsed = parser.parse_args()
     torch.set_num_threads(1)
     state = make_state(parsed.mib)
     with tempfile.TemporaryDirectory() as folder:
         in_place = Checkpoints(Path(folder) / "in_place", keep=1)
-        report("in place", *measure(lambda step: in_place.save(step, state, {}), parsed.saves, parsed.between))
+        report("training thread", *measure(lambda step: in_place.save(step, state, {}), parsed.saves, parsed.between))
     with (
         tempfile.TemporaryDirectory() as folder,
-        CheckpointWriter(Checkpoints(Path(folder) / "aside", keep=1), lambda step, message: print(message)) as aside,
+        CheckpointWriter(
+            Checkpoints(Path(folder) / "background", keep=1), lambda step, message: print(message)
+        ) as background,
     ):
-        report("aside", *measure(lambda step: aside.save(step, state, {}), parsed.saves, parsed.between))
+        report("background", *measure(lambda step: background.save(step, state, {}), parsed.saves, parsed.between))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Three layers into one strict, frozen config: defaults < recipe file < `section.key=value` words.
+"""Three layers become one strict, frozen config: defaults, then a recipe file, then overrides `section.key=value`.
 
-Knows no section. Values are YAML on both layers; validation, types and error paths are pydantic's. What is ours:
-reading YAML strictly (no duplicate keys, `5e-3` is a number), laying words over it, and messages that name the dotted
-path and the remedy.
+Values are YAML in recipes and overrides. pydantic checks types and values. This module reads YAML strictly (no
+duplicate keys, `5e-3` is a number), applies the overrides, and writes the messages: the dotted path of the setting, and
+what to write instead. It depends on no particular section.
 """
 
 import difflib
@@ -36,7 +36,9 @@ MAX_VALUES = 100_000
 """Values that a recipe may have when its YAML aliases are expanded."""
 
 
-MAX_RECIPE_BYTES = 2**20
+MAX_RECIPE_BYTES = 2**16
+MAX_NESTING = 50
+"""Brackets and braces in each other; the time of PyYAML's scanner grows with their number."""
 MAX_DIGITS = 400
 """Of a number, which `float` can then still represent."""
 _KINDS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
@@ -55,6 +57,11 @@ class _StrictLoader(yaml.SafeLoader):
     yaml_constructors: typing.ClassVar = {
         tag: constructor for tag, constructor in yaml.SafeLoader.yaml_constructors.items() if tag in {*_KINDS, None}
     }
+
+    def fetch_flow_collection_start(self, token_class: type[yaml.Token]) -> None:
+        if self.flow_level >= MAX_NESTING:
+            raise yaml.scanner.ScannerError(None, None, "nested too deeply", self.get_mark())
+        super().fetch_flow_collection_start(token_class)
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
@@ -89,7 +96,7 @@ class _StrictLoader(yaml.SafeLoader):
             if not isinstance(name, str):
                 raise _refused(f"{name!r} is used as a name; names are text", node)
             if names.count(name) > 1:
-                raise _refused(f"key {name!r} stands twice", node)
+                raise _refused(f"key {name!r} is given twice", node)
         return super().construct_mapping(node, deep)
 
 
@@ -110,7 +117,7 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_decimal_int)
 _StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_decimal_float)
 _StrictLoader.add_constructor("tag:yaml.org,2002:str", _StrictLoader.construct_text)
-# YAML 1.1 reads 5e-3 and 1e5 as strings; YAML 1.2 and people read numbers.
+# Text in YAML 1.1, but a number in YAML 1.2 and to a reader: 5e-3, 1e5.
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
@@ -147,19 +154,19 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def parse_override(word: str) -> tuple[list[str], Any]:
+def parse_override(override: str) -> tuple[list[str], Any]:
     """`train.batch_size=64`, with or without a leading `--`, to (["train", "batch_size"], 64)."""
-    name, equals, value = word.removeprefix("--").partition("=")
+    name, equals, value = override.removeprefix("--").partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", name):
-        raise ConfigError(f"{word!r}: settings are given as section.key=value, for instance train.batch_size=64")
+        raise ConfigError(f"{override!r}: settings are given as section.key=value, for instance train.batch_size=64")
     return name.split("."), parse_yaml(value, name)
 
 
-def overlay(data: Mapping[str, Any], words: Iterable[str]) -> dict[str, Any]:
-    """A copy of `data` with each word's value set at its dotted path."""
+def overlay(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `data` with the value of each override at its dotted path."""
     result = with_present_names(data)
-    for word in words:
-        path, value = parse_override(word)
+    for override in overrides:
+        path, value = parse_override(override)
         path = ALIASES.get(".".join(path), ".".join(path)).split(".")
         place = result
         for depth, key in enumerate(path[:-1], start=1):
@@ -193,10 +200,10 @@ def with_present_names(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(kind: type[SectionType], data: Mapping[str, Any]) -> SectionType:
-    """`data` as a validated, frozen `kind`. Raises ConfigError with one line for each fault."""
+    """`data` as a validated, frozen `kind`. Raises ConfigError with one line for each invalid setting."""
     data = with_present_names(data)
     try:
-        # JSON mode is strict about types yet lets a list stand for a tuple, which YAML cannot write.
+        # In JSON mode pydantic is strict about types, yet accepts a list for a tuple, which YAML does not have.
         return kind.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         faults = [fault for fault in error.errors() if not _is_repeated(fault, error.errors())]
@@ -310,7 +317,7 @@ def _example(path: list[str], holder: type[Section] | None, given: Any, error: s
     if sections := sections_in(field.annotation):
         value = f"{{name: {tag_of(sections[0])}}}" if len(sections) > 1 else None
     elif error == "string_type" and isinstance(given, int | float):
-        value = f'"{given}"'  # YAML reads the word as a number, unless it is quoted
+        value = f'"{given}"'  # unquoted, YAML reads it as a number
     elif isinstance(field.default, str | int | float | tuple) and field.default != ():
         value = field.default if isinstance(field.default, str) else json.dumps(field.default)
     else:

@@ -1,4 +1,4 @@
-"""A whole experiment as one frozen config: every section, and the checks that span them.
+"""A whole experiment as one frozen config: all sections, and the checks that involve several of them.
 
 `python -m pipeline.recipe > docs/settings.md` writes the list of all settings.
 """
@@ -38,7 +38,7 @@ RECIPES = Path(__file__).parent / "configs"
 Model = Annotated[
     NVAEConfig | MLPVAEConfig | ConvVAEConfig | ResNetVAEConfig | AttributeVAEConfig, Field(discriminator="name")
 ]
-"""Every model's section; `model.name` tells them apart."""
+"""Every model's section; `model.name` selects one."""
 
 
 class Recipe(Section):
@@ -85,7 +85,7 @@ def divisors(number: int) -> list[int]:
 def build_model(recipe: Recipe, classifier: FrozenClassifier | None = None) -> VAE:
     """The recipe's model, initialized from torch's global generator.
 
-    `classifier`: of a model that trains with one (`classifier_folder`); evaluation does without.
+    `classifier`: for a model that trains with one (`classifier_folder`); evaluation needs none.
     """
     data = recipe.data
     side = data.size + 2 * data.pad
@@ -109,21 +109,21 @@ def recipe_path(name: str) -> Path:
     return path
 
 
-def load_recipe(path: Path, words: list[str], data_root: str | None = None) -> Recipe:
-    """The recipe file under the words of the command line. Raises ConfigError naming each fault."""
+def load_recipe(path: Path, overrides: list[str], data_root: str | None = None) -> Recipe:
+    """The recipe file with the overrides of the command line. Raises ConfigError that names each invalid setting."""
     if not path.exists() and path.name in shipped_recipes():
         raise ConfigError(f"--config {path}: no such file; did you mean --model {path.name}?")
-    data = _one_duration(overlay(load_yaml(path), words), words)
+    data = _one_duration(overlay(load_yaml(path), overrides), overrides)
     if data_root is not None:
         data.setdefault("data", {})["root"] = data_root
     return build(Recipe, data)
 
 
-def _one_duration(data: dict[str, Any], words: list[str]) -> dict[str, Any]:
+def _one_duration(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """`train.epochs=` on the command line replaces the recipe's `train.steps`, and the other way round."""
-    said = {word.removeprefix("--").partition("=")[0] for word in words} & {"train.steps", "train.epochs"}
-    if len(said) == 1:
-        other = ({"train.steps", "train.epochs"} - said).pop().removeprefix("train.")
+    given = {override.removeprefix("--").partition("=")[0] for override in overrides} & {"train.steps", "train.epochs"}
+    if len(given) == 1:
+        other = ({"train.steps", "train.epochs"} - given).pop().removeprefix("train.")
         data["train"].pop(other, None)
     return data
 
@@ -150,7 +150,7 @@ A setting on the command line replaces the recipe's: `section.key=value`, also w
 
 | value | example |
 |---|---|
-| number, word, path | `optim.lr=5e-3` `train.precision=bf16` `data.root=data/celeba64` |
+| number, name, path | `optim.lr=5e-3` `train.precision=bf16` `data.root=data/celeba64` |
 | nothing | `train.micro_batch=null` |
 | true or false | `data.flip=true` |
 | list | `'model.groups_per_scale=[5, 10, 20]'` |

@@ -1,4 +1,4 @@
-"""The base of every configuration section: strict, frozen, and unforgiving of unknown keys."""
+"""The base of every configuration section: strict and frozen; unknown keys are errors."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Words and YAML become a strict, frozen config; every fault names its dotted path and the remedy."""
+"""Overrides and YAML become a strict, frozen config; every error names the dotted path and what to write instead."""
 
 import time
 from typing import Annotated, Literal
@@ -35,11 +35,11 @@ class Root(Section):
     train: Train = Train()
 
 
-def built(*words: str) -> Root:
-    return build(Root, overlay({"model": {"name": "flat"}}, words))
+def built(*overrides: str) -> Root:
+    return build(Root, overlay({"model": {"name": "flat"}}, overrides))
 
 
-def test_words_replace_what_the_recipe_says():
+def test_overrides_replace_values_of_the_recipe():
     root = built(
         "train.batch_size=64", "--train.lr=5e-3", "model.name=deep", "model.depth=[5, 10, 20]", "train.root=data/x"
     )
@@ -47,7 +47,7 @@ def test_words_replace_what_the_recipe_says():
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("override", "message"),
     [
         ("train.batchsize=64", "train.batchsize: unknown key; did you mean 'batch_size'?"),
         ("trian.batch_size=64", "trian: unknown key; did you mean 'train'?"),
@@ -83,9 +83,9 @@ def test_words_replace_what_the_recipe_says():
         ("train.lr=1:30.5", "1:30.5 is a number to base 60"),
     ],
 )
-def test_faults_name_path_and_remedy(word, message):
+def test_errors_name_the_path_and_the_fix(override, message):
     with pytest.raises(ConfigError) as error:
-        built(word)
+        built(override)
     assert message in str(error.value)
 
 
@@ -119,8 +119,9 @@ def test_a_leading_zero_does_not_make_a_number_octal(text, value):
         "\n".join(["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))]),
         "a: &a [*a]",
         "a: " + "[" * 5000,
+        "a: " + "- " * 5000,
     ],
-    ids=["nested aliases", "an alias in itself", "nesting"],
+    ids=["nested aliases", "an alias in itself", "nesting", "nested lines"],
 )
 def test_a_yaml_bomb_is_refused_quickly(text):
     start = time.process_time()
@@ -151,10 +152,10 @@ def test_numbers_are_read_as_people_write_them(text, value):
     assert type(parse_yaml(text, "x")) is type(value)
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path):
+def test_a_key_given_twice_is_refused(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("train: {lr: 1.0}\nmodel: {}\ntrain: {lr: 2.0}\n")
-    with pytest.raises(ConfigError, match="key 'train' stands twice"):
+    with pytest.raises(ConfigError, match="key 'train' is given twice"):
         load_yaml(path)
 
 
@@ -207,6 +208,6 @@ def test_a_dump_without_defaults_has_what_differs_and_the_names_of_kinds():
 
 
 @given(st.from_regex(r"[a-z_]{1,8}(\.[a-z_]{1,8}){0,3}", fullmatch=True), st.integers())
-def test_a_word_is_a_path_and_a_value(path, value):
+def test_an_override_is_a_path_and_a_value(path, value):
     assert parse_override(f"{path}={value}") == (path.split("."), value)
     assert flatten(overlay({}, [f"{path}={value}"])) == {path: value}

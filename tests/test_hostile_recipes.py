@@ -91,5 +91,5 @@ def test_a_recipe_file_has_a_size_limit(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.touch()
     os.truncate(path, 2**40)
-    with pytest.raises(ConfigError, match="recipe.yaml: larger than 1048576 bytes; not a recipe"):
+    with pytest.raises(ConfigError, match="recipe.yaml: larger than 65536 bytes; not a recipe"):
         load_yaml(path)

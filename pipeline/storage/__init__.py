@@ -1,3 +1,3 @@
-"""What lies in a run folder, written whole or not at all: checkpoints, metrics, status, lock. Imports `schema` and
+"""The files of a run folder, each complete or absent: checkpoints, metrics, status, lock. Imports `schema` and
 `config`.
 """

@@ -1,8 +1,8 @@
-"""The checkpoints of one run: which exist, which is used, and which stay.
+"""The checkpoints of one run: which exist, which is used, and which are kept.
 
     checkpoints/step_00001000/   see `checkpoint_folder`
 
-A checkpoint is written into a hidden folder beside, synced to disk and renamed; only then are older ones deleted. One
+A checkpoint is written to a hidden folder, synced to disk and renamed; only then are older ones deleted. One
 process writes to a folder of checkpoints: `run_lock` ensures that. `snapshot` (fast) is separate from
 `Checkpoints.write` (slow), which `CheckpointWriter` calls off the training thread.
 """
@@ -43,20 +43,20 @@ _HIDDEN = re.compile(r"\.step_\d{8,}\.(?P<host>.+)\.(?P<pid>\d+)\.(writing|delet
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written and which stay."""
+    """When checkpoints are written and which are kept."""
 
     every: int = pydantic.Field(1000, ge=0)
     """Steps between checkpoints; also after the last step. 0: never."""
     keep: int | None = pydantic.Field(3, ge=1)
-    """How many of the latest stay, beside the best by validation; null: all."""
+    """How many of the latest are kept, besides the best by validation; null: all."""
 
 
 class Checkpoints:
     """The checkpoints of one run: `save`, `latest`, `best`, `load`.
 
-    `keep`: how many of the latest stay, besides the best one; None or 0 keeps all. `run_id`: stated in every checkpoint
-    that is written; checkpoints that state another id are not used, unless `load` is given their path. `check`: called
-    before each change in the folder; it raises where this process may no longer write there.
+    `keep`: how many of the latest are kept, besides the best one; None or 0 keeps all. `run_id`: stated in every
+    checkpoint that is written; checkpoints that state another id are not used, unless `load` is given their path.
+    `check`: called before each change in the folder; it raises where this process may no longer write there.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class Checkpoints:
 
         `tensors`: {file stem: {name: tensor on any device, of any layout}}. `facts`: JSON values, with string keys and
         finite numbers. `score`: lower is better; None or a non-finite one never makes a checkpoint the best. A good
-        checkpoint of the same step stays as it is, a damaged one is replaced. Raises OSError, naming the folder, where
-        it cannot be written: nothing is lost then.
+        checkpoint of the same step stays as it is, an unreadable one is replaced. Raises OSError, naming the folder,
+        where it cannot be written: nothing is lost then.
         """
         return self.write(step, snapshot(tensors), facts, score)
 
@@ -93,7 +93,9 @@ class Checkpoints:
             if not self._is_good(target):
                 self._make_room(step, size_of(snapshot))
                 self._write_new(target, snapshot, step, facts, score)
-            sync_folder(self.folder)  # also for an existing one: the process that renamed it may have died before
+            sync_folder(
+                self.folder
+            )  # also for an existing one: the process that renamed it may have been killed before
             self._delete_old(step)
         except OSError as error:
             message = f"the checkpoint of step {step} could not be written to {self.folder}: {error.strerror or error}"
@@ -127,7 +129,7 @@ class Checkpoints:
         return read_folder(Path(path))
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are there, good or damaged, ascending."""
+        """Steps of the checkpoints that exist, readable or not, ascending."""
         if not self.folder.is_dir():
             return []
         names = (entry.name for entry in os.scandir(self.folder) if entry.is_dir(follow_symlinks=False))
@@ -138,7 +140,7 @@ class Checkpoints:
         return list(self._own_scores(self.steps()))
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of `step` lies."""
+        """The folder of the checkpoint of `step`."""
         return self.folder / f"step_{step:08d}"
 
     def _first_usable(self, ranked: Callable[[list[int]], list[int]]) -> Checkpoint | None:
@@ -214,8 +216,8 @@ class Checkpoints:
     def _make_room(self, step: int, needed: int) -> None:
         """See that there are `needed` bytes. Raises OSError where there are not.
 
-        A process that died between writing a checkpoint and deleting an older one has left one too many, which would
-        fill a disk with room for `keep` and one more for good. It goes first, if what makes it superfluous is good.
+        A process that was killed between writing a checkpoint and deleting an older one has left one too many. On a
+        disk with room for `keep` and one more, no other could be written. It is deleted first, if a newer one is good.
         """
         if shutil.disk_usage(self.folder).free < needed:
             older = [each for each in self.steps() if each < step]

@@ -23,7 +23,7 @@ RETRY_AFTER = (1.0, 4.0, 15.0, 40.0)
 
 @dataclass(frozen=True)
 class _Job:
-    """The arguments of `Checkpoints.write`, which nobody changes any more."""
+    """The arguments of `Checkpoints.write`; not changed after this."""
 
     step: int
     snapshot: Snapshot
@@ -35,9 +35,9 @@ class CheckpointWriter:
     """Writes checkpoints off the training thread, one at a time, in order. A context manager that ends by `finish`.
 
     A checkpoint that cannot be written (OSError: full disk, quota, I/O error, permissions) does not end training: it is
-    logged and told to `on_failure(step, message)`, and the next `save` is tried as usual. `on_failure` is called on the
-    writing thread, so that the message does not wait for the next checkpoint, and never after `finish` has returned.
-    Any other exception is a fault of the program, on_failure's own among them: the next `save` or `finish` raises it.
+    logged and reported to `on_failure(step, message)`, and the next `save` is tried as usual. `on_failure` is called on
+    the writing thread, without waiting for the next checkpoint, and never after `finish` has returned. Any other
+    exception is an error of the program, those of `on_failure` included: the next `save` or `finish` raises it.
 
     The thread ends with its last job, whatever ends training: Python waits for it on its way out. A process that is
     killed leaves a hidden folder, which the next write removes. The methods are called from one thread.
@@ -67,7 +67,7 @@ class CheckpointWriter:
         which training stood still. The next training step may change the tensors at once.
         """
         start = time.perf_counter()
-        self._settle()
+        self._await_write()
         self._fault = None  # what could not be written makes room for this
         self._buffers = snapshot_into(self._buffers, tensors)
         self._job = _Job(step, self._buffers, copy.deepcopy(dict(facts)), score)
@@ -79,7 +79,7 @@ class CheckpointWriter:
 
         Raises OSError, naming step and folder, where it cannot be written all the same.
         """
-        self._settle()
+        self._await_write()
         for seconds in self._retry_after:
             if self._fault is None:
                 return
@@ -101,7 +101,7 @@ class CheckpointWriter:
                 raise
             logger.error("%s", error.strerror)
 
-    def _settle(self) -> None:
+    def _await_write(self) -> None:
         """Wait for the running write and take note of how it ended. Interrupted, it can be called again."""
         if self._running is None:
             return

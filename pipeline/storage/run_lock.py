@@ -37,7 +37,7 @@ class RunLock:
 
     def check(self) -> None:
         """Raises RunFolderLost where `run.lock` is no longer the file that was locked: another process may have locked
-        the new one. A passing fault of the file system is not that.
+        the new one. A temporary error of the file system is not that.
         """
         try:
             current = self._lock.is_current()

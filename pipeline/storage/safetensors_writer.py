@@ -1,7 +1,7 @@
 """A safetensors file, hashed while it is written, tensor by tensor.
 
 safetensors' own `save` builds the whole file in memory once more and lets no other Python thread run while it copies
-it; its `save_file` tells a full disk by an error without an errno. The format is 8 bytes of header length, a JSON
+it; its `save_file` reports a full disk without an errno. The format is 8 bytes of header length, a JSON
 header and the tensors' bytes (github.com/huggingface/safetensors, "Format"). Files are read with the library.
 """
 

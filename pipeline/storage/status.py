@@ -1,4 +1,4 @@
-"""`status.json` of a run folder: how far the run is, and how its last attempt ended. Written whole or not at all.
+"""`status.json` of a run folder: how far the run is, and how its last attempt ended. Written completely or not at all.
 
 `python -m pipeline.status RUN` prints the state alone, for scripts:
 
@@ -32,7 +32,7 @@ class Status:
 
     state: State = "none"
     step: int = 0
-    """Of the newest checkpoint: where the next attempt goes on."""
+    """Of the newest checkpoint: where the next attempt resumes."""
     total_steps: int = 0
     attempt: int = 0
     """How often the run has been started, this time included."""

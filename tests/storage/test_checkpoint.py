@@ -219,7 +219,7 @@ def test_harm_to_any_one_file_falls_back_to_the_checkpoint_before(checkpoints, c
     assert f"checkpoint skipped: {file}" in caplog.text
 
 
-def test_all_damaged_is_an_error_not_a_fresh_start(checkpoints):
+def test_only_unreadable_ones_are_an_error_not_a_fresh_start(checkpoints):
     damage(checkpoints.save(1, small(), {}))
     damage(checkpoints.save(2, small(), {}))
     with pytest.raises(UnreadableCheckpoint, match="(?s)can be used.*step_00000002.*step_00000001.*start a new run"):

@@ -45,7 +45,7 @@ def die_at(call_number):
         setattr(os, name, deadly(getattr(os, name)))
 
 
-@pytest.mark.parametrize("damaged", [False, True], ids=["new step", "in place of a damaged one"])
+@pytest.mark.parametrize("damaged", [False, True], ids=["new step", "in place of an unreadable one"])
 def test_death_at_any_point_leaves_a_good_checkpoint(tmp_path, damaged):
     """With keep=1 the new checkpoint replaces the only other one: the most delicate case."""
     deaths, seen = 0, set()

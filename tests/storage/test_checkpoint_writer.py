@@ -32,14 +32,14 @@ def checkpoints(tmp_path):
 
 
 @pytest.fixture
-def told():
+def reported():
     """(step, message) of each failure."""
     return queue.Queue()
 
 
 @pytest.fixture
-def writer(checkpoints, told):
-    return CheckpointWriter(checkpoints, lambda *failure: told.put(failure), retry_after=(0, 0))
+def writer(checkpoints, reported):
+    return CheckpointWriter(checkpoints, lambda *failure: reported.put(failure), retry_after=(0, 0))
 
 
 @pytest.fixture
@@ -215,13 +215,13 @@ def large(seed):
 
 
 @pytest.mark.parametrize("harm", [no_large_files, no_fsync, no_rename, no_space])
-def test_training_outlives_a_disk_that_fails_for_a_while(checkpoints, writer, told, caplog, harm):
+def test_training_outlives_a_disk_that_fails_for_a_while(checkpoints, writer, reported, caplog, harm):
     writer.save(1, large(1), {})
     writer.finish()
     with harm():
         for step in (2, 3):
             writer.save(step, large(step), {})
-            failed, message = told.get(timeout=60)
+            failed, message = reported.get(timeout=60)
             assert failed == step
             assert f"step {step} could not be written to {checkpoints.folder}" in message
             assert message in caplog.text
@@ -231,7 +231,7 @@ def test_training_outlives_a_disk_that_fails_for_a_while(checkpoints, writer, to
     assert_same(large(4), checkpoints.latest().tensors)
 
 
-def test_the_last_one_is_tried_again_until_it_is_there(checkpoints, writer, told, monkeypatch, caplog):
+def test_the_last_one_is_tried_again_until_it_is_there(checkpoints, writer, reported, monkeypatch, caplog):
     with ExitStack() as fault:
         fault.enter_context(no_fsync())
         writer.save(7, small(7), FACTS, score=0.5)
@@ -247,7 +247,7 @@ def test_the_last_one_is_tried_again_until_it_is_there(checkpoints, writer, told
     assert pauses == [0, 0]
     assert_same(small(7), checkpoints.latest().tensors)
     assert checkpoints.latest().score == 0.5
-    assert told.qsize() == 1  # further tries are for the log only
+    assert reported.qsize() == 1  # further tries are for the log only
     assert "tried again" in caplog.text
     writer.finish()
 

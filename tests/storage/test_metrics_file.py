@@ -36,7 +36,7 @@ def same(saved, original):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), values), max_size=12))
-def test_one_line_per_step_with_everything_that_was_told(tmp_path_factory, calls):
+def test_one_line_per_step_with_everything_that_was_logged(tmp_path_factory, calls):
     path = tmp_path_factory.mktemp("records") / "metrics.jsonl"
     file, step, expected = MetricsFile(path, -1), 0, {}
     for advance, figures in calls:
@@ -48,9 +48,9 @@ def test_one_line_per_step_with_everything_that_was_told(tmp_path_factory, calls
         records = read(path)  # each call's figures are in the file when it returns
         assert [record["step"] for record in records] == sorted(expected)
         for record in records:
-            told = expected[record["step"]]
-            assert record.keys() == {"step", "time"} | told.keys()
-            assert all(same(record[key], told[key]) for key in told)
+            logged = expected[record["step"]]
+            assert record.keys() == {"step", "time"} | logged.keys()
+            assert all(same(record[key], logged[key]) for key in logged)
     file.close()
 
 
@@ -69,18 +69,18 @@ def test_numbers_that_json_does_not_know(tmp_path):
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(values, max_size=6), st.integers(0, 40))
-def test_records_read_back_as_they_were_told(tmp_path_factory, told, torn):
+def test_records_read_back_as_they_were_logged(tmp_path_factory, logged, torn):
     path = tmp_path_factory.mktemp("records") / "metrics.jsonl"
     assert list(read_records(path)) == []
     file, sizes = MetricsFile(path, -1), [0]
-    for step, figures in enumerate(told):
+    for step, figures in enumerate(logged):
         file.add(step, {"loss": 1.0, **figures})
         sizes.append(path.stat().st_size)
     os.truncate(path, max(0, sizes[-1] - torn))
     whole = sum(size <= path.stat().st_size for size in sizes[1:])
     records = list(read_records(path))
     assert [record["step"] for record in records] == list(range(whole))
-    for record, figures in zip(records, told, strict=False):
+    for record, figures in zip(records, logged, strict=False):
         assert all(same(record[key], value) for key, value in figures.items() if key not in ("step", "time"))
         assert all(isinstance(value, int | float) for value in record.values())
 
@@ -112,7 +112,7 @@ def write(path, steps):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 8), st.integers(0, 10), st.integers(0, 60))
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path_factory, written, resumed_at, torn):
+def test_a_resumed_run_continues_the_file(tmp_path_factory, written, resumed_at, torn):
     """`torn` bytes are missing at the end; the run resumes at a step of which the record was whole."""
     path = tmp_path_factory.mktemp("records") / "metrics.jsonl"
     lines = write(path, range(1, written + 1))

@@ -18,7 +18,7 @@ from tests.helpers.checkpoints import small
 
 
 def start_holder(folder, then):
-    """A process that takes the lock, says so through a pipe, and goes on with `then`."""
+    """A process that takes the lock, reports it through a pipe, and runs `then`."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

@@ -1,4 +1,4 @@
-"""status.json: the mark that tells a stopped run from a finished and from a failed one."""
+"""status.json: the state that distinguishes stopped, finished and failed runs."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ def printed(folder: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout
 
 
-def test_attempts_are_counted_over_restarts_and_the_end_is_told(tmp_path):
+def test_attempts_are_counted_over_restarts_and_the_end_is_reported(tmp_path):
     assert read_status(tmp_path) == Status()
     first = StatusFile(tmp_path)
     assert first.begin(0, 100) == 1
@@ -26,8 +26,14 @@ def test_attempts_are_counted_over_restarts_and_the_end_is_told(tmp_path):
     second = StatusFile(tmp_path)  # the first was killed
     assert second.begin(40, 100) == 2
     second.end("preempted", "SIGUSR1")
-    told = read_status(tmp_path)
-    assert (told.state, told.step, told.total_steps, told.attempt, told.reason) == ("preempted", 40, 100, 2, "SIGUSR1")
+    status = read_status(tmp_path)
+    assert (status.state, status.step, status.total_steps, status.attempt, status.reason) == (
+        "preempted",
+        40,
+        100,
+        2,
+        "SIGUSR1",
+    )
 
 
 def test_scripts_read_one_word(tmp_path):
@@ -60,7 +66,7 @@ def test_scripts_read_one_word(tmp_path):
         '{"state": "running"}' + " " * 2**21,
     ],
 )
-def test_a_damaged_file_tells_nothing(tmp_path, content):
+def test_an_invalid_file_is_no_status(tmp_path, content):
     (tmp_path / FILE).write_text(content)
     assert read_status(tmp_path) == Status()
     assert StatusFile(tmp_path).begin(3, 10) == 1
@@ -85,7 +91,7 @@ def test_the_command_explains_itself_and_refuses_a_missing_folder(tmp_path, caps
     assert (printed.out, "nothing: no such folder; give the run folder" in printed.err) == ("", True)
 
 
-def test_a_disk_that_refuses_is_logged_and_borne(tmp_path, caplog, monkeypatch):
+def test_a_disk_that_refuses_is_logged_and_tolerated(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("pipeline"), "propagate", True)
     (tmp_path / "run").write_text("a file where the folder should be")
     file = StatusFile(tmp_path / "run")
