@@ -1,9 +1,9 @@
-"""Every model on the same task: binarized MNIST, Bernoulli pixels, the same test images; a row of a table for each.
+"""Trains and evaluates every model on binarized MNIST, and prints a table with one row per model.
 
     python -m benchmarks.models --data data/mnist
 
-Images are padded to 32x32, which the models see and the likelihood does not count: 784 dimensions for all. How long
-each is trained is its own (column "epochs"): these are figures of this table, not what the models can reach.
+Bernoulli pixels, the same test images. Images are padded to 32x32 for the models, but the likelihood is over 784
+dimensions. The training times differ (column "epochs"), so the figures do not show what the models can reach.
 """
 
 import argparse
@@ -21,20 +21,20 @@ COMMON = (
     "objective.beta=1", "validation.split=test", "validation.every=0", "samples.every=0", "checkpoint.every=0",
     "tracking.wandb=disabled", "tracking.log_every=20",
 )  # fmt: skip
-FLAT = ("train.batch_size=128", "train.epochs=5", "optim.lr=1e-3")
+BASELINE = ("train.batch_size=128", "train.epochs=5", "optim.lr=1e-3")
 MODELS = {
-    "mlp_vae": ("--model", "mlp_vae", *FLAT),
-    "mlp_vae, 8 planar flows": ("--model", "mlp_vae", *FLAT, "model.flows={name: planar, length: 8}"),
-    "mlp_vae, 2 autoregressive flows": ("--model", "mlp_vae", *FLAT, "model.flows={name: iaf, length: 2}"),
-    "mlp_cvae (told the class)": ("--model", "mlp_cvae", *FLAT),
-    "conv_vae": ("--model", "conv_vae", *FLAT),
-    "resnet_vae": ("--model", "resnet_vae", *FLAT, "train.epochs=0.1", "train.batch_size=64"),
+    "mlp_vae": ("--model", "mlp_vae", *BASELINE),
+    "mlp_vae, 8 planar flows": ("--model", "mlp_vae", *BASELINE, "model.flows={name: planar, length: 8}"),
+    "mlp_vae, 2 autoregressive flows": ("--model", "mlp_vae", *BASELINE, "model.flows={name: iaf, length: 2}"),
+    "mlp_cvae (conditioned on the class)": ("--model", "mlp_cvae", *BASELINE),
+    "conv_vae": ("--model", "conv_vae", *BASELINE),
+    "resnet_vae": ("--model", "resnet_vae", *BASELINE, "train.epochs=0.1", "train.batch_size=64"),
     "nvae (recipe nvae_mnist_small)": ("--model", "nvae_mnist_small"),
 }
 
 
 def run(*command: str) -> str:
-    """What a command of this project prints. Raises RuntimeError with its errors where it fails."""
+    """The output of a command of this project. Raises RuntimeError with its errors if it fails."""
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
@@ -45,16 +45,24 @@ def rows(parsed: argparse.Namespace, folder: Path) -> Iterator[str]:
     """A Markdown row for each model."""
     for number, name in enumerate(parsed.models):
         run_dir = folder / f"run{number}"
-        words = [*MODELS[name], *COMMON, "--data", parsed.data, "--run-dir", str(run_dir), f"checkpoint.every={10**9}"]
-        run("pipeline/train.py", *words, *parsed.words)
+        arguments = [
+            *MODELS[name],
+            *COMMON,
+            "--data",
+            parsed.data,
+            "--run-dir",
+            str(run_dir),
+            f"checkpoint.every={10**9}",
+        ]
+        run("pipeline/train.py", *arguments, *parsed.overrides)
         report = run_dir / "report.json"
-        asked = ["--split", "test", "--images", parsed.images, "--importance-samples", parsed.importance_samples]
-        run("pipeline/evaluate.py", str(run_dir), *map(str, asked), "--out", str(report))
+        arguments = ["--split", "test", "--images", parsed.images, "--importance-samples", parsed.importance_samples]
+        run("pipeline/evaluate.py", str(run_dir), *map(str, arguments), "--out", str(report))
         yield row(name, run_dir, json.loads(report.read_text())["figures"])
 
 
 def row(name: str, run_dir: Path, figures: dict[str, float]) -> str:
-    """Parameters, seconds per epoch by the median speed, what was trained, and the figures."""
+    """Parameters, seconds per epoch at the median speed, epochs of training, and the figures."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     speed = statistics.median(r["perf/images_per_second"] for r in records if "perf/images_per_second" in r)
     images = max(record.get("samples_seen", 0) for record in records)
@@ -74,10 +82,12 @@ print(sum(parameter.numel() for parameter in pipeline.load(sys.argv[1]).model.pa
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.partition("\n")[0])
     parser.add_argument("--data", required=True, help="shard set of MNIST")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME", help="which")
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME", help="default: all"
+    )
     parser.add_argument("--images", type=int, default=2000, help="test images that are evaluated (default: 2000)")
-    parser.add_argument("--importance-samples", type=int, default=20, help="draws per image (default: 20)")
-    parser.add_argument("words", nargs="*", metavar="section.key=value", help="settings for all")
+    parser.add_argument("--importance-samples", type=int, default=20, help="per image (default: 20)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of all runs")
     parsed = parser.parse_args()
     print(
         "| model | parameters | seconds per epoch | epochs | -ELBO, nats | NLL, nats | bits/dim, ELBO | bits/dim, NLL |"

@@ -1,18 +1,19 @@
-"""Whole training steps of three small NVAEs: images per second and peak memory, beside plainer forms.
+"""Training steps of three small NVAEs: images per second and peak memory, in four variants.
 
     python -m benchmarks.training [--rounds 8] [--steps 3] [--cases cifar-small ...]
 
-A step is forward, backward, regularizers and optimizer on images that are in memory already. The forms:
-  default      this trainer's defaults for the device
-  bf16         the same with train.precision=bf16
-  contiguous   the same with train.channels_last=false
-  plain        the specification written down layer by layer (tests/models/nvae_restatement.py), contiguous float32,
-  torch.optim.Adamax
-Each form lives in its own process; they take turns, so that a drifting machine troubles all alike. Run it alone.
+A step is forward, backward, regularizers and optimizer, on images that are already in memory. The variants:
+  default      the trainer's defaults for the device
+  bf16         with train.precision=bf16
+  contiguous   with train.channels_last=false
+  plain        a straightforward implementation (tests/models/nvae_restatement.py), contiguous, float32
+Each variant has its own process. They run alternately, so that changes in the machine's speed affect all of them. Run
+nothing else at the same time.
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -25,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 CASES = {
-    # reference options, batch size; the first two are those of which facts about the reference release are known
+    # options of the reference release, batch size
     "mnist-small": (
         {
             "dataset": "mnist",
@@ -95,12 +96,12 @@ COMMON = {
     "use_se": True,
     "res_dist": True,
 }
-FORMS = ("default", "bf16", "contiguous", "plain")
+VARIANTS = ("default", "bf16", "contiguous", "plain")
 TOTAL_STEPS = 1000
 
 
 def reference_options(case: str) -> tuple[dict, int]:
-    """The case's options by the reference release's names, and its batch size."""
+    """The case's options, by their names in the reference release, and its batch size."""
     options, batch_size = CASES[case]
     return COMMON | options, batch_size
 
@@ -114,12 +115,12 @@ def random_images(case: str, batch_size: int) -> torch.Tensor:
 
 
 def build_ours(case: str, **train) -> Callable[[int], None]:
-    """(step) -> one whole step of this trainer."""
+    """A function that takes one training step, given its number, with this project's trainer."""
     from pipeline.data.loader import Batch
     from pipeline.data.preprocess import to_model_input
     from pipeline.distributed.runtime import Runtime
     from pipeline.models.nvae import NVAE
-    from pipeline.models.nvae_reference import config_from_reference
+    from pipeline.models.nvae_conversion import config_from_reference
     from pipeline.training.objective import Objective, ObjectiveConfig
     from pipeline.training.optim import LearningRate, OptimConfig, build_optimizer
     from pipeline.training.regularizers import RegularizerConfig, Regularizers
@@ -159,13 +160,14 @@ def build_ours(case: str, **train) -> Callable[[int], None]:
 
 
 def build_plain(case: str) -> Callable[[int], None]:
-    """(step) -> one whole step of the restated specification."""
-    from tests.models import nvae_restatement as spec
+    """A function that takes one training step, given its number, with the plain implementation."""
+    from tests.models import nvae_restatement_training as spec
+    from tests.models.nvae_restatement import Net
     from tests.models.nvae_restatement_layout import latent_shapes, parameter_order, random_state
 
     options, batch_size = reference_options(case)
     state = {k: v.float() if v.is_floating_point() else v for k, v in random_state(options, seed=0).items()}
-    net = spec.Net(options, spec.with_gradient(options, state), training=True)
+    net = Net(options, spec.with_gradient(options, state), training=True)
     u = {
         n: torch.randn(len(net.state[f"{n}.weight"])) for names in spec.conv_matrices(net.state).values() for n in names
     }
@@ -185,16 +187,17 @@ def build_plain(case: str) -> Callable[[int], None]:
     return step
 
 
-def serve(case: str, form: str) -> None:
-    """A form's process: for each line "first count" on standard input, takes those steps and prints their seconds and
-    the peak memory.
+def serve(case: str, variant: str) -> None:
+    """The process of a variant.
+
+    For each line "first count" on standard input, takes these steps and prints their seconds and the peak memory.
     """
     settings = {"default": {}, "bf16": {"precision": "bf16"}, "contiguous": {"channels_last": False}}
-    if form == "plain":
-        torch.set_num_threads(len(__import__("os").sched_getaffinity(0)))
+    if variant == "plain":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
         step = build_plain(case)
     else:
-        step = build_ours(case, **settings[form])
+        step = build_ours(case, **settings[variant])
     for line in sys.stdin:
         first, count = map(int, line.split())
         start = time.perf_counter()
@@ -211,16 +214,16 @@ def serve(case: str, form: str) -> None:
         print(json.dumps([seconds, peak]), flush=True)
 
 
-class Contestant:
-    """The parent's side of one form's process."""
+class VariantProcess:
+    """The process of one variant, as seen by its parent."""
 
-    def __init__(self, case: str, form: str):
-        command = [sys.executable, "-m", "benchmarks.training", "--serve", case, form]
+    def __init__(self, case: str, variant: str):
+        command = [sys.executable, "-m", "benchmarks.training", "--serve", case, variant]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.seconds: list[float] = []
         self.peak, self.step = 0, 0
 
-    def turn(self, steps: int, counted: bool) -> None:
+    def run(self, steps: int, counted: bool) -> None:
         self.process.stdin.write(f"{self.step} {steps}\n")
         self.process.stdin.flush()
         seconds, self.peak = json.loads(self.process.stdout.readline())
@@ -233,47 +236,51 @@ class Contestant:
         self.process.wait()
 
 
-def compete(case: str, forms: list[str], rounds: int, steps: int) -> dict[str, Contestant]:
-    """All forms of a case, in turns; the first turn is a warm-up."""
-    contestants = {form: Contestant(case, form) for form in forms}
+def run_case(case: str, variants: list[str], rounds: int, steps: int) -> dict[str, VariantProcess]:
+    """Runs all variants of a case alternately. The first round is a warm-up."""
+    processes = {variant: VariantProcess(case, variant) for variant in variants}
     for number in tqdm(range(rounds + 1), desc=case, unit="round"):
-        for contestant in contestants.values():
-            contestant.turn(steps, counted=number > 0)
-    for contestant in contestants.values():
-        contestant.close()
-    return contestants
+        for process in processes.values():
+            process.run(steps, counted=number > 0)
+    for process in processes.values():
+        process.close()
+    return processes
 
 
-def table(results: dict[str, dict[str, Contestant]]) -> str:
-    """Markdown: images/s (median), peak memory, and how many times faster the default is, pair by pair."""
-    lines = ["| case | form | images/s | peak GiB | default is faster by |", "|---|---|---|---|---|"]
+def table(results: dict[str, dict[str, VariantProcess]]) -> str:
+    """Markdown: median images/s, peak memory, and the median ratio to the default over the rounds."""
+    lines = ["| case | variant | images/s | peak GiB | default is faster by |", "|---|---|---|---|---|"]
     ratios: dict[str, list[float]] = {}
-    for case, forms in results.items():
+    for case, processes in results.items():
         batch_size = reference_options(case)[1]
-        for form, contestant in forms.items():
-            pairs = [theirs / ours for theirs, ours in zip(contestant.seconds, forms["default"].seconds, strict=True)]
-            ratios.setdefault(form, []).append(statistics.median(pairs))
-            speed = batch_size / statistics.median(contestant.seconds)
-            lines.append(f"| {case} | {form} | {speed:.1f} | {contestant.peak / 2**30:.2f} | {ratios[form][-1]:.2f} |")
+        default = processes["default"].seconds
+        for variant, process in processes.items():
+            ratio = statistics.median(a / b for a, b in zip(process.seconds, default, strict=True))
+            ratios.setdefault(variant, []).append(ratio)
+            speed = batch_size / statistics.median(process.seconds)
+            lines.append(f"| {case} | {variant} | {speed:.1f} | {process.peak / 2**30:.2f} | {ratio:.2f} |")
     lines += [
-        f"| geometric mean | {form} | | | {statistics.geometric_mean(values):.2f} |" for form, values in ratios.items()
+        f"| geometric mean | {variant} | | | {statistics.geometric_mean(values):.2f} |"
+        for variant, values in ratios.items()
     ]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8, help="counted turns of each form (default 8)")
-    parser.add_argument("--steps", type=int, default=3, help="training steps in a turn (default 3)")
+    parser.add_argument("--rounds", type=int, default=8, help="rounds that count (default 8)")
+    parser.add_argument("--steps", type=int, default=3, help="training steps of each variant in a round (default 3)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="always with 'default'")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="'default' is always included"
+    )
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         serve(*arguments.serve)
         return
-    forms = ["default", *(form for form in arguments.forms if form != "default")]
-    print(table({case: compete(case, forms, arguments.rounds, arguments.steps) for case in arguments.cases}))
+    variants = ["default", *(variant for variant in arguments.variants if variant != "default")]
+    print(table({case: run_case(case, variants, arguments.rounds, arguments.steps) for case in arguments.cases}))
 
 
 if __name__ == "__main__":

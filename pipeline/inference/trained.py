@@ -23,15 +23,14 @@ from pipeline.evaluation.images import to_uint8
 from pipeline.evaluation.likelihood_bounds import Draws
 from pipeline.inference.parse_condition import ConditionLike, to_condition
 from pipeline.inference.read_image import Images, to_tensor
-from pipeline.models.base import VAE, without_border
+from pipeline.models.base import VAE, use_channels_last, without_border
 from pipeline.models.conditions import ClassCondition
 from pipeline.models.noise import draw_noise
+from pipeline.models.weights import load_weights
 from pipeline.recipe import Recipe, build_model
-from pipeline.run.build import use_channels_last
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.storage.checkpoint_folder import Checkpoint
 from pipeline.storage.run_id import read_run_id
-from pipeline.training.state import load_model
 
 IMAGES_PER_PASS = 128
 """More are done in turns. Does not change what comes out, except by rounding."""
@@ -59,7 +58,7 @@ def load(
     if recipe.train.channels_last:
         use_channels_last(model)
     averaged = "ema" in found.tensors
-    load_model(model, found.tensors["ema" if averaged else "model"])
+    load_weights(model, found.tensors["ema" if averaged else "model"])
     model.requires_grad_(False).eval().to(device, dtype)
     return TrainedModel(
         model, recipe, found.step, found.path, found.facts, averaged, class_names(recipe, found), device, dtype

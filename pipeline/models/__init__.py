@@ -1,1 +1,1 @@
-"""The VAEs and the classifier. They open no files and import only `nn`, `storage`, `distributed`, `schema`."""
+"""The VAEs and the classifier. They open no files and import only `nn` and `schema`."""

@@ -1,20 +1,20 @@
-"""A convolutional VAE that is told attributes, so that faces can be edited by changing what it is told.
+"""A convolutional VAE conditioned on attributes. Changing the condition edits a face.
 
 A conditional VAE (Sohn et al. 2015, "Learning Structured Output Representation using Deep Conditional Generative
-Models"): an embedding of the attributes joins the encoder's features before mu and sigma, and reaches the decoder
-either joined to the latent or through conditional batch norm in every block. An edit is decode(encode(x, a), a').
+Models"). An embedding of the attributes is concatenated to the encoder's features. In the decoder it is either
+concatenated to the latent, or sets the conditional batch norm of every block. An edit is decode(encode(x, a), a').
 
-Four terms may join the loss, each with its weight and off by default:
+Four terms can be added to the loss. Each has a weight, 0 by default:
 
-    classification  -log p(a' | image), by a frozen classifier, of the image decoded with one attribute changed
+    classification  -log p(a' | image) by a frozen classifier, where the image is decoded with one attribute changed
                     (AttGAN, He et al. 2019, arXiv:1711.10678, eq. 2)
-    adversary       -log p(a | z), by a predictor that learns what the encoder, behind a gradient reversal, unlearns
-                    (Ganin & Lempitsky 2015; of attributes: Fader Networks, Lample et al. 2017, arXiv:1706.00409)
-    independence    half the squared cross-covariance of the latent's global and local part (Cheung et al. 2014)
-    pull            |z|^2 / 2: draws towards the prior's mean
+    adversary       -log p(a | z) by a predictor that is trained with the model. A gradient reversal makes the encoder
+                    increase it (Ganin & Lempitsky 2015; Fader Networks, Lample et al. 2017, arXiv:1706.00409)
+    independence    half the squared cross-covariance of the global and the local part of z (Cheung et al. 2014)
+    pull            |z|^2 / 2
 
-They are computed in training mode only, and so cost nothing in evaluation, which does not need the classifier either.
-Shape legend as in flat.py, and A attributes.
+They are computed in training mode only. Evaluation needs no classifier.
+Shape legend: vector_vae.py, and A attributes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pipeline.models.base import LatentGroup, without_border
+from pipeline.models.base import LatentGroup, check_divisible, without_border
 from pipeline.models.classifier import (
     FrozenClassifier,
     attribute_cross_entropy,
@@ -35,13 +35,13 @@ from pipeline.models.classifier import (
 )
 from pipeline.models.conditions import AttributeCondition, Condition
 from pipeline.models.likelihoods import DiscretizedLogisticLikelihood, Likelihood
-from pipeline.models.vector_vae import VectorVAE, VectorVAEConfig, check_divisible, joined
+from pipeline.models.vector_vae import VectorVAE, VectorVAEConfig, concatenated
 from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.nn.conditional_norm import ConditionalBatchNorm2d
 from pipeline.nn.distributions import at_least_float32
-from pipeline.nn.gradient_reversal import reversed_gradient
+from pipeline.nn.gradient_reversal import reverse_gradient
 from pipeline.nn.independence import cross_covariance
-from pipeline.nn.posterior import Posterior, PosteriorDraw
+from pipeline.nn.posterior import Posterior, PosteriorSample
 from pipeline.schema import Count
 
 SMALLEST_MAP = 4
@@ -50,7 +50,7 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class AttributeVAEConfig(VectorVAEConfig):
-    """Architecture of an attribute VAE, and the terms of its loss."""
+    """Architecture of an attribute VAE, and the weights of the terms of its loss."""
 
     name: Literal["attribute_vae"] = "attribute_vae"
     latent_size: Count = 64
@@ -58,27 +58,27 @@ class AttributeVAEConfig(VectorVAEConfig):
     likelihood: Likelihood = DiscretizedLogisticLikelihood()
     """p(x | z)."""
     width: Count = 16
-    """Channels at the image's resolution; doubled with every halving, up to eight times as many."""
+    """Channels at the resolution of the image. They double with every halving, up to eight times as many."""
     features: Count = 256
-    """What the encoder knows of an image before the attributes join it."""
+    """Size of the encoder's features, to which the attributes' embedding is concatenated."""
     embedding: Count = 64
     """Size of the attributes' embedding."""
     conditioning: Literal["join", "batch_norm"] = "batch_norm"
-    """How the decoder is conditioned: `join` puts the embedding beside the latent; with `batch_norm` it sets scale
-    and shift of every batch norm."""
+    """How the decoder is conditioned. `join`: the embedding is concatenated to the latent. `batch_norm`: it sets the
+    scale and shift of every batch norm."""
     local_channels: Annotated[int, Field(ge=0)] = 0
-    """Split of the latent: the last local_channels x (map of the lowest resolution) units are local, each acting on
-    its own place of that map; the others are global. 0: all are global."""
+    """Number of local latent channels. The last local_channels x H x W units of the latent are local: each is placed at
+    one pixel of the feature map (H x W) of the lowest resolution. The other units are global. 0: all are global."""
     classification_weight: Weight = 0.0
-    """Of the classification of edited images, summed over the attributes."""
+    """Weight of the frozen classifier's cross-entropy on edited images, summed over the attributes."""
     classifier: str | None = None
-    """Folder of the frozen classifier, made by pipeline/train_classifier.py. Needed in training only."""
+    """Folder of the frozen classifier, made by pipeline/train_classifier.py. Only training needs it."""
     adversary_weight: Weight = 0.0
-    """Of the removal of the attributes from the latent."""
+    """Weight of the adversary, which removes the attributes from the latent."""
     independence_weight: Weight = 0.0
-    """Of the independence of the latent's global and local part."""
+    """Weight of the covariance penalty between the global and the local part of the latent."""
     pull_weight: Weight = 0.0
-    """Of the pull of the latents to the prior."""
+    """Weight of |z|^2 / 2, which pulls the latents to the mean of the prior."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -88,7 +88,7 @@ class AttributeVAEConfig(VectorVAEConfig):
                 "python pipeline/train_classifier.py --data DIR --out FOLDER"
             )
         if self.independence_weight and not self.local_channels:
-            raise ValueError("independence_weight needs local_channels above 0: without a split there are no two parts")
+            raise ValueError("independence_weight needs local_channels above 0: it compares local and global units")
         return self
 
     @property
@@ -105,17 +105,18 @@ class AttributeVAEConfig(VectorVAEConfig):
     ) -> "AttributeVAE":
         """The model for padded images of this shape.
 
-        Raises ValueError for sizes that it cannot halve, where the condition is not one of attributes, and for a
+        Raises ValueError for a size that it cannot halve, for a condition that is not `attributes`, and for a
         classifier of other images or attributes.
         """
         if not isinstance(condition, AttributeCondition):
-            raise ValueError("attribute_vae: give condition.name=attributes and the names in condition.chosen")
+            raise ValueError("attribute_vae: set condition.name=attributes, and the names in condition.chosen")
         return AttributeVAE(self, image_shape, border, bits, condition, classifier)
 
 
 class AttributeVAE(VectorVAE):
-    """See the module's docstring. Raises ValueError for sizes that the halvings down to a map of 4 to 7 pixels do not
-    divide.
+    """The model described at the top of this file.
+
+    The image is halved down to a feature map of 4 to 7 pixels. Raises ValueError for a size that this does not divide.
     """
 
     config: AttributeVAEConfig
@@ -138,30 +139,30 @@ class AttributeVAE(VectorVAE):
         self.local_size = config.local_channels * height * width
         if self.local_size >= config.latent_size:
             raise ValueError(
-                f"model.local_channels={config.local_channels}: {self.local_size} local units leave none of "
-                f"model.latent_size={config.latent_size} to the global part"
+                f"model.local_channels={config.local_channels}: {self.local_size} local units leave no global unit "
+                f"of model.latent_size={config.latent_size}"
             )
         self._build(config, [config.width * min(2**level, WIDEST) for level in range(halvings + 1)], height * width)
-        self.edit_judge = None
+        self.edit_classifier = None
         if config.classification_weight:
-            self.register_buffer("classifier_seen", torch.zeros((), dtype=torch.int64))  # its digest; 0: none yet
+            self.register_buffer("classifier_seen", torch.zeros((), dtype=torch.int64))  # its digest, or 0
             if classifier is not None:
-                self.edit_judge = EditJudge(classifier, condition.chosen, self._shape_without_border())
+                self.edit_classifier = EditClassifier(classifier, condition.chosen, self._shape_without_border())
 
-    def _build(self, config: AttributeVAEConfig, widths: list[int], places: int) -> None:
-        """`widths` of each level, the image's first; `places` on the map of the last."""
+    def _build(self, config: AttributeVAEConfig, widths: list[int], num_pixels: int) -> None:
+        """`widths`: channels of each level, the image's first. `num_pixels`: of the feature map of the last level."""
         top = widths[-1]
-        told_by_norm = config.embedding if config.conditioning == "batch_norm" else 0
-        joins_latent = config.embedding - told_by_norm
+        norm_size = config.embedding if config.conditioning == "batch_norm" else 0  # of the norms' condition
+        concatenated_size = config.embedding - norm_size
         self.embedding = nn.Sequential(nn.Linear(self.condition_size, config.embedding), nn.ReLU())
         self.encoder = nn.Sequential(*(_down(*pair) for pair in pairwise([self.image_shape[0], *widths[1:]])))
-        self.summary = nn.Sequential(nn.Linear(top * places, config.features), nn.ReLU())
+        self.summary = nn.Sequential(nn.Linear(top * num_pixels, config.features), nn.ReLU())
         self.posterior = Posterior(config.features + config.embedding, config.latent_size, config.flows)
-        self.start = nn.Linear(config.latent_size - self.local_size + joins_latent, top * places)
+        self.start = nn.Linear(config.latent_size - self.local_size + concatenated_size, top * num_pixels)
         if config.local_channels:
             self.local_start = nn.Conv2d(config.local_channels, top, 1, bias=False)
-        self.start_norm = ConditionalBatchNorm2d(top, told_by_norm)
-        self.decoder = nn.ModuleList(UpBlock(*pair, told_by_norm) for pair in pairwise(widths[::-1]))
+        self.start_norm = ConditionalBatchNorm2d(top, norm_size)
+        self.decoder = nn.ModuleList(UpBlock(*pair, norm_size) for pair in pairwise(widths[::-1]))
         self.output = nn.Conv2d(widths[0], self.num_outputs, 3, padding=1)
         if config.adversary_weight:
             hidden, size = config.features, self.condition_size
@@ -171,61 +172,62 @@ class AttributeVAE(VectorVAE):
         channels, height, width = self.image_shape
         return channels, height - 2 * self.border, width - 2 * self.border
 
-    # ---- what VectorVAE asks for
-    # --------------------------------------------------------------------------------------
+    # ---- what VectorVAE leaves to its subclasses --------------------------------------------------------------------
 
     def _encode(self, x: Tensor, condition: Tensor | None) -> Tensor:
         summary = self.summary(self.encoder(2 * x - 1).flatten(1))  # (B, features)
-        return joined(summary, self.embedding(condition))
+        return concatenated(summary, self.embedding(condition))
 
     def _decode(self, z: Tensor, condition: Tensor | None) -> Tensor:
-        told = self.embedding(condition)  # (B, embedding)
+        embedding = self.embedding(condition)  # (B, embedding)
         whole, local = self._parts(z)
-        start = self.start(joined(whole, told if self.config.conditioning == "join" else None))
+        start = self.start(concatenated(whole, embedding if self.config.conditioning == "join" else None))
         h = start.unflatten(1, (-1, *self.local_shape[1:]))  # (B, top, H_top, W_top)
         if self.config.local_channels:
             h = h + self.local_start(local.unflatten(1, self.local_shape))
-        h = F.relu(self.start_norm(h, told))
+        h = F.relu(self.start_norm(h, embedding))
         for block in self.decoder:
-            h = block(h, told)
+            h = block(h, embedding)
         return self.output(h)
 
     def _parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The global and the local part of latents (B, L)."""
         return z.split([z.shape[1] - self.local_size, self.local_size], dim=1)
 
-    # ---- the terms --------------------------------------------------------------------------------------------------
+    # ---- the terms of the loss --------------------------------------------------------------------------------------
 
     @property
     def noise_groups(self) -> tuple[LatentGroup, ...]:
-        """With classification, one draw more: which attribute is changed."""
+        """With classification, one more number per image, which chooses the attribute to change."""
         return self.groups + ((LatentGroup("edit", (1, 1, 1)),) if self.config.classification_weight else ())
 
     def penalties(
-        self, draw: PosteriorDraw, outputs: Tensor, noise: Sequence[Tensor], condition: Tensor | None
+        self, latent: PosteriorSample, noise: Sequence[Tensor], condition: Tensor | None
     ) -> Mapping[str, Tensor]:
         if not self.training:
             return {}
-        config = self.config
+        config, z = self.config, latent.z
         terms = {
-            "classification": (config.classification_weight, lambda: self._classification(draw.z, noise[1], condition)),
-            "adversary": (config.adversary_weight, lambda: self._adversary(draw.z, condition)),
-            "independence": (config.independence_weight, lambda: self._independence(draw.z)),
-            "pull": (config.pull_weight, lambda: draw.z.square().sum(1) / 2),
+            "classification": (config.classification_weight, lambda: self._classification(z, noise[1], condition)),
+            "adversary": (config.adversary_weight, lambda: self._adversary(z, condition)),
+            "independence": (config.independence_weight, lambda: self._independence(z)),
+            "pull": (config.pull_weight, lambda: z.square().sum(1) / 2),
         }
         return {name: weight * term() for name, (weight, term) in terms.items() if weight}
 
     def _classification(self, z: Tensor, noise: Tensor, condition: Tensor) -> Tensor:
-        """(B,) nats: cross-entropy between what the classifier sees in the edited image and the edited condition."""
-        if self.edit_judge is None:
-            raise ValueError("attribute_vae: training with classification_weight needs the classifier at construction")
-        changed = self.with_one_changed(condition, noise.flatten())
+        """(B,) nats: cross-entropy of the classifier's prediction for the edited image against the edited condition."""
+        if self.edit_classifier is None:
+            raise ValueError("attribute_vae: training with classification_weight needs a classifier: pass it to build")
+        changed = self.with_one_attribute_changed(condition, noise.flatten())
         edited = without_border(self.likelihood(self._decode(z, changed)).mean, self.border)
-        return attribute_cross_entropy(self.edit_judge.logits(edited, self.classifier_seen), changed).sum(1)
+        return attribute_cross_entropy(self.edit_classifier.logits(edited, self.classifier_seen), changed).sum(1)
 
-    def with_one_changed(self, condition: Tensor, noise: Tensor) -> Tensor:
-        """Conditions (B, A) with one attribute each turned from 0 to 1 or back, its rivals with it. Standard normal
-        noise (B,) decides which: its quantile, in steps of 1 / A. An attribute that is not known stays so.
+    def with_one_attribute_changed(self, condition: Tensor, noise: Tensor) -> Tensor:
+        """Conditions (B, A) with one attribute per row changed from 0 to 1 or from 1 to 0, and its rivals cleared.
+
+        The quantile of standard normal noise (B,), in steps of 1 / A, chooses the attribute. If its value is unknown,
+        the row is not changed.
         """
         columns = (torch.special.ndtr(noise) * self.condition_size).long().clamp(max=self.condition_size - 1)
         rows = torch.arange(len(condition), device=condition.device)
@@ -234,20 +236,21 @@ class AttributeVAE(VectorVAE):
             for value in (1.0, 0.0)
         )  # (A, B, A) each: attribute that is set or cleared, image, attribute
         before = condition[rows, columns]  # (B,)
-        turned = torch.where((before == 0)[:, None], on[columns, rows], off[columns, rows])
-        return torch.where(is_known(before)[:, None], turned, condition)
+        flipped = torch.where((before == 0)[:, None], on[columns, rows], off[columns, rows])
+        return torch.where(is_known(before)[:, None], flipped, condition)
 
     def _adversary(self, z: Tensor, condition: Tensor) -> Tensor:
-        return attribute_cross_entropy(self.adversary(reversed_gradient(z)), condition).sum(1)
+        return attribute_cross_entropy(self.adversary(reverse_gradient(z)), condition).sum(1)
 
     def _independence(self, z: Tensor) -> Tensor:
         return cross_covariance(*self._parts(z)).expand(len(z))
 
 
-class EditJudge:
-    """The frozen classifier. Not an nn.Module: it is not part of the model's parameters, checkpoints or averages.
+class EditClassifier:
+    """The frozen classifier of edited images.
 
-    Raises ValueError for a classifier of other images or attributes.
+    Not an nn.Module, so that it is not part of the model's parameters, checkpoints or moving average. Raises ValueError
+    for a classifier of other images or attributes.
     """
 
     def __init__(self, frozen: FrozenClassifier, chosen: Sequence[str], image_shape: tuple[int, int, int]):
@@ -256,10 +259,10 @@ class EditJudge:
         self.compared = False
 
     def logits(self, x: Tensor, seen: Tensor) -> Tensor:
-        """(B, A) for images (B, C, H, W) in [0, 1], in the order of `chosen`. `seen` (), int64, is the digest of the
-        classifier that the run started with, or 0 before that; it is set to this classifier's digest.
+        """(B, A), in the order of `chosen`, for images (B, C, H, W) in [0, 1].
 
-        Raises ValueError where the run started with another classifier.
+        `seen` (), int64: the digest of the classifier that the run started with, or 0. It is set to this classifier's
+        digest. Raises ValueError if the run started with another classifier.
         """
         if not self.compared:
             self._compare(int(seen))
@@ -271,24 +274,24 @@ class EditJudge:
         if seen not in (0, self.digest):
             raise ValueError(
                 "model.classifier: this folder holds another classifier than the one that the run started with; "
-                "name that one, or start another run with --run-dir"
+                "set model.classifier to that one, or start a new run with another --run-dir"
             )
         self.compared = True
 
 
 class UpBlock(nn.Module):
-    """Doubles the resolution by a transposed convolution, then adds what one more convolution finds."""
+    """A transposed convolution that doubles the resolution, then a residual 3x3 convolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, told: int):
+    def __init__(self, in_channels: int, out_channels: int, condition_size: int):
         super().__init__()
         self.up = nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1, bias=False)
-        self.up_norm = ConditionalBatchNorm2d(out_channels, told)
+        self.up_norm = ConditionalBatchNorm2d(out_channels, condition_size)
         self.conv = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.conv_norm = ConditionalBatchNorm2d(out_channels, told)
+        self.conv_norm = ConditionalBatchNorm2d(out_channels, condition_size)
 
-    def forward(self, h: Tensor, told: Tensor) -> Tensor:
-        h = F.relu(self.up_norm(self.up(h), told))
-        return F.relu(h + self.conv_norm(self.conv(h), told))
+    def forward(self, h: Tensor, condition: Tensor) -> Tensor:
+        h = F.relu(self.up_norm(self.up(h), condition))
+        return F.relu(h + self.conv_norm(self.conv(h), condition))
 
 
 def _down(in_channels: int, out_channels: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What every model of this project has in common: its section of a recipe, and the interface that training uses.
+"""What all models have in common: the base class of their recipe section, and the interface that training uses.
 
 Shape legend: B images, C channels, H x W pixels, G latent groups. Likelihoods and KL divergences are in nats.
 """
@@ -9,26 +9,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.models.conditions import Condition
+from pipeline.nn.batch_norm import keep_collectives_uncompiled
 from pipeline.schema import Section
 
 
 class ModelConfig(Section):
-    """The settings of one model. A subclass fixes `name`, adds its settings and implements `build`."""
+    """The settings of one model. A subclass sets `name`, adds its settings and implements `build`."""
 
     supports_regularizers: ClassVar[bool] = False
-    """Whether the penalties of section `regularizers` apply to the model's layers."""
+    """Whether the penalties of section `regularizers` support the model's layers."""
 
     name: str
-    """Which model."""
+    """The model."""
 
     @property
     def classifier_folder(self) -> str | None:
-        """Folder of the frozen classifier that training needs; None where it needs none.
+        """Folder of the frozen classifier that training needs, or None.
 
-        Where it is set, `build` takes the `FrozenClassifier` as `classifier`; without it the model is for inference.
+        A section with a folder takes the loaded `FrozenClassifier` as argument `classifier` of `build`. A model built
+        without it can be evaluated and sampled, but not trained.
         """
         return None
 
@@ -37,67 +40,76 @@ class ModelConfig(Section):
     ) -> "VAE":
         """The model for padded images (C, H, W), of which `border` pixels on each side are padding.
 
-        `bits`: color depth. Weights come from torch's global generator. Raises ValueError for sizes or conditions that
-        the model cannot take.
+        `bits`: color depth. Weights are initialized with torch's global generator. Raises ValueError for sizes or
+        conditions that the model does not support.
         """
         raise NotImplementedError
 
 
 class LatentGroup(NamedTuple):
-    """One group of latent variables that are drawn together."""
+    """One group of latent variables, sampled at once."""
 
     name: str
-    """Resolution, and number within that resolution in drawing order: `8x8_group03`."""
+    """Resolution, and number within that resolution in the order of sampling: `8x8_group03`."""
     shape: tuple[int, int, int]
     """(channels, height, width) of the group's latent for one image."""
 
 
 class VAEOutput(NamedTuple):
-    """The terms of the evidence lower bound, image by image.
+    """The terms of the evidence lower bound of each image.
 
-    A NamedTuple rather than a dataclass: Accelerate returns its tensors to float32 under mixed precision.
+    A NamedTuple rather than a dataclass, because Accelerate then converts its tensors to float32 under mixed precision.
     """
 
     log_px: Tensor
     """(B,) log p(x | z), nats."""
     kl: Tensor
-    """(B, G) KL of posterior from prior per latent group, nats: analytic, or a one-sample estimate where flows make
-    it so."""
+    """(B, G) KL(posterior || prior) of each latent group, nats: analytic, or a one-sample estimate if there are
+    flows."""
     log_qz: Tensor
-    """(B,) log q(z | x) of the latents drawn, nats."""
+    """(B,) log q(z | x) of the sampled latents, nats."""
     log_pz: Tensor
-    """(B,) log p(z) of the latents drawn, nats."""
+    """(B,) log p(z) of the sampled latents, nats."""
     kl_units: tuple[Tensor, ...]
-    """G tensors (channels,): KL summed over space, averaged over the batch, nats. A unit counts as active above 0.1."""
+    """G tensors (channels,): KL summed over space and averaged over the batch, nats. A unit is active above 0.1."""
     penalties: Mapping[str, Tensor] = {}
-    """(B,) each: terms of the model's own that the loss takes beside the bound, weights included. Read only."""
+    """(B,) each: terms that the loss adds to the bound, already multiplied by their weights. Read only."""
 
     @property
     def elbo(self) -> Tensor:
-        """(B,) evidence lower bound, nats, every latent group with weight one."""
+        """(B,) evidence lower bound, nats, with weight one for every latent group."""
         return self.log_px - self.kl.sum(dim=1)
 
 
 class VAE(nn.Module, ABC):
-    """A variational autoencoder whose randomness is an argument.
+    """A variational autoencoder that takes its random numbers as an argument.
 
-    Every random draw comes in as standard normal noise, one tensor (B, *group.shape) per entry of `noise_groups`, so
-    that the same images and noise give the same result on any number of processes. A conditional model
-    (`condition_size` above 0) takes a condition (B, condition_size) as `models.conditions` makes it; others None.
+    `noise` is a list of standard normal tensors, one (B, *group.shape) per entry of `noise_groups`. The same images and
+    noise give the same result on any number of processes. A conditional model (`condition_size` above 0) takes a
+    condition (B, condition_size), encoded by `models.conditions`; other models take None.
+
+    Constructor: `image_shape` (C, H, W) of the padded input, `border` pixels of padding on every side, `bits` of color
+    depth. The likelihood and `num_dimensions` leave out the border. A subclass sets `groups`.
     """
 
     groups: tuple[LatentGroup, ...]
-    """In drawing order."""
+    """In the order of sampling."""
     image_shape: tuple[int, int, int]
     """(C, H, W) of the model's input."""
     num_dimensions: int
-    """Number of image dimensions that the likelihood counts: the D of bits per dimension."""
-    condition_size: int = 0
-    """Columns of the condition; 0: the model takes none."""
+    """Number of image dimensions under the likelihood: the D of bits per dimension."""
+    condition_size: int
+    """Columns of the condition; 0 for an unconditional model."""
+
+    def __init__(self, image_shape: tuple[int, int, int], border: int = 0, bits: int = 8, condition_size: int = 0):
+        super().__init__()
+        channels, height, width = self.image_shape = tuple(image_shape)
+        self.border, self.bits, self.condition_size = border, bits, condition_size
+        self.num_dimensions = channels * (height - 2 * border) * (width - 2 * border)
 
     @property
     def noise_groups(self) -> tuple[LatentGroup, ...]:
-        """What noise `forward` takes: the latent groups, and after them what else a model draws while it trains."""
+        """The noise that `forward` takes: one entry per latent group, then those that only training needs."""
         return self.groups
 
     def forward(self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> VAEOutput:
@@ -106,48 +118,79 @@ class VAE(nn.Module, ABC):
 
     @abstractmethod
     def features(self, x: Tensor, condition: Tensor | None = None) -> Any:
-        """The encoder's part that no latent draw changes: computed once for any number of draws.
+        """The part of the encoder that does not depend on noise, computed once for any number of posterior samples.
 
-        Tensors (B, ...), alone or in lists, tuples and dicts, so that rows can be repeated for several draws.
+        Tensors (B, ...), alone or in lists, tuples and dicts, so that rows can be repeated for several samples.
         """
 
     @abstractmethod
     def bound(self, x: Tensor, features: Any, noise: Sequence[Tensor], condition: Tensor | None = None) -> VAEOutput:
-        """`forward` from `features` on."""
+        """`forward`, given the result of `features`."""
 
     @abstractmethod
     def encode(self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> list[Tensor]:
-        """Latents drawn from the posterior of x, one (B, *group.shape) per group. Noise of zeros gives its mean."""
+        """Samples of the posterior of x, one (B, *group.shape) per group. Noise of zeros gives the posterior's mean."""
 
     @abstractmethod
     def decode(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W) in [0, 1]: the decoder's mean for these latents."""
+        """Images (B, C, H, W) in [0, 1]: the mean of p(x | z) for these latents."""
 
     @abstractmethod
     def sample(self, noise: Sequence[Tensor], temperature: float = 1.0, condition: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] from the prior: the decoder's mean.
+        """Images (B, C, H, W) in [0, 1]: the mean of p(x | z) for latents sampled from the prior.
 
-        The priors' sigmas are scaled by `temperature`.
+        `temperature` multiplies the sigmas of the prior.
         """
 
     def reconstruct(self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W) in [0, 1]: the decoder's mean given a posterior sample for each x."""
+        """Images (B, C, H, W) in [0, 1]: the mean of p(x | z) for a posterior sample of each x."""
         return self.decode(self.encode(x, noise, condition), condition)
 
     def compilable_cells(self) -> Iterator[nn.Module]:
-        """The submodules that `train.compile` compiles one by one; none by default."""
+        """The submodules that `train.compile` compiles, each on its own; none by default."""
         return iter(())
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within this context the model is in eval mode; afterwards in the mode that it had."""
+    """Within this context the model is in eval mode; afterwards it has its former mode."""
     training = model.training
     model.eval()
     try:
         yield
     finally:
         model.train(training)
+
+
+def use_channels_last(model: nn.Module) -> None:
+    """Converts the convolution weights to channels_last memory format, which their activations then take over."""
+    model.to(memory_format=torch.channels_last)
+    for parameter in model.parameters():
+        if parameter.dim() == 4 and parameter.is_contiguous():
+            # 1x1 and depthwise kernels are in both formats at once. DDP compares strides with those of the gradients,
+            # which are the contiguous ones.
+            plain = torch.empty(parameter.shape, device="meta").stride()
+            parameter.data = parameter.data.as_strided(parameter.shape, plain)
+
+
+def compile_cells(model: VAE) -> None:
+    """Compiles the model's cells one by one, each for the single input shape that it gets."""
+    keep_collectives_uncompiled()
+    cells = list(model.compilable_cells())
+    # Cells share their code, and the compiler gives up after 8 variants (shapes, training and evaluation) of one code.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(cells))
+    for cell in cells:
+        cell.compile(dynamic=False)
+
+
+def check_divisible(image_shape: tuple[int, int, int], step: int, model: str, *other_fixes: str) -> None:
+    """Raises ValueError, naming sizes that work, unless height and width (padding included) are multiples of step."""
+    for size in image_shape[1:]:
+        if size < step or size % step:
+            below = size // step * step
+            sizes = " or ".join(str(good) for good in (below, below + step) if good)
+            fixes = ", ".join(("pad with data.pad", "convert the data set to another size", *other_fixes))
+            raise ValueError(f"{model}: image size {size} is not a multiple of {step}; {sizes} would work: {fixes}")
 
 
 def check_temperature(temperature: float) -> None:
@@ -157,13 +200,13 @@ def check_temperature(temperature: float) -> None:
 
 
 def check_condition(model: VAE, condition: Tensor | None) -> None:
-    """Raises ValueError where a conditional model is told nothing, or anything does not fit its `condition_size`."""
+    """Raises ValueError unless the condition has the model's `condition_size` columns (none: 0)."""
     given = 0 if condition is None else condition.shape[1]
     if given != model.condition_size:
         raise ValueError(f"the model takes a condition of {model.condition_size} columns, got {given}")
 
 
 def without_border(images: Tensor, border: int) -> Tensor:
-    """Images (B, C, H, W) less `border` pixels on each side."""
+    """Images (B, C, H, W) without `border` pixels on each side."""
     height, width = images.shape[2:]
     return images[:, :, border : height - border, border : width - border]

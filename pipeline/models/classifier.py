@@ -1,7 +1,7 @@
 """A small convolutional classifier of classes or attributes.
 
-`pipeline/train_classifier.py` trains it and `pipeline.run.classifier_folder` stores it. It has two uses, which need two
-classifiers: one helps to train `attribute_vae`; the other, trained from another seed, judges the trained model.
+`pipeline/train_classifier.py` trains it and `pipeline.run.classifier_folder` stores it. It has two uses: a term in the
+loss of `attribute_vae`, and the metrics of a trained model. These need two classifiers, trained with different seeds.
 """
 
 from collections.abc import Sequence
@@ -14,29 +14,30 @@ from torch import Tensor, nn
 
 from pipeline.schema import Section
 
-SMALLEST_MAP = 4  # side in pixels of the feature map that the hidden layer sees
+SMALLEST_MAP = 4  # side in pixels of the feature map that the hidden layer takes
 HIDDEN = 128
 
 Kind = Literal["classes", "attributes"]
 
 
 class ClassifierConfig(Section):
-    """What a classifier tells, of which images; with its weights, all that its folder holds of it."""
+    """What a classifier predicts, for which images. Its folder holds this section and the weights."""
 
     kind: Kind
-    """`classes`: one of `names`; `attributes`: each of `names` on its own."""
+    """`classes`: an image has one of `names`. `attributes`: an image has each of `names` or not."""
     names: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
+    """Of the classes or attributes, in the order of the output's columns."""
     image_shape: Annotated[tuple[int, int, int], Field(strict=False)]
     """(C, H, W)."""
     width: Annotated[int, Field(ge=1)] = 32
-    """Channels of the first stage; later ones have twice and four times as many."""
+    """Channels of the first stage. The second has twice, all later ones have four times as many."""
 
 
 class Classifier(nn.Module):
-    """Stages of a 3x3 convolution, batch norm, ReLU and max pooling that halves; then a hidden and an output layer.
+    """Stages of a 3x3 convolution, batch norm, ReLU and 2x2 max pooling; then a hidden and an output layer.
 
-    Stages end where the map would become smaller than 4x4. The hidden layer sees the map, pooled to 4x4 and not to one
-    pixel: where an attribute shows matters.
+    There are as many stages as leave a feature map of at least 4x4. The map is pooled to 4x4 for the hidden layer, not
+    to one pixel, because the position of an attribute matters.
     """
 
     def __init__(self, config: ClassifierConfig):
@@ -58,7 +59,7 @@ class Classifier(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the columns of `forward`'s result."""
+        """Of the columns of the output."""
         return self.config.names
 
     @property
@@ -71,14 +72,14 @@ class Classifier(nn.Module):
         return self.output(self.hidden(self.stages(2 * x - 1)))
 
     def loss(self, x: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy (), nats per image; of attributes summed over those that are known. See `correct`."""
+        """Cross-entropy (), nats per image, summed over the known attributes. `target`: as in `correct`."""
         logits = self(x)
         if self.kind == "classes":
             return F.cross_entropy(logits, target)
         return attribute_cross_entropy(logits, target).sum(1).mean()
 
     def correct(self, x: Tensor, target: Tensor) -> Tensor:
-        """1 where right, 0 where wrong, NaN where the truth is not known: (B, 1) for classes, (B, A) for attributes.
+        """1 if right, 0 if wrong, NaN if the target is unknown: (B, 1) for classes, (B, A) for attributes.
 
         `target`: labels (B,) int64, or attributes (B, A): 1 present, 0 absent, anything else unknown.
         """
@@ -90,19 +91,19 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def present(self, x: Tensor) -> Tensor:
-        """(B, A) bool: which attributes the images show."""
+        """(B, A) bool: the attributes that the images are predicted to have."""
         if self.kind != "attributes":
-            raise ValueError("a classifier of attributes is needed; this one tells classes")
+            raise ValueError("a classifier of attributes is needed; this one predicts classes")
         return self(x) > 0
 
 
 class FrozenClassifier(NamedTuple):
-    """A classifier that a model trains with and does not change."""
+    """A classifier used in the training of a model, without being changed."""
 
     network: Classifier
-    """In eval mode; its parameters take no gradient."""
+    """In eval mode, and its parameters do not require a gradient."""
     digest: int
-    """63 bits that identify its weights and settings."""
+    """A 63-bit hash of its weights and settings."""
 
 
 def _stage(in_channels: int, out_channels: int) -> nn.Module:
@@ -111,24 +112,24 @@ def _stage(in_channels: int, out_channels: int) -> nn.Module:
 
 
 def is_known(attributes: Tensor) -> Tensor:
-    """Where attributes are 1 or 0, rather than unknown (-1 in the data, 1/2 in a condition)."""
+    """True for attributes that are 1 or 0; unknown ones are -1 in the data and 1/2 in a condition."""
     return (attributes == 0) | (attributes == 1)
 
 
 def attribute_cross_entropy(logits: Tensor, attributes: Tensor) -> Tensor:
-    """Cross-entropy of each attribute (B, A), nats; 0 where it is not known."""
+    """Cross-entropy of each attribute (B, A), nats; 0 for unknown attributes."""
     known = is_known(attributes).to(logits.dtype)
     return known * F.binary_cross_entropy_with_logits(logits, known * attributes, reduction="none")
 
 
 def columns_of(classifier: Classifier, chosen: Sequence[str], image_shape: tuple[int, int, int]) -> list[int]:
-    """The classifier's columns of chosen attributes. Raises ValueError where it cannot judge them, or such images."""
+    """The classifier's columns for these attributes. Raises ValueError if it does not fit the attributes or images."""
     if classifier.kind != "attributes":
-        raise ValueError("the classifier tells classes; train one on a set with attributes")
+        raise ValueError("the classifier predicts classes; train one on a set with attributes")
     missing = [name for name in chosen if name not in classifier.names]
     if missing:
         known = ", ".join(classifier.names)
-        raise ValueError(f"the classifier does not know {', '.join(missing)}; it knows: {known}")
+        raise ValueError(f"the classifier was not trained on {', '.join(missing)}; its attributes: {known}")
     if tuple(image_shape) != tuple(classifier.image_shape):
         shapes = " and ".join("x".join(map(str, shape)) for shape in (classifier.image_shape, image_shape))
         raise ValueError(f"the classifier and the model take different images: {shapes} (channels, height, width)")

@@ -1,7 +1,7 @@
-"""What a model is told besides the image, as a config section: a class, or attributes.
+"""What a conditional model is conditioned on, as a config section: the class, or attributes.
 
 A condition is a tensor (B, size): one-hot over the classes, or one column per attribute with 1 for present, 0 for
-absent and 1/2 where it is not known.
+absent and 1/2 for unknown.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ UNKNOWN = 0.5
 
 
 class ClassCondition(Section):
-    """The class of each image."""
+    """Conditions the model on the class of each image."""
 
     name: Literal["class"] = "class"
     num_classes: Annotated[int, Field(ge=2, le=2**16)]
-    """How many classes the data have."""
+    """Number of classes of the data set."""
 
     @property
     def size(self) -> int:
@@ -31,9 +31,9 @@ class ClassCondition(Section):
         return self.num_classes
 
     def check(self, classes: Sequence[str] | None, attribute_names: Sequence[str] | None) -> None:
-        """Raises ValueError where the data do not have these classes."""
+        """Raises ValueError if the data set does not have these classes."""
         if classes is None:
-            raise ValueError("condition.name=class: the data set has no classes; its images carry no label")
+            raise ValueError("condition.name=class: the data set has no classes")
         if len(classes) != self.num_classes:
             raise ValueError(f"condition.num_classes={self.num_classes}: the data set has {len(classes)}")
 
@@ -45,13 +45,13 @@ class ClassCondition(Section):
 
 
 class AttributeCondition(Section):
-    """Chosen attributes of each image."""
+    """Conditions the model on attributes of each image."""
 
     name: Literal["attributes"] = "attributes"
     chosen: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Which of the data set's attributes, in the order of the condition's columns."""
+    """Attributes of the data set, in the order of the condition's columns."""
     exclusive: tuple[tuple[str, ...], ...] = ()
-    """Groups of which at most one attribute is present: setting one (Blond_Hair) clears its rivals (Black_Hair)."""
+    """Groups of attributes of which at most one is present: setting one (Blond_Hair) clears the others (Black_Hair)."""
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -69,7 +69,7 @@ class AttributeCondition(Section):
         return len(self.chosen)
 
     def check(self, classes: Sequence[str] | None, attribute_names: Sequence[str] | None) -> None:
-        """Raises ValueError where the data do not have these attributes."""
+        """Raises ValueError if the data set does not have these attributes."""
         if attribute_names is None:
             raise ValueError("condition.name=attributes: the data set has no attributes")
         for name in self.chosen:
@@ -87,9 +87,9 @@ class AttributeCondition(Section):
         )
 
     def changed(self, condition: Tensor, settings: Mapping[str, float]) -> Tensor:
-        """A copy of (B, size) with attributes set; where one is set above 1/2, its rivals fall by as much as it rises.
+        """A copy of the condition (B, size) with attributes set. Setting one to v limits its rivals to 1 - v.
 
-        Raises ValueError for an attribute that the model was not told, with those it was.
+        Raises ValueError, listing the known attributes, for one that the model is not conditioned on.
         """
         changed = condition.clone()
         for name, value in settings.items():
@@ -104,7 +104,7 @@ Condition = Annotated[ClassCondition | AttributeCondition, Field(discriminator="
 
 
 def find_name(name: str, known: Sequence[str], what: str) -> str:
-    """`name` if it is known. Raises ValueError with a suggestion and the list of the known ones."""
+    """`name`, if it is among `known`. Otherwise raises ValueError with a suggestion and the known names."""
     if name in known:
         return name
     close = get_close_matches(name, known, n=1)

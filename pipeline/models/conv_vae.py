@@ -1,10 +1,10 @@
-"""A VAE of strided convolutions on either side, the tutorials' second.
+"""A VAE of strided convolutions, as in many tutorials (Kingma & Welling 2014, arXiv:1312.6114).
 
-    encoder   conv k4 s2 p1: C-32-64-128, ReLU after each; flattened: features (8192 at 64 px)
-    decoder   linear from the latent to 128 x H/8 x W/8; transposed conv k4 s2 p1: 128-64-32-C, ReLU between
+    encoder   conv k4 s2 p1: C-32-64-128, ReLU after each; flattened to 8192 features at 64 px
+    decoder   linear to 128 x H/8 x W/8; transposed conv k4 s2 p1: 128-64-32-C, ReLU between
 
-The strided architecture without pooling is DCGAN's (Radford et al. 2016, arXiv:1511.06434), the bound Kingma &
-Welling's (2014, arXiv:1312.6114). A condition joins the flattened features and the latent.
+Strided convolutions without pooling are DCGAN's architecture (Radford et al. 2016, arXiv:1511.06434). A condition is
+concatenated to the flattened features and to the latent.
 """
 
 from itertools import pairwise
@@ -13,9 +13,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from pipeline.models.base import check_divisible
 from pipeline.models.conditions import Condition
 from pipeline.models.likelihoods import Likelihood, SquaredErrorLikelihood
-from pipeline.models.vector_vae import TORCH_MOMENTUM, VectorVAE, VectorVAEConfig, check_divisible, joined
+from pipeline.models.vector_vae import TORCH_MOMENTUM, VectorVAE, VectorVAEConfig, concatenated
 from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.nn.posterior import Posterior
 from pipeline.schema import Count
@@ -33,21 +34,21 @@ class ConvVAEConfig(VectorVAEConfig):
     likelihood: Likelihood = SquaredErrorLikelihood()
     """p(x | z)."""
     width: Count = 32
-    """Channels of the first convolution; each further one has twice as many."""
+    """Channels of the first convolution. Each of the next two has twice as many."""
     batch_norm: bool = False
-    """Batch norm after every convolution but the last, which then needs no bias."""
+    """Batch norm after every convolution but the last. The normalized convolutions have no bias."""
     activation: Literal["relu", "leaky_relu"] = "relu"
-    """`leaky_relu` has slope 0.01 below 0."""
+    """Activation function. `leaky_relu` has slope 0.01 below 0."""
 
     def build(
         self, image_shape: tuple[int, int, int], border: int, bits: int, condition: Condition | None = None
     ) -> "ConvVAE":
-        """The model for padded images of this shape. Raises ValueError for sizes that it cannot halve three times."""
+        """The model for padded images of this shape. Raises ValueError for a size that is not a multiple of 8."""
         return ConvVAE(self, image_shape, border, bits, condition.size if condition else 0)
 
 
 class ConvVAE(VectorVAE):
-    """See the module's docstring. Raises ValueError unless height and width are multiples of 8."""
+    """The model described at the top of this file. Raises ValueError unless height and width are multiples of 8."""
 
     config: ConvVAEConfig
 
@@ -65,7 +66,7 @@ class ConvVAE(VectorVAE):
         self.output = nn.ConvTranspose2d(widths[0], self.num_outputs, 4, stride=2, padding=1)
 
     def _stack(self, conv: type[nn.Module], widths: list[int]) -> nn.Sequential:
-        """Convolutions from each width to the next, with what follows each."""
+        """Convolutions from each width to the next, each followed by batch norm, if set, and the activation."""
         layers: list[nn.Module] = []
         batch_norm = self.config.batch_norm
         for before, after in pairwise(widths):
@@ -75,8 +76,8 @@ class ConvVAE(VectorVAE):
         return nn.Sequential(*layers)
 
     def _encode(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        return joined(self.encoder(x).flatten(1), condition)
+        return concatenated(self.encoder(x).flatten(1), condition)
 
     def _decode(self, z: Tensor, condition: Tensor | None) -> Tensor:
-        start = self.decoder_start(joined(z, condition)).unflatten(1, self.top)  # (B, 4 width, H/8, W/8)
+        start = self.decoder_start(concatenated(z, condition)).unflatten(1, self.top)  # (B, 4 width, H/8, W/8)
         return self.output(self.decoder(start))

@@ -1,4 +1,4 @@
-"""The likelihood p(x | z) as a config section: which distribution, and how many decoder channels it takes."""
+"""The likelihood p(x | z) as a config section."""
 
 from math import log
 from typing import Annotated, Literal
@@ -24,7 +24,7 @@ PixelDistribution = Bernoulli | PixelNormal | SquaredError | DiscretizedLogistic
 
 
 class BernoulliLikelihood(Section):
-    """Binary pixels; on grey values in [0, 1] the cross-entropy of tutorials."""
+    """Binary pixels. For gray values in [0, 1] this is the cross-entropy loss of many tutorials."""
 
     name: Literal["bernoulli"] = "bernoulli"
 
@@ -38,13 +38,13 @@ class BernoulliLikelihood(Section):
 
 
 class LogisticMixtureLikelihood(Section):
-    """Discretized mixture of logistics over RGB."""
+    """Discretized mixture of logistics over RGB pixels."""
 
     name: Literal["logistic_mixture"] = "logistic_mixture"
     num_components: Annotated[int, Field(ge=1, le=2**10)] = 10
     """Logistics per pixel."""
     bin_rule: BinRule = "published"
-    """`published` computes bits per dimension as the paper's figures were; `exact` is a normalised distribution."""
+    """`published`: as the bits per dimension of the paper were computed. `exact`: a normalized distribution."""
 
     def num_outputs(self, channels: int) -> int:
         """Decoder output channels. Raises ValueError unless the images are RGB."""
@@ -61,29 +61,31 @@ class LogisticMixtureLikelihood(Section):
 
 
 class NormalLikelihood(Section):
-    """Continuous density of each pixel value; in bits per dimension not comparable with the discrete likelihoods."""
+    """Continuous density of pixel values. Its bits per dimension are not comparable with discrete likelihoods."""
 
     name: Literal["normal"] = "normal"
     sigma: Annotated[float, Field(gt=0)] | None = None
-    """Of every pixel, on values scaled to [-1, 1]. Unset: learned for each pixel, mean and sigma softly clamped."""
+    """Standard deviation of every pixel, on values scaled to [-1, 1]. Unset: sigma is learned for each pixel, and mean
+    and sigma are softly clamped."""
 
     def num_outputs(self, channels: int) -> int:
         """Decoder output channels for images of this many channels."""
         return channels if self.sigma else 2 * channels
 
     def build(self, outputs: Tensor, bits: int) -> PixelDistribution:
-        """p(x | z) from decoder outputs (B, num_outputs, H, W): means, and raw log sigmas where they are learned."""
+        """p(x | z) from decoder outputs (B, num_outputs, H, W): means, then raw log sigmas if they are learned."""
         if self.sigma:
             return PixelNormal(Normal(outputs, torch.full_like(outputs, log(self.sigma))))
         return PixelNormal(ClampedNormal(*outputs.chunk(2, dim=1)))
 
 
 class SquaredErrorLikelihood(Section):
-    """Minus the summed squared error, as tutorials train: no normalised density, its bits compare with nothing."""
+    """Minus the summed squared error, the loss of many tutorials. Not a normalized density, so its bits per dimension
+    are not comparable with any likelihood."""
 
     name: Literal["squared_error"] = "squared_error"
     output: Squashing = "sigmoid"
-    """What bounds the decoder's output: `sigmoid` compares values in [0, 1], `tanh` values scaled to [-1, 1]."""
+    """Activation of the decoder's output. `sigmoid`: error of values in [0, 1]. `tanh`: of values scaled to [-1, 1]."""
 
     def num_outputs(self, channels: int) -> int:
         """Decoder output channels for images of this many channels."""

@@ -1,7 +1,7 @@
-"""A VAE of two layers on either side, the tutorials' first (Kingma & Welling 2014, arXiv:1312.6114, appendix C).
+"""A VAE of fully connected layers, as in most tutorials (Kingma & Welling 2014, arXiv:1312.6114, appendix C).
 
-With a condition, the conditional VAE (Sohn et al. 2015, "Learning Structured Output Representation using Deep
-Conditional Generative Models"): it is joined to the encoder's input and to the latent.
+With a condition it is a conditional VAE (Sohn et al. 2015, "Learning Structured Output Representation using Deep
+Conditional Generative Models"): the condition is concatenated to the encoder's input and to the latent.
 
     h = relu(W1 [x, c]);  mu, log sigma^2 = linear layers of h;  x^ = W3 relu(W2 [z, c])
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.conditions import Condition
-from pipeline.models.vector_vae import VectorVAE, VectorVAEConfig, joined
+from pipeline.models.vector_vae import VectorVAE, VectorVAEConfig, concatenated
 from pipeline.nn.posterior import Posterior
 from pipeline.schema import Count
 
@@ -22,7 +22,7 @@ class MLPVAEConfig(VectorVAEConfig):
 
     name: Literal["mlp_vae"] = "mlp_vae"
     hidden: Count = 400
-    """Width of the hidden layer, in the encoder and in the decoder."""
+    """Width of the hidden layer of encoder and decoder."""
 
     def build(
         self, image_shape: tuple[int, int, int], border: int, bits: int, condition: Condition | None = None
@@ -32,7 +32,7 @@ class MLPVAEConfig(VectorVAEConfig):
 
 
 class MLPVAE(VectorVAE):
-    """See the module's docstring. Images of any shape; pixels in the order (C, H, W)."""
+    """The model described at the top of this file. Takes images of any shape; pixels in the order (C, H, W)."""
 
     config: MLPVAEConfig
 
@@ -45,8 +45,8 @@ class MLPVAE(VectorVAE):
         self.output = nn.Linear(config.hidden, self.num_outputs * height * width)
 
     def _encode(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        return F.relu(self.encoder(joined(x.flatten(1), condition)))
+        return F.relu(self.encoder(concatenated(x.flatten(1), condition)))
 
     def _decode(self, z: Tensor, condition: Tensor | None) -> Tensor:
-        outputs = self.output(F.relu(self.decoder(joined(z, condition))))
+        outputs = self.output(F.relu(self.decoder(concatenated(z, condition))))
         return outputs.unflatten(1, (self.num_outputs, *self.image_shape[1:]))

@@ -1,7 +1,7 @@
 """Latent noise as a pure function of (seed, stream, position).
 
-Each sample's noise comes from a generator seeded for that sample alone, so it does not depend on rank, world size,
-micro-batch or what was drawn before, and a checkpoint has no generator state to carry.
+Each sample's noise comes from a generator seeded for that sample alone. It does not depend on rank, world size,
+micro-batch or earlier random numbers, and a checkpoint holds no generator state.
 """
 
 import hashlib
@@ -30,9 +30,9 @@ def draw_noise(
 ) -> list[Tensor]:
     """Standard normal noise, one tensor (B, *group.shape) per group, for the samples at `positions`.
 
-    `stream` keeps uses apart ("train", "validate", "sample 0.7"). Values are drawn in float32 and then cast to
-    `dtype`, so a float64 run sees the noise of a float32 run on the same kind of device. CPU and CUDA generators
-    differ.
+    `stream` names the use ("train", "validate", "sample 0.7"); different streams are independent. Values are sampled in
+    float32 and then cast to `dtype`, so a float64 run has the noise of a float32 run on the same kind of device. CPU
+    and CUDA generators differ.
     """
     positions = [int(position) for position in positions]
     sizes = [prod(group.shape) for group in groups]

@@ -1,15 +1,16 @@
 """NVAE: a deep hierarchical variational autoencoder (Vahdat & Kautz 2020, arXiv:2007.03898).
 
-An encoder climbs from the image to ever coarser features and remembers one per latent group. The decoder starts from a
-learned tensor at the coarsest resolution and walks back down; at each group it forms the prior from its own state and,
-when inferring, the posterior from that state and the group's remembered feature; the latent drawn is merged into the
-state.
+The encoder computes one feature map per latent group, from the image's resolution down to the lowest. The decoder
+starts from a learned tensor at the lowest resolution and goes through the latent groups in the order of sampling. The
+prior of a group is computed from the decoder's state, the posterior from the decoder's state and the group's encoder
+feature. The latent, sampled from one of them, is merged into the decoder's state.
 
-Shape legend as in base.py. "Level" counts halvings: level 0 is the image's resolution, and a level's width is its base
-width (encoder_channels or decoder_channels) times 2^level.
+Shape legend: base.py. A level is a number of halvings: level 0 is the image's resolution. The width of a level is
+encoder_channels or decoder_channels times 2^level.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -23,6 +24,7 @@ from pipeline.models.base import (
     ModelConfig,
     VAEOutput,
     check_condition,
+    check_divisible,
     check_temperature,
     without_border,
 )
@@ -31,7 +33,7 @@ from pipeline.models.likelihoods import Likelihood, LogisticMixtureLikelihood, P
 from pipeline.nn.cells import CELLS, ResidualCell, Resize
 from pipeline.nn.distributions import ClampedNormal, Normal, at_least_float32
 from pipeline.nn.flows import FlowPair
-from pipeline.nn.layers import WNConv2d, find_convs, normalized_once
+from pipeline.nn.layers import WNConv2d, cached_weights, find_convs
 from pipeline.schema import Count, Layers
 
 Architecture = Literal[tuple(CELLS)]
@@ -39,13 +41,13 @@ MAX_CELLS = 5_000  # of all latent groups, flows included
 
 
 class NVAEConfig(ModelConfig):
-    """Architecture of an NVAE. The defaults are a small one."""
+    """Architecture of NVAE. The defaults make a small model."""
 
     supports_regularizers: ClassVar[bool] = True
 
     name: Literal["nvae"] = "nvae"
     groups_per_scale: Annotated[tuple[Layers, ...], Field(min_length=1, max_length=10, strict=False)] = (6,)
-    """Latent groups at each latent resolution, lowest resolution first: the order in which they are drawn."""
+    """Latent groups at each latent resolution, lowest resolution first, which is the order of sampling."""
     encoder_channels: Count = 32
     """Width of the encoder at the image's resolution; it doubles with every halving of the resolution."""
     decoder_channels: Count = 32
@@ -53,7 +55,8 @@ class NVAEConfig(ModelConfig):
     latent_channels: Count = 20
     """Channels of each latent group."""
     num_blocks: Layers = 1
-    """Halvings between the image and the highest latent resolution: of preprocessing, and as many of postprocessing."""
+    """Preprocessing blocks, and as many postprocessing blocks. Each halves (doubles) the resolution between the image
+    and the highest latent resolution."""
     num_preprocess_cells: Layers = 2
     """Cells in each preprocessing block; the last one halves the resolution."""
     num_postprocess_cells: Layers = 2
@@ -65,11 +68,12 @@ class NVAEConfig(ModelConfig):
     num_flows: Annotated[int, Field(ge=0, le=100)] = 0
     """Pairs of autoregressive flow layers on each group's posterior. With flows the KL is a one-sample estimate."""
     squeeze_excitation: bool = True
-    """Channel gates at the end of every cell's branch."""
+    """Squeeze-and-excitation at the end of every cell's residual branch."""
     residual_posterior: bool = True
     """Whether the posterior's raw parameters are relative to the prior's."""
     cells: Architecture = "res_mbconv"
-    """Which cells are used where. `res_mbconv` is the paper's: plain convolutions encode, inverted residuals decode."""
+    """Cell types of the four parts of the network. `res_mbconv` is the paper's: plain convolutions in the encoder,
+    inverted residuals in the decoder."""
     likelihood: Likelihood = LogisticMixtureLikelihood()
     """p(x | z)."""
 
@@ -83,35 +87,35 @@ class NVAEConfig(ModelConfig):
     def build(
         self, image_shape: tuple[int, int, int], border: int, bits: int, condition: Condition | None = None
     ) -> "NVAE":
-        """The model for padded images of this shape. Raises ValueError for sizes that it cannot halve."""
+        """The model for padded images of this shape. Raises ValueError for a size that it cannot halve as needed."""
         return NVAE(self, image_shape, border, bits, condition.size if condition else 0)
 
     @property
     def num_halvings(self) -> int:
-        """Between the image and the lowest latent resolution."""
+        """Halvings between the image and the lowest latent resolution."""
         return self.num_blocks + len(self.groups_per_scale) - 1
 
     @property
     def is_vanilla(self) -> bool:
-        """A single latent group: no towers, a plain VAE."""
+        """Whether there is a single latent group, which makes a plain VAE without towers."""
         return sum(self.groups_per_scale) == 1
 
 
-class LatentDraw(NamedTuple):
-    """One group of latents, as inferred for a batch; every tensor (B, *group.shape)."""
+class InferredLatent(NamedTuple):
+    """The latent of one group, inferred for a batch. Every tensor is (B, *group.shape)."""
 
     posterior: Normal
     prior: Normal
     base: Tensor
-    """The posterior's sample, before flows: where its density is taken."""
+    """The posterior's sample before flows, at which its density is evaluated."""
     z: Tensor
     """The latent: `base` after flows."""
 
 
 class EncoderStep(nn.Module):
-    """Cells down to one latent group's feature, and the 1x1 convolution that adds the decoder's state to it.
+    """Cells that compute one latent group's feature, and the 1x1 convolution that adds the decoder's state to it.
 
-    The topmost group's feature stands alone: no convolution.
+    The first group in the order of sampling has no decoder state, so its step has no convolution.
     """
 
     def __init__(self, cells: list[nn.Module], combine: nn.Module | None):
@@ -121,7 +125,7 @@ class EncoderStep(nn.Module):
 
 
 class DecoderStep(nn.Module):
-    """Cells up to one latent group, and the 1x1 convolution that merges the latent into the state."""
+    """Cells that compute the decoder's state for one latent group, and the 1x1 convolution that merges the latent."""
 
     def __init__(self, cells: list[nn.Module], combine: nn.Module):
         super().__init__()
@@ -130,9 +134,9 @@ class DecoderStep(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """What a condition (B, size) adds to the decoder's start and to the raw parameters of every group's prior.
+    """Linear embeddings of a condition (B, size), added to the decoder's start and to every prior's raw parameters.
 
-    Nothing at first: a fresh conditional model is the unconditional one.
+    They are initialized to zero: a new conditional model equals the unconditional one.
     """
 
     def __init__(self, size: int, start_width: int, latent_channels: int, num_groups: int):
@@ -144,11 +148,11 @@ class Conditioning(nn.Module):
 
 
 class NVAE(VAE):
-    """See the module's docstring.
+    """The model described at the top of this file.
 
-    `border` pixels on every side are padding: the network sees them, the likelihood and `num_dimensions` do not count
-    them. `bits`: colour depth, which sets the bins of the discrete likelihoods. A single latent group gives a plain
-    VAE without towers. Raises ValueError for images that are not square or that the halvings do not divide.
+    `border`: pixels on every side that are padding. They are part of the network's input, but not of the likelihood
+    or `num_dimensions`. `bits`: color depth, which sets the bins of the discrete likelihoods. Raises ValueError for
+    images that are not square, or whose size is not a multiple of 2^num_halvings.
     """
 
     def __init__(
@@ -159,17 +163,14 @@ class NVAE(VAE):
         bits: int = 8,
         condition_size: int = 0,
     ):
-        super().__init__()
-        self.condition_size = condition_size
-        check_image_shape(config, image_shape)
-        channels, height, width = self.image_shape = tuple(image_shape)
-        self.config, self.border, self.bits = config, border, bits
-        self.num_dimensions = channels * (height - 2 * border) * (width - 2 * border)
-        self.groups = latent_groups(config, height)
+        super().__init__(image_shape, border, bits, condition_size)
+        check_image_shape(config, self.image_shape)
+        self.config = config
+        self.groups = latent_groups(config, self.image_shape[1])
         self._build(config)
 
     def _build(self, config: NVAEConfig) -> None:
-        # The order of registration is that of the reference release: optimizer slots and spectral stacks depend on it.
+        # The order of registration is that of the reference release: optimizer state and spectral stacks depend on it.
         channels, size, _ = self.image_shape
         encoder_width, decoder_width = (
             base << config.num_halvings for base in (config.encoder_channels, config.decoder_channels)
@@ -197,29 +198,90 @@ class NVAE(VAE):
             )
         self._normalized_convs = [conv for conv in find_convs(self).values() if isinstance(conv, WNConv2d)]
 
-    # ---- the interface of VAE ---------------------------------------------------------------------------------------
+    # ---- the interface of VAE: each method computes the normalized weights once ----------------------------------
 
     def forward(self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> VAEOutput:
-        with normalized_once(self._normalized_convs):
-            return super().forward(x, noise, condition)
+        with self._cached_weights():
+            return self._bound(x, self._features(x, condition), noise, condition)
 
     def features(self, x: Tensor, condition: Tensor | None = None) -> list[Tensor]:
-        check_condition(self, condition)
-        with normalized_once(self._normalized_convs):
-            return self._encode(x)
+        with self._cached_weights():
+            return self._features(x, condition)
 
     def bound(
         self, x: Tensor, features: list[Tensor], noise: Sequence[Tensor], condition: Tensor | None = None
     ) -> VAEOutput:
-        outputs, draws = self._infer(features, noise, condition)
+        with self._cached_weights():
+            return self._bound(x, features, noise, condition)
+
+    def encode(self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> list[Tensor]:
+        _, latents = self.infer(x, noise, condition)
+        return [latent.z for latent in latents]
+
+    def decode(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
+        check_condition(self, condition)
+        with self._cached_weights():
+            return self.likelihood(self._decode(lambda k, h: latents[k], condition)).mean
+
+    def sample(self, noise: Sequence[Tensor], temperature: float = 1.0, condition: Tensor | None = None) -> Tensor:
+        return self.likelihood(self.generate(noise, temperature, condition)).mean
+
+    def compilable_cells(self) -> Iterator[nn.Module]:
+        return (module for module in self.modules() if isinstance(module, ResidualCell))
+
+    # ---- raw outputs and distributions, for tests and metrics -------------------------------------------------------
+
+    def infer(
+        self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None
+    ) -> tuple[Tensor, list[InferredLatent]]:
+        """Raw decoder outputs (B, C_out, H, W) and each group's latent, for images x (B, C, H, W) in [0, 1]."""
+        with self._cached_weights():
+            return self._infer(self._features(x, condition), noise, condition)
+
+    def generate(self, noise: Sequence[Tensor], temperature: float = 1.0, condition: Tensor | None = None) -> Tensor:
+        """Raw decoder outputs (B, C_out, H, W) for latents sampled from the priors with sigmas times `temperature`.
+
+        Flows are not used: they belong to the posteriors.
+        """
+        check_condition(self, condition)
+        check_temperature(temperature)
+
+        def sample_group(k: int, h: Tensor | None) -> Tensor:
+            return ClampedNormal(*self._raw_prior(k, h, noise[k], condition), temperature).sample(noise[k])
+
+        with self._cached_weights():
+            return self._decode(sample_group, condition)
+
+    def likelihood(self, outputs: Tensor) -> PixelDistribution:
+        """p(x | z) of whole images, border included, from raw decoder outputs."""
+        return self.config.likelihood.build(outputs, self.bits)
+
+    # ---- the parts; their callers have entered _cached_weights -----------------------------------------------------
+
+    def _cached_weights(self) -> AbstractContextManager[None]:
+        return cached_weights(self._normalized_convs)
+
+    def _features(self, x: Tensor, condition: Tensor | None) -> list[Tensor]:
+        """One encoder feature (B, width, H_k, W_k) per group, in the order of sampling."""
+        check_condition(self, condition)
+        h = self.preprocess(self.stem(2 * x - 1))
+        features = []
+        for step in self.encoder:
+            h = step.cells(h)
+            features.append(h)
+        features[-1:] = [F.elu(self.encoder_top(F.elu(h)))]
+        return features[::-1]
+
+    def _bound(self, x: Tensor, features: list[Tensor], noise: Sequence[Tensor], condition: Tensor | None) -> VAEOutput:
+        outputs, latents = self._infer(features, noise, condition)
         likelihood = self.config.likelihood.build(without_border(outputs, self.border), self.bits)
         log_px = likelihood.log_prob(without_border(x, self.border)).flatten(1).sum(1)  # (B,)
-        log_q = [draw.posterior.log_prob(draw.base) for draw in draws]  # G tensors (B, *group.shape)
-        log_p = [draw.prior.log_prob(draw.z) for draw in draws]
+        log_q = [latent.posterior.log_prob(latent.base) for latent in latents]  # G tensors (B, *group.shape)
+        log_p = [latent.prior.log_prob(latent.z) for latent in latents]
         if self.config.num_flows > 0:
             kl = [q - p for q, p in zip(log_q, log_p, strict=True)]
         else:
-            kl = [draw.posterior.kl(draw.prior) for draw in draws]
+            kl = [latent.posterior.kl(latent.prior) for latent in latents]
         kl_units = [group.sum((2, 3)) for group in kl]  # G tensors (B, channels)
         return VAEOutput(
             log_px=log_px,
@@ -229,92 +291,39 @@ class NVAE(VAE):
             kl_units=tuple(group.mean(0) for group in kl_units),
         )
 
-    def encode(self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> list[Tensor]:
-        _, draws = self.infer(x, noise, condition)
-        return [draw.z for draw in draws]
-
-    def decode(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
-        check_condition(self, condition)
-        with normalized_once(self._normalized_convs):
-            return self.likelihood(self._decode(lambda k, h: latents[k], condition)).mean
-
-    def sample(self, noise: Sequence[Tensor], temperature: float = 1.0, condition: Tensor | None = None) -> Tensor:
-        return self.likelihood(self.generate(noise, temperature, condition)).mean
-
-    def compilable_cells(self) -> Iterator[nn.Module]:
-        return (module for module in self.modules() if isinstance(module, ResidualCell))
-
-    # ---- what lies beneath it ---------------------------------------------------------------------------------------
-
-    def infer(
-        self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None
-    ) -> tuple[Tensor, list[LatentDraw]]:
-        """Decoder outputs (B, C_out, H, W), raw, and what each group drew, for images x (B, C, H, W) in [0, 1]."""
-        with normalized_once(self._normalized_convs):
-            return self._infer(self.features(x, condition), noise, condition)
-
     def _infer(
         self, features: list[Tensor], noise: Sequence[Tensor], condition: Tensor | None
-    ) -> tuple[Tensor, list[LatentDraw]]:
-        draws: list[LatentDraw] = []
+    ) -> tuple[Tensor, list[InferredLatent]]:
+        latents: list[InferredLatent] = []
 
-        def draw(k: int, h: Tensor | None) -> Tensor:
-            draws.append(self._infer_group(k, features[k], h, noise[k], condition))
-            return draws[-1].z
+        def infer_group(k: int, h: Tensor | None) -> Tensor:
+            latents.append(self._infer_group(k, features[k], h, noise[k], condition))
+            return latents[-1].z
 
-        with normalized_once(self._normalized_convs):
-            return self._decode(draw, condition), draws
+        return self._decode(infer_group, condition), latents
 
-    def generate(self, noise: Sequence[Tensor], temperature: float = 1.0, condition: Tensor | None = None) -> Tensor:
-        """Decoder outputs (B, C_out, H, W), raw, for latents drawn from the priors with sigmas times `temperature`.
-
-        Flows take no part: they belong to the posteriors.
-        """
-        check_condition(self, condition)
-        check_temperature(temperature)
-
-        def draw(k: int, h: Tensor | None) -> Tensor:
-            return ClampedNormal(*self._raw_prior(k, h, noise[k], condition), temperature).sample(noise[k])
-
-        with normalized_once(self._normalized_convs):
-            return self._decode(draw, condition)
-
-    def likelihood(self, outputs: Tensor) -> PixelDistribution:
-        """p(x | z) of whole images, border included, from raw decoder outputs."""
-        return self.config.likelihood.build(outputs, self.bits)
-
-    def _encode(self, x: Tensor) -> list[Tensor]:
-        """One feature (B, width, H_k, W_k) per group, in drawing order."""
-        h = self.preprocess(self.stem(2 * x - 1))
-        features = []
-        for step in self.encoder:
-            h = step.cells(h)
-            features.append(h)
-        features[-1:] = [F.elu(self.encoder_top(F.elu(h)))]
-        return features[::-1]
-
-    def _decode(self, draw: Callable[[int, Tensor | None], Tensor], condition: Tensor | None) -> Tensor:
-        """Raw outputs, when `draw(k, h)` gives group k's latent at decoder state h. Group 0 needs no state."""
-        z = draw(0, None)
+    def _decode(self, latent: Callable[[int, Tensor | None], Tensor], condition: Tensor | None) -> Tensor:
+        """Raw outputs, where `latent(k, h)` returns the latent of group k for decoder state h. Group 0 has no state."""
+        z = latent(0, None)
         h = self._top_state(z, condition)  # (B, width, top, top)
         for k in range(1, len(self.groups)):
             h = self.decoder[k].cells(h)  # (B, width, H_k, W_k)
-            z = draw(k, h)
+            z = latent(k, h)
             h = self.decoder[k].combine(torch.cat([h, z.to(h.dtype)], dim=1))
         return self.output(F.elu(self.postprocess(h)))
 
     def _top_state(self, z: Tensor, condition: Tensor | None) -> Tensor:
-        """The first latent merged with the learned start, or alone where there is no start."""
-        told = 0 if condition is None else self.conditioning.start(condition)[:, :, None, None]
+        """The decoder's state (B, width, top, top) after the first latent, merged with the learned start if any."""
+        offset = 0 if condition is None else self.conditioning.start(condition)[:, :, None, None]
         if self.config.is_vanilla:
-            return self.decoder_start(z) + told
-        start = self.start.expand(z.shape[0], -1, -1, -1) + told
+            return self.decoder_start(z) + offset
+        start = self.start.expand(z.shape[0], -1, -1, -1) + offset
         merged = torch.cat([start, z.to(start.dtype)], dim=1)  # (B, width + latent_channels, top, top)
         return self.decoder[0].combine(merged.contiguous(memory_format=self._memory_format(z)))
 
     def _infer_group(
         self, k: int, feature: Tensor, h: Tensor | None, noise: Tensor, condition: Tensor | None
-    ) -> LatentDraw:
+    ) -> InferredLatent:
         raw_prior = self._raw_prior(k, h, noise, condition)
         if k > 0:
             feature = feature + self.encoder[-1 - k].combine(h)
@@ -323,7 +332,7 @@ class NVAE(VAE):
             raw_posterior = [a + b for a, b in zip(raw_posterior, raw_prior, strict=True)]
         posterior = ClampedNormal(*raw_posterior)
         base = posterior.sample(noise)
-        return LatentDraw(posterior, ClampedNormal(*raw_prior), base, self.flows[k](base))
+        return InferredLatent(posterior, ClampedNormal(*raw_prior), base, self.flows[k](base))
 
     def _raw_prior(self, k: int, h: Tensor | None, noise: Tensor, condition: Tensor | None) -> Sequence[Tensor]:
         if k > 0:
@@ -335,7 +344,7 @@ class NVAE(VAE):
         return _mean_and_log_sigma(raw)
 
     def _memory_format(self, like: Tensor) -> torch.memory_format:
-        """channels_last if the first latent or the weights are."""
+        """channels_last if the first latent or the weights are in it."""
         weight = self.output.weight
         last = any(_is_channels_last(tensor) for tensor in (like, weight))
         return torch.channels_last if last else torch.contiguous_format
@@ -346,7 +355,7 @@ def _is_channels_last(tensor: Tensor) -> bool:
 
 
 def _mean_and_log_sigma(raw: Tensor) -> Sequence[Tensor]:
-    """Raw mean and raw log sigma, each (B, latent_channels, H, W); densities are float32 from here on."""
+    """Raw mean and raw log sigma, each (B, latent_channels, H, W), in float32 or better, as are all densities."""
     return at_least_float32(raw).chunk(2, dim=1)
 
 
@@ -354,22 +363,15 @@ def _mean_and_log_sigma(raw: Tensor) -> Sequence[Tensor]:
 
 
 def check_image_shape(config: NVAEConfig, image_shape: tuple[int, int, int]) -> None:
-    """Raises ValueError, naming sizes that work, unless images are square and halve down to the lowest resolution."""
+    """Raises ValueError, naming sizes that work, unless images are square and divisible by 2^num_halvings."""
     _, height, width = image_shape
     if height != width:
         raise ValueError(f"NVAE needs square images, got {height}x{width}; crop or pad them")
-    step = 2**config.num_halvings
-    if height < step or height % step:
-        below = height // step * step
-        sizes = " or ".join(str(size) for size in (below, below + step) if size)
-        raise ValueError(
-            f"image size {height} is not a multiple of {step}, as {config.num_blocks} blocks and "
-            f"{len(config.groups_per_scale)} latent scales need; {sizes} would work, or fewer blocks or scales"
-        )
+    check_divisible(image_shape, 2**config.num_halvings, "nvae", "lower model.num_blocks")
 
 
 def latent_groups(config: NVAEConfig, size: int) -> tuple[LatentGroup, ...]:
-    """The latent groups of images of this size, in drawing order."""
+    """The latent groups of images of this size, in the order of sampling."""
     groups = []
     for scale, count in enumerate(config.groups_per_scale):
         r = size >> (config.num_halvings - scale)
@@ -382,7 +384,7 @@ def _cell(config: NVAEConfig, kind: str, base_channels: int, level: int, resize:
 
 
 def build_preprocess(config: NVAEConfig) -> nn.Sequential:
-    """Blocks of cells, the last cell of each halving the resolution."""
+    """Blocks of cells. The last cell of each block halves the resolution."""
     sizes: list[Resize] = ["same"] * (config.num_preprocess_cells - 1) + ["down"]
     return nn.Sequential(
         *(
@@ -394,7 +396,7 @@ def build_preprocess(config: NVAEConfig) -> nn.Sequential:
 
 
 def build_postprocess(config: NVAEConfig) -> nn.Sequential:
-    """Blocks of cells, the first cell of each doubling the resolution."""
+    """Blocks of cells. The first cell of each block doubles the resolution."""
     cells = []
     for level in range(config.num_blocks, 0, -1):
         cells.append(_cell(config, "postprocess", config.decoder_channels, level, "up"))
@@ -406,7 +408,7 @@ def build_postprocess(config: NVAEConfig) -> nn.Sequential:
 
 
 def build_encoder(config: NVAEConfig) -> nn.ModuleList:
-    """One step per group, highest resolution first, so in reverse of drawing order; none for a single group."""
+    """One step per group, highest resolution first: the reverse of the order of sampling. None for a single group."""
     levels = latent_levels(config)[::-1]
     steps = nn.ModuleList()
     for k, level in enumerate(levels if not config.is_vanilla else []):
@@ -420,7 +422,7 @@ def build_encoder(config: NVAEConfig) -> nn.ModuleList:
 
 
 def build_decoder(config: NVAEConfig) -> nn.ModuleList:
-    """One step per group in drawing order, the first without cells: nothing precedes it. None for a single group."""
+    """One step per group in the order of sampling; the first has no cells. None for a single group."""
     levels = latent_levels(config)
     steps = nn.ModuleList()
     for k, level in enumerate(levels if not config.is_vanilla else []):
@@ -435,7 +437,7 @@ def build_decoder(config: NVAEConfig) -> nn.ModuleList:
 
 
 def build_samplers(config: NVAEConfig) -> tuple[nn.ModuleList, nn.ModuleList]:
-    """Convolutions to the raw parameters of every group's posterior, and of every prior but the first."""
+    """Convolutions that give the raw parameters of every posterior, and of every prior but the first."""
     num_outputs = 2 * config.latent_channels
     levels = latent_levels(config)
     posteriors = [WNConv2d(config.encoder_channels << level, num_outputs, 3, padding=1) for level in levels]
@@ -444,5 +446,5 @@ def build_samplers(config: NVAEConfig) -> tuple[nn.ModuleList, nn.ModuleList]:
 
 
 def latent_levels(config: NVAEConfig) -> list[int]:
-    """Each group's level in drawing order: halvings between the image and its latent."""
+    """The level of each group in the order of sampling."""
     return [config.num_halvings - scale for scale, count in enumerate(config.groups_per_scale) for _ in range(count)]

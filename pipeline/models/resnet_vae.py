@@ -1,15 +1,15 @@
-"""A VAE of residual blocks (He et al. 2016, arXiv:1512.03385) with spectral normalisation (Miyato et al. 2018,
+"""A VAE of residual blocks (He et al. 2016, arXiv:1512.03385) with spectral normalization (Miyato et al. 2018,
 arXiv:1802.05957) of every convolution.
 
     encoder   3x3 conv to 32, batch norm, ReLU; stages 64-128-256-512 of two blocks, the first at stride 2; flattened
-    decoder   linear to 512 at that size; the stages mirrored, the last block of each upsampling by nearest neighbours;
+    decoder   linear to 512 at that size; the stages in reverse, the last block of each with nearest upsampling;
               3x3 conv from 32
 
-Images go in as values in [-1, 1]. A condition joins the flattened features and the latent.
+The encoder takes values in [-1, 1]. A condition is concatenated to the flattened features and to the latent.
 
-Spectral normalisation here is hard: each convolution applies W / sigma(W), by torch's parametrization, where NVAE only
-penalises sigma. sigma comes from one power iteration per forward pass in training, whose vectors are buffers: a skipped
-step puts them back, a checkpoint holds them. The same weights give the same vectors on every process.
+Each convolution applies W / sigma(W), with torch's parametrization. (NVAE only penalizes sigma.) In training, sigma is
+estimated by one step of the power iteration per forward pass. The iteration's vectors are buffers: checkpoints hold
+them, and a skipped step restores them. They depend on the weights alone, so they are equal on every process.
 """
 
 from itertools import pairwise
@@ -22,9 +22,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from pipeline.models.base import check_divisible
 from pipeline.models.conditions import Condition
 from pipeline.models.likelihoods import Likelihood, SquaredErrorLikelihood
-from pipeline.models.vector_vae import TORCH_MOMENTUM, VectorVAE, VectorVAEConfig, check_divisible, joined
+from pipeline.models.vector_vae import TORCH_MOMENTUM, VectorVAE, VectorVAEConfig, concatenated
 from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.nn.posterior import Posterior
 from pipeline.schema import Count, Layers
@@ -41,21 +42,21 @@ class ResNetVAEConfig(VectorVAEConfig):
     likelihood: Likelihood = SquaredErrorLikelihood(output="tanh")
     """p(x | z)."""
     stem_width: Count = 32
-    """Channels at the image's resolution."""
+    """Channels at the resolution of the image."""
     stage_widths: Annotated[tuple[Count, ...], Field(min_length=1, max_length=10, strict=False)] = (64, 128, 256, 512)
-    """Channels of each stage; each halves the resolution."""
+    """Channels of each stage. Each stage halves the resolution."""
     num_blocks: Layers = 2
     """Residual blocks per stage."""
 
     def build(
         self, image_shape: tuple[int, int, int], border: int, bits: int, condition: Condition | None = None
     ) -> "ResNetVAE":
-        """The model for padded images of this shape. Raises ValueError for sizes that its stages cannot halve."""
+        """The model for padded images of this shape. Raises ValueError for a size that the stages cannot halve."""
         return ResNetVAE(self, image_shape, border, bits, condition.size if condition else 0)
 
 
 class SpectralConv2d(nn.Conv2d):
-    """Convolution of a weight whose largest singular value, as a matrix (C_out, rest), is 1; padded to keep size."""
+    """Convolution whose weight, as a matrix (C_out, rest), has largest singular value 1. The output keeps the size."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = False):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias)
@@ -67,16 +68,16 @@ class SpectralConv2d(nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
     def current_weight(self) -> Tensor:
-        """(C_out, C_in, k, k) of spectral norm 1. In training every call moves the power iteration."""
+        """(C_out, C_in, k, k) of spectral norm 1. In training, every call makes one step of the power iteration."""
         if self.training:
             return self.weight
-        # Of averaged weights (train.ema_decay) the singular vectors are averages too, and those are shorter than 1.
+        # With train.ema_decay the singular vectors are averages too, and an average of unit vectors is shorter than 1.
         vectors = self.parametrizations.weight[0]
         return self.weight * (vectors._u.norm() * vectors._v.norm())
 
 
 class ResidualBlock(nn.Module):
-    """relu(skip(x) + two 3x3 convolutions of x), the first of which resizes; batch norm after every convolution."""
+    """relu(skip(x) + two 3x3 convolutions of x). The first resizes. Batch norm follows every convolution."""
 
     def __init__(self, channels: int, out_channels: int, resize: Resize):
         super().__init__()
@@ -96,13 +97,14 @@ class ResidualBlock(nn.Module):
             x = F.interpolate(x, scale_factor=2, mode="nearest")
         branch = self.bn2(self.conv2(self.bn1(self.conv1(x))))
         if self.resize == "down":
-            # A 1x1 convolution at stride 2, which oneDNN gets wrong for narrow channels_last inputs (its issue 6035).
+            # In place of stride 2 in the 1x1 convolution, which oneDNN computes wrongly for narrow channels_last inputs
+            # (its issue 6035).
             x = x[:, :, ::2, ::2]
         return F.relu(branch + (x if self.skip is None else self.skip(x)))
 
 
 class ResNetVAE(VectorVAE):
-    """See the module's docstring. Raises ValueError unless the stages can halve height and width."""
+    """The model described at the top of this file. Raises ValueError unless the stages can halve height and width."""
 
     config: ResNetVAEConfig
 
@@ -123,15 +125,15 @@ class ResNetVAE(VectorVAE):
 
     def _encode(self, x: Tensor, condition: Tensor | None) -> Tensor:
         features = self.encoder(self.stem_bn(self.stem(2 * x - 1)))
-        return joined(features.flatten(1), condition)
+        return concatenated(features.flatten(1), condition)
 
     def _decode(self, z: Tensor, condition: Tensor | None) -> Tensor:
-        start = self.decoder_start(joined(z, condition)).unflatten(1, self.top)
+        start = self.decoder_start(concatenated(z, condition)).unflatten(1, self.top)
         return self.output(self.decoder(start))
 
 
 def encoder_blocks(widths: list[int], num_blocks: int) -> nn.Sequential:
-    """A stage from each width to the next: the first block halves the size and widens."""
+    """One stage from each width to the next. Its first block halves the size and changes the width."""
     blocks: list[nn.Module] = []
     for before, after in pairwise(widths):
         blocks.append(ResidualBlock(before, after, "down"))
@@ -140,7 +142,7 @@ def encoder_blocks(widths: list[int], num_blocks: int) -> nn.Sequential:
 
 
 def decoder_blocks(widths: list[int], num_blocks: int) -> nn.Sequential:
-    """A stage from each width to the next: the last block doubles the size and narrows."""
+    """One stage from each width to the next. Its last block doubles the size and changes the width."""
     blocks: list[nn.Module] = []
     for before, after in pairwise(widths):
         blocks += [ResidualBlock(before, before, "same") for _ in range(num_blocks - 1)]

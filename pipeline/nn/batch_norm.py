@@ -1,4 +1,4 @@
-"""Batch normalization over the global batch, on any device and backend."""
+"""Batch normalization over the batch of all processes, on any device and backend."""
 
 from collections.abc import Callable
 
@@ -15,13 +15,13 @@ SPACE = (0, 2, 3)  # all dimensions but the channels
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm, optionally followed by an activation, with statistics over all processes while training.
+    """Batch norm, optionally followed by an activation. In training, the statistics are over all processes.
 
-    torch's SyncBatchNorm refuses CPU tensors; this one works with any backend, and gives the
-    results of a single process that has the whole batch. Not twice differentiable when distributed.
+    torch's SyncBatchNorm does not support CPU tensors. This layer supports any backend, and its result equals that of
+    a single process with the whole batch. With several processes it is differentiable only once.
 
-    `copies`: the input stands for one in which every pixel occurs that many times (nearest upsampling moved
-    behind the norm). Mean and variance are the same; the unbiased running variance is not.
+    `copies`: compute as if every pixel of the input occurred that many times, as after nearest upsampling. This leaves
+    the batch's mean and variance as they are, but changes the unbiased running variance.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     def _local(self, x: Tensor) -> Tensor:
         count = x.numel() // x.shape[1]
         running_var = self.running_var
-        # F.batch_norm scales the batch variance by count / (count - 1), which copies change: there it gets zeros
+        # F.batch_norm updates with variance * count / (count - 1). With copies the factor is another, applied below.
         if self.copies > 1:
             running_var = torch.zeros_like(running_var)
         y = F.batch_norm(x, self.running_mean, running_var, self.weight, self.bias, True, self.momentum, self.eps)
@@ -68,12 +68,15 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def keep_collectives_uncompiled() -> None:
-    """Call before compiling a model. (A decorator would load the compiler at import, which takes a second.)"""
+    """Exclude the collectives from compilation. Call before compiling a model.
+
+    A decorator would load the compiler at import, which takes a second.
+    """
     BatchNorm2d._global = torch.compiler.disable(BatchNorm2d._global)
 
 
 class GlobalBatchNorm(Function):
-    """(x, weight, bias, eps) -> (normalized x, mean, biased variance, count), moments over all processes' batches."""
+    """(x, weight, bias, eps) -> (normalized x, mean, biased variance, count), with moments over all processes."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
@@ -98,7 +101,7 @@ class GlobalBatchNorm(Function):
 
 
 def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (C,), biased variance (C,) and count () of x (b, C, H, W) over all processes, whose b may differ.
+    """Mean (C,), biased variance (C,) and count () of x (b, C, H, W) over all processes. b may differ between them.
 
     Local moments are combined around the global mean (Chan et al. 1979): E[x^2] - E[x]^2 would cancel.
     """

@@ -22,7 +22,7 @@ BRANCH_SCALE = 0.1
 
 
 class BNSwishConv(nn.Module):
-    """Batch norm, swish, (nearest upsampling,) weight-normalised 3x3 convolution."""
+    """Batch norm, swish, nearest upsampling (resize "up" only), weight-normalized 3x3 convolution."""
 
     def __init__(self, channels: int, out_channels: int, resize: Resize, dilation: int = 1):
         super().__init__()
@@ -37,7 +37,7 @@ class BNSwishConv(nn.Module):
 
 
 class BNELUConv(nn.Module):
-    """Batch norm, ELU, (nearest upsampling,) weight-normalised 3x3 convolution."""
+    """Batch norm, ELU, nearest upsampling (resize "up" only), weight-normalized 3x3 convolution."""
 
     def __init__(self, channels: int, out_channels: int, resize: Resize):
         super().__init__()
@@ -51,11 +51,10 @@ class BNELUConv(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand by a 1x1, mix in space depthwise, project by a 1x1 (Sandler et al. 2018); no weight norm, no biases.
+    """1x1 expansion, depthwise convolution, 1x1 projection (Sandler et al. 2018). No weight norm, no biases.
 
-    An "up" cell upsamples by nearest neighbours. Upsampling first, as the paper draws it, gives the same function at
-    four times the work: batch norm, 1x1 convolution and swish see every pixel four times over. So it waits until the
-    depthwise convolution.
+    An "up" cell upsamples with nearest neighbors just before the depthwise convolution. The paper upsamples first. The
+    function is the same, but batch norm, 1x1 convolution and swish would then compute every pixel four times.
     """
 
     def __init__(self, channels, out_channels, resize: Resize, expansion: int, kernel: int = 5, group_width: int = 1):
@@ -79,7 +78,7 @@ class InvertedResidual(nn.Module):
 
 
 def _spatial_conv(channels: int, kernel: int, stride: int, group_width: int) -> nn.Module:
-    """Convolution in groups of `group_width` channels, depthwise for 1."""
+    """Convolution in groups of `group_width` channels; depthwise if that is 1."""
     if stride == group_width == 1:
         return DepthwiseConv2d(channels, kernel)
     groups = channels // group_width
@@ -87,10 +86,10 @@ def _spatial_conv(channels: int, kernel: int, stride: int, group_width: int) -> 
 
 
 class FactorizedReduce(nn.Module):
-    """Swish, then (B, C, H, W) -> (B, C', H/2, W/2): a 1x1 convolution for each pixel of every 2x2 square."""
+    """Swish, then (B, C, H, W) -> (B, C', H/2, W/2): one 1x1 convolution for each of the four pixels of 2x2 squares."""
 
     TAPS = ((0, 0), (1, 1), (0, 1), (1, 0))
-    """(row, column) inside the square that each convolution reads."""
+    """(row, column) inside the square for each convolution."""
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
@@ -99,21 +98,21 @@ class FactorizedReduce(nn.Module):
         self.convs = nn.ModuleList(WNConv2d(channels, width, 1, stride=2) for width in widths)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = torch.cat([self._placed(conv, tap) for conv, tap in zip(self.convs, self.TAPS, strict=True)])
+        weight = torch.cat([self._at_tap(conv, tap) for conv, tap in zip(self.convs, self.TAPS, strict=True)])
         bias = torch.cat([conv.bias for conv in self.convs])
-        return F.conv2d(F.silu(x), weight, bias, stride=2)  # one 2x2 convolution in place of four and a concatenation
+        return F.conv2d(F.silu(x), weight, bias, stride=2)  # one 2x2 convolution instead of four 1x1
 
     @staticmethod
-    def _placed(conv: WNConv2d, tap: tuple[int, int]) -> Tensor:
-        """The 1x1 kernel at its tap of a 2x2 kernel of zeros."""
+    def _at_tap(conv: WNConv2d, tap: tuple[int, int]) -> Tensor:
+        """The 1x1 kernel as a 2x2 kernel that is zero at the other taps."""
         row, column = tap
         return F.pad(conv.current_weight(), (column, 1 - column, row, 1 - row))
 
 
 class UpsampleProject(nn.Module):
-    """Bilinear x2 upsampling (corners aligned) and a weight-normalised 1x1 convolution without bias.
+    """Bilinear x2 upsampling (align_corners) and a weight-normalized 1x1 convolution without bias.
 
-    Both are linear, one in space and one in channels, so the convolution goes first, on a quarter of the pixels.
+    The two commute. The convolution comes first, on a quarter of the pixels.
     """
 
     def __init__(self, channels: int, out_channels: int):
@@ -149,28 +148,29 @@ class ResidualCell(nn.Module):
 
 
 def upsample(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, 2H, 2W) by nearest neighbours."""
+    """(B, C, H, W) -> (B, C, 2H, 2W) with nearest neighbors."""
     return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 def resized_channels(channels: int, resize: Resize) -> int:
-    """Channels that a cell returns."""
+    """Output channels of a cell."""
     return {"same": channels, "down": 2 * channels, "up": channels // 2}[resize]
 
 
-# ---- architectures: which branch each kind of cell has --------------------------------------------------------------
+# ---- architectures: the branch of each kind of cell -----------------------------------------------------------------
 
 BranchFactory = Callable[[int, int, Resize], list[nn.Module]]
 """(channels, out_channels, resize) -> the modules of the branch, in order."""
 
 
 def two_convs(channels, out_channels, resize, op=BNSwishConv, dilations=(1, 1)) -> list[nn.Module]:
-    """Two 3x3 convolutions, the first of which resizes."""
+    """Two 3x3 convolutions. The first resizes."""
     extra = [{} if dilation == 1 else {"dilation": dilation} for dilation in dilations]
     return [op(channels, out_channels, resize, **extra[0]), op(out_channels, out_channels, "same", **extra[1])]
 
 
 def inverted(channels, out_channels, resize, expansion, kernel=5, groups=None) -> list[nn.Module]:
+    """One inverted residual. `groups`: of the spatial convolution; depthwise if None."""
     group_width = 1 if groups is None else channels * expansion // groups
     return [InvertedResidual(channels, out_channels, resize, expansion, kernel, group_width)]
 
@@ -196,4 +196,5 @@ CELLS: dict[str, dict[str, BranchFactory]] = {
     "res35_mbconv": _cells(_dilated["35"], _dilated["35"], _e6, _e3),
     "res55_mbconv": _cells(_dilated["55"], _dilated["55"], _e6, _e3),
 }
-"""Branches of the four kinds of cell, by the reference release's name for the four; `res_mbconv` is the paper's."""
+"""The branches of the four kinds of cell, by the architecture names of the reference release. The paper uses
+`res_mbconv`."""

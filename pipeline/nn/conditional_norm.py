@@ -1,4 +1,4 @@
-"""Batch norm whose scale and shift depend on what the network is told (de Vries et al. 2017, arXiv:1707.00683)."""
+"""Batch norm whose scale and shift depend on a condition (de Vries et al. 2017, arXiv:1707.00683)."""
 
 from torch import Tensor, nn
 
@@ -6,10 +6,10 @@ from pipeline.nn.batch_norm import BatchNorm2d
 
 
 class ConditionalBatchNorm2d(BatchNorm2d):
-    """(1 + s(c)) BN(x) + t(c) per channel, where s and t are linear in c; plain batch norm with a `size` of 0.
+    """(1 + s(c)) BN(x) + t(c) per channel, with s and t linear in the condition c. `size` 0: plain batch norm.
 
-    Statistics span all processes and all conditions together. s and t are nothing at first, so that a fresh layer is
-    plain batch norm.
+    The statistics are over all images of all processes, whatever their condition. s and t are initialized to zero: a
+    new layer equals plain batch norm.
     """
 
     def __init__(self, channels: int, size: int):
@@ -18,10 +18,10 @@ class ConditionalBatchNorm2d(BatchNorm2d):
         if self.modulation is not None:
             nn.init.zeros_(self.modulation.weight)
 
-    def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
-        """(B, channels, H, W) from x of that shape and `told` (B, size)."""
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """(B, channels, H, W) from x of that shape and a condition (B, size)."""
         y = super().forward(x)
         if self.modulation is None:
             return y
-        scale, shift = self.modulation(told)[:, :, None, None].chunk(2, dim=1)  # (B, channels, 1, 1) each
+        scale, shift = self.modulation(condition)[:, :, None, None].chunk(2, dim=1)  # (B, channels, 1, 1) each
         return y * (1 + scale) + shift

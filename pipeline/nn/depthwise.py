@@ -1,8 +1,8 @@
 """Depthwise convolution with a faster weight gradient on CPU.
 
-The library's gradient with respect to depthwise weights costs about ten times its forward pass on CPU, which made it
-the largest single item of a training step. The same sums are a forward convolution, image by image, of the input with
-the output's gradient as its kernel, and that takes half the time or less.
+On CPU, torch's gradient with respect to depthwise weights takes about ten times as long as the forward pass. It was the
+most expensive single operation of a training step. The same sums can be computed as a forward convolution of each image
+with the output's gradient as kernel, which takes half the time or less.
 """
 
 import torch
@@ -13,10 +13,10 @@ from torch.autograd.function import once_differentiable
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, padding: int) -> Tensor:
-    """x (B, C, H, W), weight (C, 1, k, k) -> (B, C, H', W') at stride 1, each channel by its own kernel.
+    """x (B, C, H, W), weight (C, 1, k, k) -> (B, C, H', W') at stride 1, with one kernel per channel.
 
-    The faster gradient serves float32 in channels_last on CPU; anything else goes the ordinary way. Not twice
-    differentiable there.
+    The faster gradient is used for float32 in channels_last on CPU, where the result is then differentiable only once.
+    In all other cases this is torch's convolution.
     """
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
@@ -26,7 +26,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, padding: int) -> Tensor:
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """Depthwise convolution at stride 1 without bias, padded to the same size."""
+    """Depthwise convolution at stride 1 without bias. The output has the input's size."""
 
     def __init__(self, channels: int, kernel_size: int):
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False)
@@ -53,7 +53,7 @@ class _DepthwiseOnCPU(Function):
 
 
 def _input_gradient(x: Tensor, weight: Tensor, dy: Tensor, padding: int) -> Tensor:
-    """(B, C, H, W). Not by torch.nn.grad.conv2d_input, whose stand-in for x is not channels_last: that is slow."""
+    """(B, C, H, W). torch.nn.grad.conv2d_input would be slow: it ignores that x is channels_last."""
     geometry = {"stride": [1, 1], "padding": [padding] * 2, "dilation": [1, 1], "groups": x.shape[1]}
     return torch.ops.aten.convolution_backward(
         dy, x, weight, None, **geometry, transposed=False, output_padding=[0, 0], output_mask=[True, False, False]
@@ -61,10 +61,10 @@ def _input_gradient(x: Tensor, weight: Tensor, dy: Tensor, padding: int) -> Tens
 
 
 def _weight_gradient(x: Tensor, dy: Tensor, padding: int) -> Tensor:
-    """(C, 1, k, k): for every channel, the correlation of x with dy, summed over the images."""
+    """(C, 1, k, k): the correlation of x with dy for each channel, summed over the images."""
     kernels = dy.unsqueeze(2)  # (B, C, 1, H', W')
     total = F.conv2d(x[:1], kernels[0], padding=padding, groups=x.shape[1])  # (1, C, k, k)
     for image, kernel in zip(x[1:].split(1), kernels[1:], strict=True):
         total += F.conv2d(image, kernel, padding=padding, groups=x.shape[1])
     correlation = total.transpose(0, 1)
-    return torch.empty(correlation.shape).copy_(correlation)  # in the weight's own strides, which DDP compares
+    return torch.empty(correlation.shape).copy_(correlation)  # DDP compares its strides with the weight's

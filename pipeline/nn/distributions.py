@@ -1,7 +1,7 @@
-"""Distributions over latents and pixels, all computed in float32 or better.
+"""Distributions of latents and pixels, all computed in float32 or better.
 
-Pixels are given as x in [0, 1] and modelled as y = 2x - 1 in [-1, 1]. `log_prob` and `kl` are in nats. Sampling takes
-its randomness as an argument: standard normal noise for `Normal`, uniforms in (0, 1) for the others.
+Pixels are passed as x in [0, 1] and modeled as y = 2x - 1 in [-1, 1]. `log_prob` and `kl` are in nats. `sample` takes
+its random numbers as an argument: standard normal noise for `Normal`, uniforms in (0, 1) for the others.
 """
 
 from functools import cached_property
@@ -19,18 +19,19 @@ SOFT_CLAMP = 5.0
 MIN_SIGMA = 0.01
 MIN_LOG_SCALE = -7.0
 NARROW_BIN = log(1e-5)
-"""Below this log-probability the published rule takes a bin's density at its centre times its width for its mass."""
+"""Below this log-probability, the published rule approximates a bin's mass by its width times the density at its
+center."""
 WIDE_LOG_SCALE = 20.0
-"""Above this log-scale a bin's mass is its density times its width to the last bit of float64."""
+"""Above this log-scale, a bin's mass equals its width times its density in float64."""
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """`values` in float32 if they were half precision; float32 and float64 stay."""
+    """Half-precision values as float32; float32 and float64 unchanged."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 def soft_clamp(values: Tensor) -> Tensor:
-    """Smooth clamp to (-5, 5); the identity near 0."""
+    """Smooth clamp to (-5, 5), close to the identity near 0."""
     return torch.tanh(values / SOFT_CLAMP) * SOFT_CLAMP
 
 
@@ -42,7 +43,7 @@ class Normal:
 
     @classmethod
     def standard(cls, like: Tensor) -> "Normal":
-        """Mean 0 and sigma 1, of this tensor's shape, device and precision."""
+        """Mean 0 and sigma 1, with this tensor's shape, device and dtype."""
         return cls(torch.zeros_like(like), torch.zeros_like(like))
 
     @cached_property
@@ -65,10 +66,10 @@ class Normal:
 
 
 class ClampedNormal(Normal):
-    """Diagonal normal from raw, unbounded network outputs a and l, elementwise.
+    """Diagonal normal, elementwise, from unbounded network outputs a and l.
 
-    mu = 5 tanh(a/5), sigma = temperature * (exp(5 tanh(l/5)) + 0.01): the bounds that keep NVAE stable (NVAE section
-    3.2 and its reference release, which applies them to every normal, so that raw zeros mean sigma = 1.01).
+    mu = 5 tanh(a/5), sigma = temperature * (exp(5 tanh(l/5)) + 0.01). The bounds make training stable (NVAE section
+    3.2). The reference release applies them to every normal, so a = l = 0 gives sigma = 1.01.
     """
 
     def __init__(self, raw_mean: Tensor, raw_log_sigma: Tensor, temperature: float = 1.0):
@@ -82,7 +83,7 @@ class ClampedNormal(Normal):
 
 
 class PixelNormal:
-    """Continuous density of y = 2x - 1 under a `Normal`; in bits not comparable with the discrete ones."""
+    """Density of y = 2x - 1 under a `Normal`. Not comparable with the probabilities of discrete distributions."""
 
     def __init__(self, normal: Normal):
         self.normal = normal
@@ -102,10 +103,10 @@ class PixelNormal:
 
 
 class SquaredError:
-    """The summed squared error of tutorials, from raw outputs (B, C, H, W): an unnormalised normal of variance 1/2.
+    """The summed squared error of many tutorials, from raw outputs (B, C, H, W).
 
-    `sigmoid` compares x with sigmoid(raw) in [0, 1]; `tanh` compares y = 2x - 1 with tanh(raw) in [-1, 1]. Without its
-    normaliser it is no density: values are comparable only with each other, not in bits with any likelihood.
+    `sigmoid`: error of sigmoid(raw) against x in [0, 1]. `tanh`: of tanh(raw) against y = 2x - 1 in [-1, 1]. This is
+    a normal of variance 1/2 without its normalizing constant: not a density, and not comparable with one.
     """
 
     def __init__(self, raw: Tensor, output: Squashing):
@@ -130,7 +131,7 @@ class Bernoulli:
         self.logits = at_least_float32(logits)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-probability per element (B, C, H, W), nats; linear in x, so grey values in [0, 1] are also taken."""
+        """Log-probability per element (B, C, H, W), nats. Linear in x, so gray values in [0, 1] are allowed."""
         return -F.binary_cross_entropy_with_logits(self.logits, x.to(self.logits.dtype), reduction="none")
 
     @property
@@ -138,14 +139,14 @@ class Bernoulli:
         return torch.sigmoid(self.logits)
 
     def sample(self, uniform: Tensor) -> Tensor:
-        """0 or 1 per element: 1 where the uniform is below the mean."""
+        """0 or 1 per element: 1 if the uniform is below the mean."""
         return (uniform < self.mean).to(self.logits.dtype)
 
 
 class DiscretizedLogistic:
-    """One logistic per channel, integrated over the 2^bits grey levels; the outermost bins reach to infinity.
+    """One logistic per channel, integrated over bins around the 2^bits gray levels. The outermost bins are unbounded.
 
-    mean, log_scale: (B, C, H, W) for y in [-1, 1]. log_scale is clamped from below at -7.
+    mean, log_scale: (B, C, H, W) for y in [-1, 1]. log_scale is clamped to at least -7.
     """
 
     def __init__(self, mean: Tensor, log_scale: Tensor, bits: int = 8):
@@ -154,7 +155,7 @@ class DiscretizedLogistic:
         self.bits = bits
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-probability of grey levels x (B, C, H, W) in [0, 1], per element, nats; sums to one over the levels."""
+        """Log-probability per element of gray levels x (B, C, H, W) in [0, 1], nats. Normalized over the levels."""
         y = 2 * x.to(self.location.dtype) - 1
         return discretized_logistic_log_prob(y, self.location, self.log_scale, self.bits, "exact")
 
@@ -172,9 +173,9 @@ class DiscretizedLogisticMixture:
     section 2).
 
     params: (B, 10K, H, W) = K mixture logits, then for each of R, G, B: K means, K log-scales, K raw coefficients.
-    bin_rule "published": as NVAE's published figures are computed. Every level y > 0.99 takes the whole upper tail,
-    which at 8 bits counts the mass of 255 for level 254 as well, and improbable bins use the density. "exact": sums to
-    one over the levels.
+    bin_rule "published": the rule behind NVAE's published figures. Every level y > 0.99 gets the whole upper tail; at 8
+    bits, level 254 therefore also gets the mass of level 255. Improbable bins use the density. "exact": normalized over
+    the levels.
     """
 
     def __init__(self, params: Tensor, bits: int = 8, bin_rule: BinRule = "published"):
@@ -183,7 +184,7 @@ class DiscretizedLogisticMixture:
         if params.shape[1] != 10 * num_components:
             raise ValueError(f"a mixture over RGB takes 10 channels per component, got {params.shape[1]} channels")
         self.bits, self.bin_rule = bits, bin_rule
-        # channels go last: so they lie in memory in a channels_last network, and so the gradient is built
+        # channels last, as in the memory of a channels_last network
         self.mixture_logits, rest = params.permute(0, 2, 3, 1).split([num_components, 9 * num_components], dim=-1)
         per_channel = rest.unflatten(-1, (3, 3 * num_components))  # (B, H, W, 3, 3K)
         self.means, log_scales, coefficients = per_channel.split(num_components, dim=-1)  # each (B, H, W, 3, K)
@@ -197,7 +198,7 @@ class DiscretizedLogisticMixture:
         return torch.logsumexp(channels.sum(-2) + torch.log_softmax(self.mixture_logits, dim=-1), dim=-1)
 
     def _means_given(self, y: Tensor) -> Tensor:
-        """Component means (B, H, W, 3, K), each channel shifted by the true values of the channels before it."""
+        """Component means (B, H, W, 3, K), each channel shifted by the values y of the channels before it."""
         red, green = y[..., 0, :], y[..., 1, :]
         c0, c1, c2 = self.coefficients.unbind(-2)
         shift = torch.stack([torch.zeros_like(c0), c0 * red, torch.addcmul(c1 * red, c2, green)], dim=-2)
@@ -205,15 +206,15 @@ class DiscretizedLogisticMixture:
 
     @property
     def mean(self) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1]: the mixture's average parameters through the chain R, G, B."""
+        """Images (B, 3, H, W) in [0, 1]: the average parameters of the mixture, applied in the order R, G, B."""
         weights = torch.softmax(self.mixture_logits, dim=-1).unsqueeze(-2)  # (B, H, W, 1, K)
         return self._chain((self.means * weights).sum(-1), (self.coefficients * weights).sum(-1))
 
     def sample(self, uniform_mixture: Tensor, uniform_logistic: Tensor, temperature: float = 1.0) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], not rounded to levels, from uniforms (B, K, H, W) and (B, 3, H, W) in (0, 1).
 
-        As in the reference release, a temperature below 1 sharpens the choice of component but *widens* the logistic
-        noise.
+        As in the reference release, a temperature below 1 makes the choice of the component more certain, but divides
+        (increases) the logistic noise.
         """
         gumbel = -torch.log(-torch.log(uniform_mixture.to(self.means.dtype).permute(0, 2, 3, 1)))  # (B, H, W, K)
         chosen = torch.argmax(self.mixture_logits / temperature + gumbel, dim=-1)[..., None, None]
@@ -235,39 +236,39 @@ class DiscretizedLogisticMixture:
 
 
 def to_image(y: Tensor) -> Tensor:
-    """From [-1, 1], clamped, to [0, 1]."""
+    """y, clamped to [-1, 1], rescaled to [0, 1]."""
     return (y.clamp(-1, 1) + 1) / 2
 
 
 def discretized_logistic_log_prob(y: Tensor, mean: Tensor, log_scale: Tensor, bits: int, rule: BinRule) -> Tensor:
-    """Log of the logistic mass in the bin of each grey level y in [-1, 1], elementwise with broadcasting, nats.
+    """Log of the logistic mass in the bin of each gray level y in [-1, 1], elementwise with broadcasting, nats.
 
     With a = (y + 1/N - mean) / scale and b = (y - 1/N - mean) / scale, N = 2^bits - 1, the mass sigmoid(a) -
-    sigmoid(b) equals sigmoid(a) sigmoid(-b) (1 - exp(b - a)), whose logarithm needs no difference of nearly equal
-    numbers.
+    sigmoid(b) equals sigmoid(a) sigmoid(-b) (1 - exp(b - a)). The logarithm of this product has no difference of nearly
+    equal numbers.
     """
     num_steps = 2**bits - 1
     inverse_scale = torch.exp(-log_scale)
-    centred = (y - mean) * inverse_scale
+    centered = (y - mean) * inverse_scale
     half_width = inverse_scale / num_steps
-    below_upper_edge = F.softplus(-centred - half_width)  # -log sigmoid(a)
-    above_lower_edge = F.softplus(centred - half_width)  # -log sigmoid(-b)
+    below_upper_edge = F.softplus(-centered - half_width)  # -log sigmoid(a)
+    above_lower_edge = F.softplus(centered - half_width)  # -log sigmoid(-b)
     lowest, highest = _edge_levels(y, num_steps, rule)
     inside = _log_relative_width(log_scale, num_steps) - below_upper_edge - above_lower_edge
     if rule == "published":
-        density = centred - log_scale - 2 * F.softplus(centred) - log(num_steps / 2)
+        density = centered - log_scale - 2 * F.softplus(centered) - log(num_steps / 2)
         inside = torch.where(inside > NARROW_BIN, inside, density)
     return torch.where(lowest, -below_upper_edge, torch.where(highest, -above_lower_edge, inside))
 
 
 def _edge_levels(y: Tensor, num_steps: int, rule: BinRule) -> tuple[Tensor, Tensor]:
-    """Masks of the lowest and of the highest grey level."""
+    """Masks of the lowest and of the highest gray level."""
     if rule == "published":
         return y < -0.999, y > 0.99
     return y < -1 + 1 / num_steps, y > 1 - 1 / num_steps
 
 
 def _log_relative_width(log_scale: Tensor, num_steps: int) -> Tensor:
-    """log(1 - exp(-width / scale)) for bins of width 2/N, also where the width vanishes beside the scale."""
+    """log(1 - exp(-width / scale)) for bins of width 2/N, also if the width is tiny compared with the scale."""
     bounded = log_scale.clamp(max=WIDE_LOG_SCALE)
     return torch.log(-torch.expm1(-2 / num_steps * torch.exp(-bounded))) - (log_scale - bounded)

@@ -10,10 +10,10 @@ LOG_INITIAL_SHIFT = -2.302585092994046  # log 0.1
 
 
 class ShiftFlow(nn.Module):
-    """z -> z - mu(z), where mu of a pixel and channel sees only earlier ones, so the log-determinant is exactly 0.
+    """z -> z - mu(z), for z (B, channels, H, W).
 
-    "Earlier" is raster order, turned round spatially when mirrored. z: (B, channels, H, W). ELU is applied twice in
-    the middle, as the reference release does.
+    mu of a pixel and channel depends only on earlier ones in raster order (`mirrored`: in reversed spatial order), so
+    the log-determinant is exactly 0. ELU is applied twice after the depthwise convolution, as in the reference release.
     """
 
     def __init__(self, channels: int, mirrored: bool):

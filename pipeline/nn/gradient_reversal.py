@@ -1,4 +1,4 @@
-"""Gradient reversal (Ganin & Lempitsky 2015, arXiv:1409.7495): one loss, one optimizer, two opposed players."""
+"""Gradient reversal (Ganin & Lempitsky 2015, arXiv:1409.7495): adversarial training with one loss and optimizer."""
 
 from torch import Tensor
 from torch.autograd import Function
@@ -6,7 +6,7 @@ from torch.autograd.function import once_differentiable
 
 
 class GradientReversal(Function):
-    """The identity, whose gradient is turned round: what comes before it learns to raise the loss that follows."""
+    """The identity in the forward pass; negates the gradient, so that the layers before it maximize the loss."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -18,6 +18,6 @@ class GradientReversal(Function):
         return -gradient
 
 
-def reversed_gradient(x: Tensor) -> Tensor:
-    """`x`, with its gradient turned round."""
+def reverse_gradient(x: Tensor) -> Tensor:
+    """`x`, with its gradient negated."""
     return GradientReversal.apply(x)

@@ -1,8 +1,8 @@
-"""Convolutions with weight normalisation, and squeeze-excitation.
+"""Convolutions with weight normalization, and squeeze-and-excitation.
 
-A network with hundreds of normalised convolutions spends much of a small step on tiny kernels, so the effective
-weights of all of them are computed together, stacked by shape: `effective_weights`. A model wraps each of its passes
-in `normalized_once`.
+NVAE has hundreds of normalized convolutions. Normalizing each weight on its own would launch thousands of small
+kernels per step. `effective_weights` therefore normalizes all weights of one shape as one stack, and the model enters
+`cached_weights` once per pass.
 """
 
 from collections import defaultdict
@@ -20,37 +20,37 @@ INITIAL_NORM_EPSILON = 1e-2
 
 
 class WNConv2d(nn.Conv2d):
-    """Convolution whose filters have a learned length: W = exp(g) V / (||V|| + 1e-5), the norm per output channel.
+    """Convolution with weight normalization: W = exp(g) V / (||V|| + 1e-5), with one norm per output channel.
 
-    (Salimans & Kingma 2016, with the length kept as its logarithm.) At the start ||W|| is about ||V|| + 0.01.
+    Salimans & Kingma 2016, with the logarithm g of the length as the parameter, initialized to log(||V|| + 0.01).
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, **options):
         super().__init__(in_channels, out_channels, kernel_size, **options)
         norm = self.weight.detach().flatten(1).norm(dim=1)
         self.log_norm = nn.Parameter(torch.log(norm + INITIAL_NORM_EPSILON).view(-1, 1, 1, 1))
-        self.register_buffer("mask", None, persistent=False)  # multiplies V before the norm; one for each `stack_key`
-        self.handed_weight: Tensor | None = None  # set by `normalized_once` for the time of one pass
+        self.register_buffer("mask", None, persistent=False)  # multiplies V before the norm; equal for equal stack_key
+        self.cached_weight: Tensor | None = None  # set inside `cached_weights`
 
     @property
     def stack_key(self) -> tuple:
-        """Convolutions of equal key are normalised in one stack."""
+        """Convolutions of equal key are normalized in one stack."""
         return (tuple(self.weight.shape),)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.current_weight(), self.bias)
 
     def current_weight(self) -> Tensor:
-        """The weight handed over for this pass, else this layer's own effective weight."""
-        return self.handed_weight if self.handed_weight is not None else effective_weights([self])[0]
+        """The normalized weight: the cached one inside `cached_weights`, otherwise computed at this call."""
+        return self.cached_weight if self.cached_weight is not None else effective_weights([self])[0]
 
 
 class MaskedWNConv2d(WNConv2d):
-    """Weight-normalised convolution that sees only earlier pixels in raster order (later ones when mirrored).
+    """Weight-normalized convolution that depends only on earlier pixels in raster order (`mirrored`: on later ones).
 
-    At the centre tap, output channel block i sees input channel blocks up to i, without i itself when `strict`: an
-    autoregressive order of the channels too. Mirroring turns the spatial order only. Kernel odd, padded to the same
-    size.
+    The channels have an autoregressive order too: at the center tap, output channel block i depends on input channel
+    blocks up to i, or up to i - 1 when `strict`. `mirrored` reverses the spatial order only. The kernel size is odd
+    and the output has the input's size.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, strict=False, mirrored=False, groups=1, bias=False):
@@ -71,21 +71,21 @@ class MaskedWNConv2d(WNConv2d):
 
 
 def causal_mask(in_channels, out_channels, kernel_size, strict, mirrored, groups) -> Tensor:
-    """0/1 mask (C_out, C_in / groups, k, k): rows above the centre, left of it in its row, part of the centre tap."""
-    centre = kernel_size // 2
+    """0/1 mask (C_out, C_in / groups, k, k): 1 above the center, to its left, and for some channels at the center."""
+    center = kernel_size // 2
     mask = torch.zeros(out_channels, in_channels // groups, kernel_size, kernel_size)
-    mask[:, :, :centre] = 1
-    mask[:, :, centre, :centre] = 1
+    mask[:, :, :center] = 1
+    mask[:, :, center, :center] = 1
     if groups == 1:
-        mask[:, :, centre, centre] = _channel_mask(in_channels, out_channels, strict)
+        mask[:, :, center, center] = _channel_mask(in_channels, out_channels, strict)
     else:
-        assert groups == in_channels == out_channels, "grouped masks are made for depthwise convolutions"
-        mask[:, :, centre, centre] = 0 if strict else 1
+        assert groups == in_channels == out_channels, "a mask with groups is for depthwise convolutions"
+        mask[:, :, center, center] = 0 if strict else 1
     return mask.flip(2, 3) if mirrored else mask
 
 
 def _channel_mask(in_channels: int, out_channels: int, strict: bool) -> Tensor:
-    """(C_out, C_in): of min(C_in, C_out) blocks of channels, each sees those before it, and itself unless strict."""
+    """(C_out, C_in) in min(C_in, C_out) blocks: each depends on the blocks before it, and on itself unless strict."""
     num_blocks = min(in_channels, out_channels)
     blocks = torch.ones(num_blocks, num_blocks).tril(-1 if strict else 0)
     rows, columns = out_channels // num_blocks, in_channels // num_blocks
@@ -93,14 +93,14 @@ def _channel_mask(in_channels: int, out_channels: int, strict: bool) -> Tensor:
 
 
 def find_convs(model: nn.Module) -> dict[str, nn.Module]:
-    """Every convolution of the model by name, normalised or plain, in registration order; no linear layers."""
+    """Every convolution of the model by name, normalized or plain, in registration order; no linear layers."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
 
 
 def effective_weights(convs: Sequence[nn.Module], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """The weight that each convolution applies, normalised and masked where it is, differentiable.
+    """The weight that each convolution applies, after normalization and mask if it has them. Differentiable.
 
-    Normalised convolutions of equal shape are stacked: one norm, one scale and, given a `dtype`, one cast per shape.
+    Normalized convolutions of equal shape are stacked: one norm, one scale and, given a `dtype`, one cast per shape.
     """
     weights: list[Tensor] = [conv.weight for conv in convs]
     stacks = defaultdict(list)
@@ -115,10 +115,10 @@ def effective_weights(convs: Sequence[nn.Module], dtype: torch.dtype | None = No
 
 
 def _normalized_stack(convs: list[WNConv2d]) -> Tensor:
-    """Effective weights (n, C_out, C_in / groups, k, k) of convolutions of one `stack_key`, memory format kept."""
+    """Effective weights (n, C_out, C_in / groups, k, k) of convolutions of one `stack_key`, in their memory format."""
     first = convs[0].weight
     channels_last = not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last)
-    order = (0, 2, 3, 1) if channels_last else (0, 1, 2, 3)  # stacking dense tensors is one plain copy each
+    order = (0, 2, 3, 1) if channels_last else (0, 1, 2, 3)  # in memory order, so that stacking copies contiguously
     v = torch.stack([conv.weight.permute(order) for conv in convs])
     if convs[0].mask is not None:
         v = v * convs[0].mask.permute(order)
@@ -129,29 +129,26 @@ def _normalized_stack(convs: list[WNConv2d]) -> Tensor:
 
 
 @contextmanager
-def normalized_once(convs: Sequence[WNConv2d]) -> Iterator[None]:
-    """Within the block every one of these convolutions uses a weight computed at its start, all of them at once.
+def cached_weights(convs: Sequence[WNConv2d]) -> Iterator[None]:
+    """Compute the weights of these convolutions once, at the start of the block; every call inside it uses them.
 
-    For one pass of the model over unchanged parameters; outside, each computes its own at every call. A block within a
-    block changes nothing.
+    The parameters must not change inside the block. Blocks do not nest.
     """
-    if convs[0].handed_weight is not None:
-        yield
-        return
+    assert all(conv.cached_weight is None for conv in convs), "cached_weights: the block was entered twice"
     device = convs[0].weight.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else convs[0].weight.dtype
     for conv, weight in zip(convs, effective_weights(convs, dtype), strict=True):
-        conv.handed_weight = weight
+        conv.cached_weight = weight
     try:
         yield
     finally:
         for conv in convs:
-            conv.handed_weight = None
+            conv.cached_weight = None
 
 
 class SqueezeExcitation(nn.Module):
-    """Channel gates (B, C, 1, 1) in (0, 1) from the spatial mean (Hu et al. 2018)."""
+    """Squeeze-and-excitation (Hu et al. 2018): channel gates (B, C, 1, 1) in (0, 1) from the spatial mean."""
 
     def __init__(self, channels: int):
         super().__init__()

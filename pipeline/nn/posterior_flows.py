@@ -1,7 +1,7 @@
-"""Normalising flows on a flat posterior's draws, their parameters given by the encoder (amortised).
+"""Normalizing flows on the samples of a posterior with one latent vector, conditioned on the encoder's features.
 
-Every step maps (z, features), (B, L) and (B, F), to (z', log_det), both (B, L). log_det summed over the units is
-log |det dz'/dz|, exactly: one unit's own share where the Jacobian is triangular, else equal shares.
+Every step maps z (B, L) and features (B, F) to (z', log_det), both (B, L). The sum of log_det over the units is
+log |det dz'/dz|. With a triangular Jacobian each unit has its own term; otherwise the sum is divided equally.
 """
 
 from typing import Annotated, Literal
@@ -15,7 +15,7 @@ from pipeline.nn.distributions import at_least_float32
 from pipeline.schema import Count, Layers, Section
 
 SMALLEST_SQUARE = 1e-12
-OPEN_GATE = 2.0
+INITIAL_GATE_LOGIT = 2.0
 
 
 class PlanarFlows(Section):
@@ -23,7 +23,7 @@ class PlanarFlows(Section):
 
     name: Literal["planar"] = "planar"
     length: Layers = 4
-    """Steps."""
+    """Number of flow steps."""
 
     def build(self, latent_size: int, num_features: int) -> nn.ModuleList:
         """The steps, in order."""
@@ -35,9 +35,9 @@ class AutoregressiveFlows(Section):
 
     name: Literal["iaf"] = "iaf"
     length: Layers = 2
-    """Steps; the order of the units is reversed from one to the next."""
+    """Number of flow steps. The order of the units is reversed from one to the next."""
     hidden: Count = 128
-    """Units of each step's hidden layer."""
+    """Units of the hidden layer of each step."""
 
     def build(self, latent_size: int, num_features: int) -> nn.ModuleList:
         """The steps, in order."""
@@ -49,9 +49,10 @@ Flows = Annotated[PlanarFlows | AutoregressiveFlows, Field(discriminator="name")
 
 
 class PlanarFlow(nn.Module):
-    """z' = z + u tanh(w z + b) with u, w, b from the features (Rezende & Mohamed 2015, eq. 10 to 12).
+    """z' = z + u tanh(w z + b) (Rezende & Mohamed 2015, eq. 10 to 12).
 
-    u is moved along w so that u w > -1, which makes the map invertible (their appendix A.1).
+    u, w, b are computed from the features. u is moved along w so that u w > -1, which makes the map invertible
+    (appendix A.1).
     """
 
     def __init__(self, latent_size: int, num_features: int):
@@ -61,25 +62,25 @@ class PlanarFlow(nn.Module):
 
     def forward(self, z: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         u, w, b = at_least_float32(self.to_parameters(features)).split(self.sizes, dim=1)  # (B, L), (B, L), (B, 1)
-        u, room = invertible(u, w)
+        u, margin = invertible(u, w)
         hidden = torch.tanh((w * z).sum(1, keepdim=True) + b)  # (B, 1)
-        determinant = hidden.square() + (1 - hidden.square()) * room  # 1 + (1 - hidden^2) u w: a sum of positive terms
+        determinant = hidden.square() + (1 - hidden.square()) * margin  # 1 + (1 - hidden^2) u w; both terms positive
         log_det = torch.log(determinant.clamp(min=torch.finfo(z.dtype).tiny))
         return z + u * hidden, (log_det / z.shape[1]).expand_as(z)
 
 
 def invertible(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """u (B, L) moved along w so that their product is above -1, and by how much it is (B, 1)."""
+    """u (B, L) moved along w so that u w > -1, and the margin u w + 1 (B, 1)."""
     product = (w * u).sum(1, keepdim=True)
-    room = F.softplus(product)
+    margin = F.softplus(product)
     square = w.square().sum(1, keepdim=True)
     bounded = square.clamp(min=SMALLEST_SQUARE)
-    moved = u + (room - 1 - product) * w / bounded
-    return moved, torch.lerp(product + 1, room, square / bounded)
+    moved = u + (margin - 1 - product) * w / bounded
+    return moved, torch.lerp(product + 1, margin, square / bounded)
 
 
 class MaskedLinear(nn.Linear):
-    """Linear layer of which only the weights where `mask` (out, in) is 1 take part."""
+    """Linear layer whose weights are multiplied by a 0/1 `mask` (out, in)."""
 
     def __init__(self, mask: Tensor):
         super().__init__(mask.shape[1], mask.shape[0])
@@ -90,10 +91,10 @@ class MaskedLinear(nn.Linear):
 
 
 class InverseFlow(nn.Module):
-    """z'_i = s_i z_i + (1 - s_i) m_i, where gate s_i in (0, 1) and mean m_i see the features and the units before i.
+    """z'_i = s_i z_i + (1 - s_i) m_i. Gate s_i in (0, 1) and mean m_i depend on the features and the units before i.
 
-    The numerically stable form of Kingma et al. 2016 (eq. 13 and 14, appendix C), its network a MADE of one hidden
-    layer (Germain et al. 2015). `reverse`: "before" means of a higher number. Gates begin nearly open.
+    The numerically stable form of Kingma et al. 2016 (eq. 13 and 14, appendix C). The network is a MADE with one hidden
+    layer (Germain et al. 2015). `reverse`: the order of the units is reversed. Gates are initialized to sigmoid(2).
     """
 
     def __init__(self, latent_size: int, num_features: int, hidden: int, reverse: bool):
@@ -103,7 +104,7 @@ class InverseFlow(nn.Module):
         self.feature_layer = nn.Linear(num_features, hidden, bias=False)
         self.mean = MaskedLinear(out)
         self.gate = MaskedLinear(out)
-        nn.init.constant_(self.gate.bias, OPEN_GATE)
+        nn.init.constant_(self.gate.bias, INITIAL_GATE_LOGIT)
 
     def forward(self, z: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         hidden = F.elu(self.latent_layer(z) + self.feature_layer(features))  # (B, hidden)
@@ -112,9 +113,10 @@ class InverseFlow(nn.Module):
 
 
 def autoregressive_masks(latent_size: int, hidden: int, reverse: bool) -> tuple[Tensor, Tensor]:
-    """0/1 masks (hidden, L) into and (L, hidden) out of a hidden layer, so that output i sees the inputs before i.
+    """0/1 masks (hidden, L) and (L, hidden) of the layers before and after a hidden layer.
 
-    A hidden unit of degree d sees the d first inputs: with 0, the features alone, which the first output needs.
+    Output i depends on the inputs before i. A hidden unit of degree d depends on the first d inputs; with degree 0, on
+    the features only, as the first output must.
     """
     order = torch.arange(latent_size)
     order = order.flip(0) if reverse else order

@@ -1,10 +1,9 @@
-"""A trainer put together from a recipe, and the model's form in memory."""
+"""Builds a trainer from a recipe."""
 
 import torch
 
 from pipeline.distributed.runtime import Runtime
-from pipeline.models.base import VAE
-from pipeline.nn.batch_norm import keep_collectives_uncompiled
+from pipeline.models.base import compile_cells, use_channels_last
 from pipeline.recipe import Recipe, build_model
 from pipeline.run.classifier_folder import load_frozen_classifier
 from pipeline.run.data import RunData
@@ -41,23 +40,3 @@ def build_trainer(recipe: Recipe, runtime: Runtime, data: RunData) -> Trainer:
         learning_rate=LearningRate(recipe.optim, data.total_steps, steps_per_epoch),
         clip=recipe.optim.clip,
     )
-
-
-def use_channels_last(model: VAE) -> None:
-    """Lays out convolution weights as their activations will be."""
-    model.to(memory_format=torch.channels_last)
-    for parameter in model.parameters():
-        if parameter.dim() == 4 and parameter.is_contiguous():
-            # 1x1 and depthwise kernels are in both layouts at once; DDP compares strides, and gradients have these.
-            plain = torch.empty(parameter.shape, device="meta").stride()
-            parameter.data = parameter.data.as_strided(parameter.shape, plain)
-
-
-def compile_cells(model: VAE) -> None:
-    """Compiles the model's cells one by one, each for the one shape that it sees."""
-    keep_collectives_uncompiled()
-    cells = list(model.compilable_cells())
-    # Cells share their code, for which the compiler would give up after 8 shapes (or modes, training and evaluation).
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(cells))
-    for cell in cells:
-        cell.compile(dynamic=False)

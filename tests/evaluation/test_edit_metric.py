@@ -212,12 +212,12 @@ def test_the_model_is_left_in_its_mode_and_noise_follows_the_image():
 
 
 def test_a_judge_that_cannot_judge_is_refused():
-    with pytest.raises(ValueError, match="tells classes"):
+    with pytest.raises(ValueError, match="predicts classes"):
         figures(perfect, [], judge=Reader(kind="classes"))
     with pytest.raises(ValueError, match="take different images"):
         figures(perfect, [], judge=Reader(shape=(1, 1, 5)))
     narrow = AttributeCondition(chosen=("Blond", "Bangs"))
-    with pytest.raises(ValueError, match="does not know Bangs"):
+    with pytest.raises(ValueError, match="was not trained on Bangs"):
         edit_figures(Editor(perfect), narrow, [], Reader(), 0, NOTHING_HIDES)
 
 

@@ -1,10 +1,10 @@
-"""The tutorials' models once more, in plain torch: what test_flat_models.py compares the project's with.
+"""The baselines restated in plain torch, for test_baselines.py. `pipeline` is not used.
 
-Written from the table of models alone, with nn.Linear, nn.Conv2d and torch.nn.functional; nothing of the package is
-used. `loss(x, eps, c)` is the tutorials' loss, summed over the batch. Where the table is silent, tutorials agree:
-mu and log sigma^2 are a linear layer each, z = mu + exp(log sigma^2 / 2) eps, nothing follows the linear layer before
-the first transposed convolution, LeakyReLU has torch's slope, convolutions before a batch norm have no bias, and a
-residual block is He et al.'s (2016, figure 2) with its 1x1 convolution where shapes change.
+Written from the table in docs/models.md with nn.Linear, nn.Conv2d and torch.nn.functional. `loss(x, eps, c)` is summed
+over the batch. What the table leaves open is as in the tutorials: mu and log sigma^2 are one linear layer each,
+z = mu + exp(log sigma^2 / 2) eps, there is no activation between the decoder's linear layer and its first transposed
+convolution, LeakyReLU has torch's slope, convolutions before a batch norm have no bias, and a residual block is that of
+He et al. (2016, figure 2) with a 1x1 convolution where shapes change.
 """
 
 import torch
@@ -25,7 +25,7 @@ def squared_tanh(raw: Tensor, x: Tensor) -> Tensor:
 
 
 class Tutorial(nn.Module):
-    """Loss of any of the models from its `encode` and `decode`."""
+    """The loss of a model with methods `encode` and `decode`."""
 
     beta = 1.0
     reconstruction = staticmethod(cross_entropy)
@@ -183,10 +183,10 @@ class Planar(nn.Module):
 
 
 class InverseAutoregressive(nn.Module):
-    """Kingma et al. 2016, algorithm 1 with the gate of eq. 14, unit by unit; odd steps go through them backwards.
+    """Kingma et al. 2016, algorithm 1 with the gate of eq. 14, unit by unit. Odd steps reverse the order of the units.
 
-    Hidden unit j is told the first (j mod L) units of the order, and unit i of the order is told by hidden units that
-    are told no unit from i on.
+    Hidden unit j depends on the first (j mod L) units of the order. The i-th unit of the order depends on the hidden
+    units that depend on none from i on.
     """
 
     def __init__(self, latent, features, hidden, length):
@@ -208,15 +208,15 @@ class InverseAutoregressive(nn.Module):
         order = list(range(size))[:: -1 if k % 2 else 1]
         units = []
         for j, row in enumerate(self.into[k].weight):
-            seen = order[: j % size]
+            inputs = order[: j % size]
             pre = self.into[k].bias[j] + h @ self.context[k].weight[j]
-            units.append(F.elu(pre + z[:, seen] @ row[seen]))
+            units.append(F.elu(pre + z[:, inputs] @ row[inputs]))
         new, total = [None] * size, 0.0
         for place, i in enumerate(order):
             chosen = [j for j in range(len(units)) if j % size <= place]
-            told = torch.stack([units[j] for j in chosen], dim=1)
-            m = told @ self.mean[k].weight[i, chosen] + self.mean[k].bias[i]
-            sigma = torch.sigmoid(told @ self.gate[k].weight[i, chosen] + self.gate[k].bias[i])
+            hidden = torch.stack([units[j] for j in chosen], dim=1)
+            m = hidden @ self.mean[k].weight[i, chosen] + self.mean[k].bias[i]
+            sigma = torch.sigmoid(hidden @ self.gate[k].weight[i, chosen] + self.gate[k].bias[i])
             new[i] = sigma * z[:, i] + (1 - sigma) * m
             total = total + torch.log(sigma).sum()
         return torch.stack(new, dim=1), total

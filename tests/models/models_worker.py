@@ -1,4 +1,4 @@
-"""Trains every case of model_cases.py in float64 under a launcher and writes the losses: run by test_models.py."""
+"""Trains the cases of TWO_PROCESS_CASES in float64 and writes the losses. test_model_training.py launches it."""
 
 import json
 import sys
@@ -7,11 +7,13 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).parents[2])
 
 from pipeline.distributed.runtime import Runtime  # noqa: E402
-from tests.helpers.model_cases import CASES, make_recipe, train_losses  # noqa: E402
+from tests.helpers.model_cases import TWO_PROCESS_CASES, make_recipe, train_losses  # noqa: E402
 
 data, out = Path(sys.argv[1]), Path(sys.argv[2])
 runtime = Runtime("fp64", cpu_threads=1)
-losses = {case: train_losses(make_recipe(case, data, "train.precision=fp64"), runtime, steps=3) for case in CASES}
+losses = {
+    case: train_losses(make_recipe(case, data, "train.precision=fp64"), runtime, steps=3) for case in TWO_PROCESS_CASES
+}
 if runtime.is_main:
     out.write_text(json.dumps({"world_size": runtime.world_size, "losses": losses}))
 runtime.close()

@@ -1,8 +1,8 @@
-"""NVAE restated in plain functions, independently of `pipeline`: the second opinion that the model is compared with.
+"""NVAE restated in plain functions, independently of `pipeline`, for comparison with the model.
 
 Weights are a dict of tensors under the names of the NVAE reference release, settings a dict under its option names.
-Everything follows the published description in the order of a forward pass and favours the obvious over the fast, with
-tensor arithmetic and `torch.nn.functional` only. No module of `pipeline` is imported.
+The code follows the published description in the order of a forward pass, with tensor arithmetic and
+`torch.nn.functional` only. It is written to be obvious rather than fast. No module of `pipeline` is imported.
 """
 
 import math
@@ -17,9 +17,7 @@ from tests.models.nvae_restatement_layout import (
     BRANCHES,
     dec_tower,
     enc_tower,
-    groups_per_scale,
     is_vanilla,
-    parameter_order,
     post_process,
     pre_process,
 )
@@ -27,7 +25,7 @@ from tests.models.nvae_restatement_layout import (
 
 @dataclass
 class Net:
-    """Settings, weights, mode, and batch-norm statistics: `running` starts as the weights' and is moved by training."""
+    """Settings, weights, mode, and batch-norm statistics. In training mode, a forward pass updates `running`."""
 
     args: dict
     state: dict[str, Tensor]
@@ -60,7 +58,7 @@ def ar_mask(kernel: int, c_in: int, groups: int, c_out: int, strict: bool, mirro
 
 
 def effective_weight(state: dict[str, Tensor], name: str) -> Tensor:
-    """The kernel that convolution `name` applies: masked if it belongs to a flow, normalised if it has a norm."""
+    """The kernel that convolution `name` applies: masked if it belongs to a flow, normalized if it has a norm."""
     weight = state[f"{name}.weight"]
     if name.startswith("nf_cells") or ".convz." in name or ".mu." in name:
         depthwise = name.endswith("convz.2")
@@ -188,7 +186,7 @@ def split_mixture(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def mixture_log_prob(logits: Tensor, x: Tensor, bits: int = 8) -> Tensor:
-    """log p (B, H, W) of x (B, 3, H, W) in [0, 1] under the discretised mixture of logistics, published bin rule."""
+    """log p (B, H, W) of x (B, 3, H, W) in [0, 1] under the discretized mixture of logistics, published bin rule."""
     mixture, means, s, c = split_mixture(logits)
     y, n = (2 * x - 1).unsqueeze(2), 2**bits - 1
     red, green = y[:, 0], y[:, 1]  # (B, 1, H, W)
@@ -203,7 +201,7 @@ def mixture_log_prob(logits: Tensor, x: Tensor, bits: int = 8) -> Tensor:
 
 
 def _chain(values: Tensor, c: Tensor) -> Tensor:
-    """Colours (B, 3, H, W) in [0, 1] from per-channel values and coefficients, each channel given the ones before."""
+    """Colors (B, 3, H, W) in [0, 1] from per-channel values and coefficients, each channel given the ones before."""
     red = values[:, 0].clamp(-1, 1)
     green = (values[:, 1] + c[:, 0] * red).clamp(-1, 1)
     blue = (values[:, 2] + c[:, 1] * red + c[:, 2] * green).clamp(-1, 1)
@@ -246,28 +244,28 @@ def decoder_mean(args: dict, logits: Tensor) -> Tensor:
 
 
 def encode(net: Net, x: Tensor) -> tuple[Tensor, list[tuple[str, Tensor]]]:
-    """Feature of the topmost group, and (combiner, feature) of groups 1, 2, ... in drawing order."""
+    """Feature of the topmost group, and (combiner, feature) of groups 1, 2, ... in the order of sampling."""
     s = conv(net, "stem", 2 * x - 1)
     for n, (kind, _) in enumerate(pre_process(net.args)):
         s = cell(net, f"pre_process.{n}", s, kind, "pre")
-    remembered = []
+    features = []
     for n, (kind, _) in enumerate(enc_tower(net.args)):
         if kind == "combiner":
-            remembered.append((f"enc_tower.{n}.conv", s))
+            features.append((f"enc_tower.{n}.conv", s))
         else:
             s = cell(net, f"enc_tower.{n}", s, kind, "enc")
-    return F.elu(conv(net, "enc0.1", F.elu(s))), remembered[::-1]
+    return F.elu(conv(net, "enc0.1", F.elu(s))), features[::-1]
 
 
-def decode(net: Net, batch: int, draw) -> Tensor:
-    """Logits, where `draw(k, decoder feature or None)` gives the latent of group k."""
+def decode(net: Net, batch: int, latent) -> Tensor:
+    """Logits, where `latent(k, decoder state or None)` returns the latent of group k."""
     if is_vanilla(net.args):
-        s = conv(net, "stem_decoder", draw(0, None))
+        s = conv(net, "stem_decoder", latent(0, None))
     else:
         s, k = net.state["prior_ftr0"].expand(batch, -1, -1, -1), 0
         for n, (kind, _) in enumerate(dec_tower(net.args)):
             if kind == "combiner":
-                s, k = conv(net, f"dec_tower.{n}.conv", torch.cat([s, draw(k, s)], dim=1)), k + 1
+                s, k = conv(net, f"dec_tower.{n}.conv", torch.cat([s, latent(k, s)], dim=1)), k + 1
             else:
                 s = cell(net, f"dec_tower.{n}", s, kind, "dec")
     for n, (kind, _) in enumerate(post_process(net.args)):
@@ -283,15 +281,15 @@ def raw_prior(net: Net, k: int, s: Tensor | None, like: Tensor) -> tuple[Tensor,
 
 def forward(net: Net, x: Tensor, noise: list[Tensor]) -> dict:
     """Every term of the bound; the keys are those of the golden files."""
-    top, remembered = encode(net, x)
+    top, features = encode(net, x)
     groups, kl, log_q, log_p = [], [], 0, 0
 
-    def draw(k: int, s: Tensor | None) -> Tensor:
+    def latent(k: int, s: Tensor | None) -> Tensor:
         nonlocal log_q, log_p
         if k == 0:
             feature = top
         else:
-            combiner, encoder_feature = remembered[k - 1]
+            combiner, encoder_feature = features[k - 1]
             feature = encoder_feature + conv(net, combiner, s)
         raw_p = raw_prior(net, k, s, noise[k])
         raw_q = conv(net, f"enc_sampler.{k}", feature).chunk(2, dim=1)
@@ -308,7 +306,7 @@ def forward(net: Net, x: Tensor, noise: list[Tensor]) -> dict:
         groups.append({"q_mu": q[0], "q_sigma": q[1], "p_mu": p[0], "p_sigma": p[1]})
         return z
 
-    logits = decode(net, len(x), draw)
+    logits = decode(net, len(x), latent)
     recon = -log_likelihood(net.args, logits, x)
     kl_all = torch.stack([k.sum(dim=(1, 2, 3)) for k in kl])
     return {
@@ -319,116 +317,10 @@ def forward(net: Net, x: Tensor, noise: list[Tensor]) -> dict:
 
 
 def sample_logits(net: Net, noise: list[Tensor], temperature: float = 1.0) -> Tensor:
-    """Logits of a sample from the prior; flows play no part."""
+    """Logits of a sample from the prior; flows are not used."""
 
-    def draw(k: int, s: Tensor | None) -> Tensor:
+    def latent(k: int, s: Tensor | None) -> Tensor:
         mu, sigma = normal(*raw_prior(net, k, s, noise[k]), temperature)
         return mu + sigma * noise[k]
 
-    return decode(net, len(noise[0]), draw)
-
-
-# ---- training objective
-
-
-def kl_coefficient(args: dict, step: int, total: int) -> float:
-    rise = (step - args["kl_const_portion"] * total) / (args["kl_anneal_portion"] * total)
-    return max(min(rise, 1.0), args["kl_const_coeff"])
-
-
-def kl_alpha(args: dict, rule: str = "square") -> Tensor:
-    counts = groups_per_scale(args)[::-1]
-    formulas = {
-        "equal": lambda i, n: 1,
-        "linear": lambda i, n: 2**i,
-        "sqrt": lambda i, n: 2 ** (i / 2),
-        "square": lambda i, n: 4**i / n,
-    }
-    alpha = torch.tensor([formulas[rule](i, n) for i, n in enumerate(counts) for _ in range(n)], dtype=torch.float64)
-    return alpha / alpha.min()
-
-
-def balanced_kl(kl_all: Tensor, beta: float, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) KL already times beta, and the (G,) weights, from (G, B)."""
-    if beta >= 1:
-        return beta * kl_all.sum(dim=0), torch.ones(len(kl_all), dtype=kl_all.dtype)
-    a = kl_all.detach().abs().mean(dim=1) + 0.01
-    w = a / alpha * a.sum()
-    w = w / w.mean()
-    return beta * (w[:, None] * kl_all).sum(dim=0), w
-
-
-def conv_matrices(state: dict[str, Tensor]) -> dict[tuple[int, int], list[str]]:
-    """Names of the convolutions by shape (rows, columns) of their matrix, in registration order."""
-    by_shape: dict[tuple[int, int], list[str]] = {}
-    for name, tensor in state.items():
-        if name.endswith(".weight") and tensor.dim() == 4:
-            by_shape.setdefault((len(tensor), tensor[0].numel()), []).append(name.removesuffix(".weight"))
-    return by_shape
-
-
-def _unit(vector: Tensor) -> Tensor:
-    return vector / max(vector.norm().item(), 1e-3)
-
-
-def spectral_loss(state: dict[str, Tensor], u: dict[str, Tensor], iterations: int) -> tuple[Tensor, dict, dict]:
-    """Sum of u W v over convolutions, and the new u and v by name. The vectors are constants for the gradient."""
-    total, new_u, new_v = torch.zeros((), dtype=torch.float64), {}, {}
-    for name in (name for names in conv_matrices(state).values() for name in names):
-        matrix = effective_weight(state, name).flatten(1)
-        left = u[name]
-        for _ in range(iterations):
-            right = _unit(left @ matrix.detach())
-            left = _unit(matrix.detach() @ right)
-        total = total + left @ matrix @ right
-        new_u[name], new_v[name] = left, right
-    return total, new_u, new_v
-
-
-def bn_loss(state: dict[str, Tensor]) -> Tensor:
-    """Sum over batch-norm layers of the largest |gamma|; ties share its gradient."""
-    norms = [name.removesuffix(".running_mean") for name in state if name.endswith("running_mean")]
-    return torch.stack([state[f"{name}.weight"].abs().max() for name in norms]).sum()
-
-
-def regularizer_coefficient(args: dict, beta: float) -> float:
-    strength = args["weight_decay_norm"]
-    if not args["weight_decay_norm_anneal"]:
-        return strength
-    return math.exp((1 - beta) * math.log(args["weight_decay_norm_init"]) + beta * math.log(strength))
-
-
-def training_loss(net: Net, x: Tensor, noise: list[Tensor], step: int, total: int, u: dict[str, Tensor]) -> dict:
-    """The scalar `total` that training minimises, its parts, and the new u (4 power iterations)."""
-    out, beta = forward(net, x, noise), kl_coefficient(net.args, step, total)
-    kl, weights = balanced_kl(out["kl_all"], beta, kl_alpha(net.args))
-    norm_loss, new_u, _ = spectral_loss(net.state, u, 4)
-    scale_loss, strength = bn_loss(net.state), regularizer_coefficient(net.args, beta)
-    return {
-        "kl_coeff": beta, "wdn_coeff": strength, "recon": out["recon"], "balanced_kl": kl, "kl_group_coeffs": weights,
-        "kl_group_means": out["kl_all"].mean(dim=1), "norm_loss": norm_loss, "bn_loss": scale_loss, "u": new_u,
-        "total": (out["recon"] + kl).mean() + strength * (norm_loss + scale_loss),
-    }  # fmt: skip
-
-
-def gradients(net: Net, loss: Tensor) -> dict[str, Tensor]:
-    """d loss / d parameter by name, zero where a parameter plays no part."""
-    names = [
-        name for name, tensor in net.state.items() if tensor.requires_grad and not name.endswith("weight_normalized")
-    ]
-    found = torch.autograd.grad(loss, [net.state[name] for name in names], allow_unused=True)
-    return {n: torch.zeros_like(net.state[n]) if g is None else g for n, g in zip(names, found, strict=True)}
-
-
-def with_gradient(args: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy whose parameters require a gradient; aliases share the parameter's tensor."""
-    names = set(parameter_order(args))
-    copy = {k: v.detach().clone().requires_grad_(k in names) for k, v in state.items() if not k.endswith("_normalized")}
-    return {k: copy[k.removesuffix("_normalized")] if k.endswith("weight_normalized") else copy[k] for k in state}
-
-
-def adamax_step(p: Tensor, g: Tensor, m: Tensor, n: Tensor, t: int, lr: float, wd: float, eps: float = 1e-3):
-    """(p, m, n) after update number t = 1, 2, ... with coupled weight decay."""
-    g = g + wd * p
-    m, n = 0.9 * m + 0.1 * g, torch.maximum(0.999 * n, g.abs() + eps)
-    return p - lr / (1 - 0.9**t) * m / n, m, n
+    return decode(net, len(noise[0]), latent)

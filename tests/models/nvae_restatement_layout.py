@@ -1,4 +1,4 @@
-"""Where everything is in the NVAE reference release: towers, names, shapes and registration order, from its options.
+"""The layout of the NVAE reference release: towers, names, shapes and registration order, from its options.
 
 Part of the restatement of NVAE (nvae_restatement.py); no module of `pipeline` is imported.
 """
@@ -57,7 +57,7 @@ def top_multiplier(args: dict) -> int:
 
 
 def latent_scales(args: dict) -> list[int]:
-    """Channel multiplier of every latent group, in drawing order (lowest resolution first)."""
+    """Channel multiplier of every latent group, in the order of sampling (lowest resolution first)."""
     top = top_multiplier(args)
     return [top // 2**i for i, count in enumerate(reversed(groups_per_scale(args))) for _ in range(count)]
 
@@ -197,7 +197,7 @@ def _cell_shapes(shapes: dict, name: str, args: dict, kind: str, role: str, c_in
 
 
 def random_state(args: dict, seed: int) -> dict[str, Tensor]:
-    """Random float64 weights that keep activations moderate; every entry differs from what an initialiser gives."""
+    """Random float64 weights that keep activations moderate; every entry differs from what an initializer gives."""
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
     for name, shape in parameter_shapes(args).items():
@@ -218,6 +218,6 @@ def random_state(args: dict, seed: int) -> dict[str, Tensor]:
 
 
 def parameter_order(args: dict) -> list[str]:
-    """Names of the parameters, each once, in the order of the optimiser's slots."""
+    """Names of the parameters, each once, in the order of the optimizer's state."""
     others = ("running_mean", "running_var", "num_batches_tracked", "weight_normalized")
     return [name for name in parameter_shapes(args) if not name.endswith(others)]

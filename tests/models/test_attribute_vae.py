@@ -1,4 +1,4 @@
-"""attribute_vae: what it adds to the models with one latent vector, term by term, and its parts in pipeline.nn."""
+"""attribute_vae: conditioning, the terms of its loss, and its parts in pipeline.nn."""
 
 import copy
 import shutil
@@ -195,10 +195,10 @@ def test_pull_is_half_the_square_of_the_latent():
     torch.testing.assert_close(pull, z.square().sum(1) / 2)
 
 
-def test_the_adversary_learns_what_the_encoder_unlearns():
+def test_the_adversary_minimizes_the_term_and_the_encoder_maximizes_it():
     model = make_model(adversary_weight=1.0)
     x, noise, condition = inputs(model)
-    condition[0, 1] = 0.5  # not known: not asked
+    condition[0, 1] = 0.5  # unknown: not part of the term
     term = model(x, noise, condition).penalties["adversary"].sum()
     weights = {"encoder": model.summary[0].weight, "adversary": model.adversary[0].weight}
     found = torch.autograd.grad(term, list(weights.values()))
@@ -217,7 +217,7 @@ def test_one_attribute_is_changed_and_its_rivals_with_it(classifier_folder):
     condition[:, 1:3] *= (torch.arange(500) % 3 > 0)[:, None]
     condition[::50, 0] = 0.5
     noise = random(500, seed=7)
-    changed = model.with_one_changed(condition, noise)
+    changed = model.with_one_attribute_changed(condition, noise)
     quantiles = torch.distributions.Normal(0.0, 1.0).cdf(noise)
     for before, after, quantile in zip(condition, changed, quantiles, strict=True):
         column = int(quantile * len(NAMES))
@@ -231,16 +231,16 @@ def test_one_attribute_is_changed_and_its_rivals_with_it(classifier_folder):
     share = (changed != condition)[:, [0, 3]].double().mean(0)
     assert torch.allclose(share, torch.full_like(share, 1 / len(NAMES)), atol=0.06)
     extreme = torch.tensor([-40.0, 40.0], dtype=torch.float64)  # quantiles 0 and 1
-    assert (model.with_one_changed(condition[1:3], extreme) != condition[1:3]).any(1).all()
+    assert (model.with_one_attribute_changed(condition[1:3], extreme) != condition[1:3]).any(1).all()
 
 
-def test_classification_judges_the_edited_image(classifier_folder):
+def test_the_classification_term_is_that_of_the_edited_image(classifier_folder):
     model = make_model((3, 12, 12), border=2, classification_weight=1.0, classifier=str(classifier_folder))
     x, noise, condition = inputs(model)
     found = copy.deepcopy(model)(x, noise, condition).penalties["classification"]
     classifier = load_classifier(classifier_folder).double()
     z = model.encode(x, noise, condition)  # moves the running statistics, which training mode does not read
-    changed = model.with_one_changed(condition, noise[1].flatten())
+    changed = model.with_one_attribute_changed(condition, noise[1].flatten())
     logits = classifier(model.decode(z, changed)[:, :, 2:-2, 2:-2])
     columns = [classifier.names.index(name) for name in NAMES]
     expected = F.binary_cross_entropy_with_logits(logits[:, columns], changed, reduction="none").sum(1)
@@ -253,7 +253,7 @@ def test_the_classifier_stays_frozen_and_outside_the_model(classifier_folder):
     model(*inputs(model)).penalties["classification"].sum().backward()
     assert model.state_dict().keys() - plain.state_dict().keys() == {"classifier_seen"}
     assert len(list(model.parameters())) == len(list(plain.parameters()))
-    frozen = model.edit_judge.classifier
+    frozen = model.edit_classifier.classifier
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in frozen.parameters())
     assert not frozen.training
     before = load_classifier(classifier_folder).state_dict()
@@ -264,7 +264,7 @@ def test_only_training_needs_the_classifier():
     config = AttributeVAEConfig(width=4, latent_size=24, classification_weight=1.0, classifier="not/there")
     model = config.build(SHAPE, 0, 8, CONDITION).double()
     model.eval()(*inputs(model))
-    with pytest.raises(ValueError, match="needs the classifier at construction"):
+    with pytest.raises(ValueError, match="needs a classifier"):
         model.train()(*inputs(model))
 
 
@@ -276,7 +276,7 @@ def test_a_missing_classifier_ends_training_before_it_starts(tmp_path, make_runt
         make_trainer(recipe, make_runtime())
 
 
-def test_a_run_goes_on_with_its_own_classifier_wherever_it_lies(tmp_path, classifier_folder):
+def test_a_run_resumes_with_the_same_classifier_only_in_any_folder(tmp_path, classifier_folder):
     first = make_model(classification_weight=1.0, classifier=str(classifier_folder))
     first(*inputs(first))
     moved = shutil.copytree(classifier_folder, tmp_path / "elsewhere")
@@ -294,9 +294,12 @@ def test_a_run_goes_on_with_its_own_classifier_wherever_it_lies(tmp_path, classi
 
 @pytest.mark.parametrize(
     ("names", "shape", "message"),
-    [(NAMES[:3], SHAPE, "does not know Smile, Gray; it knows: Hat"), (NAMES, (3, 16, 16), "3x16x16 and 3x8x8")],
+    [
+        (NAMES[:3], SHAPE, "was not trained on Smile, Gray; its attributes: Hat"),
+        (NAMES, (3, 16, 16), "3x16x16 and 3x8x8"),
+    ],
 )
-def test_a_classifier_that_cannot_judge_is_refused(tmp_path, names, shape, message):
+def test_a_classifier_that_does_not_fit_is_refused(tmp_path, names, shape, message):
     folder = write_classifier(tmp_path / "unfit", 5, names, shape)
     with pytest.raises(ValueError, match=message):
         make_model(classification_weight=1.0, classifier=str(folder))
@@ -314,7 +317,7 @@ def test_under_bf16_the_terms_and_the_classifier_stay_in_float32(classifier_fold
     for name, penalty in out.penalties.items():
         assert penalty.dtype == torch.float32
         torch.testing.assert_close(penalty, plain[name], rtol=0.1, atol=0.05)
-    assert {parameter.dtype for parameter in model.edit_judge.classifier.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.edit_classifier.classifier.parameters()} == {torch.float32}
 
 
 # ---- two processes ---------------------------------------------------------------------------------------------------
@@ -346,7 +349,7 @@ def worker(rank: int, folder: str, classifier: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_find_what_one_finds(tmp_path, classifier_folder):
+def test_two_processes_equal_one(tmp_path, classifier_folder):
     """Every penalty of every image, the loss, every gradient, and the running statistics of conditional norms."""
     mp.spawn(worker, (str(tmp_path), str(classifier_folder)), nprocs=2)
     for conditioning in ("join", "batch_norm"):

@@ -67,18 +67,18 @@ def test_correct_answers_are_counted_where_the_truth_is_known(monkeypatch):
     classes = make("classes")
     monkeypatch.setattr(classes, "forward", lambda x: torch.tensor([[2.0, -1.0, 3.0], [-2.0, 1.0, 3.0]]))
     assert classes.correct(torch.zeros(2, 3, 8, 8), torch.tensor([2, 1]))[:, 0].tolist() == [1, 0]
-    with pytest.raises(ValueError, match="tells classes"):
+    with pytest.raises(ValueError, match="predicts classes"):
         classes.present(torch.zeros(2, 3, 8, 8))
 
 
 def test_columns_of_chosen_attributes():
     classifier = make()
     assert columns_of(classifier, ["Beard", "Smiling"], (3, 8, 8)) == [2, 0]
-    with pytest.raises(ValueError, match="does not know Bangs; it knows: Smiling, Hat, Beard"):
+    with pytest.raises(ValueError, match="was not trained on Bangs; its attributes: Smiling, Hat, Beard"):
         columns_of(classifier, ["Bangs", "Hat"], (3, 8, 8))
     with pytest.raises(ValueError, match="3x8x8 and 3x16x16"):
         columns_of(classifier, ["Hat"], (3, 16, 16))
-    with pytest.raises(ValueError, match="tells classes"):
+    with pytest.raises(ValueError, match="predicts classes"):
         columns_of(make("classes"), ["Hat"], (3, 8, 8))
 
 
@@ -162,9 +162,9 @@ def faces(tmp_path) -> Path:
     return write_set(tmp_path / "faces", {"train": shaded(400, 1), "test": shaded(200, 2)}, [150])
 
 
-def train(data: Path, out: Path, *words: str) -> int:
+def train(data: Path, out: Path, *arguments: str) -> int:
     small = ["--epochs", "6", "--batch-size", "20", "--width", "4", "--threads", "1"]
-    return main(["--data", str(data), "--out", str(out), *small, *words])
+    return main(["--data", str(data), "--out", str(out), *small, *arguments])
 
 
 def facts_of(folder: Path) -> dict:
@@ -216,15 +216,15 @@ def test_the_same_command_gives_the_same_bytes(faces, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--split", "all"], "no split 'all'; it has: train, test"),
         (["--held-out", "val"], "no split 'val'"),
         (["--epochs", "0"], "must be above 0"),
     ],
 )
-def test_what_the_user_can_mend(faces, tmp_path, capsys, words, message):
-    assert train(faces, tmp_path / "out", *words) == 2
+def test_user_errors(faces, tmp_path, capsys, arguments, message):
+    assert train(faces, tmp_path / "out", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -248,8 +248,8 @@ def test_real_digits(tmp_path):
 
     source = Path(os.environ["REAL_DATA_DIR"]) / "mnist"
     assert convert(["mnist", "--source", str(source), "--out", str(tmp_path / "mnist")]) == 0
-    words = ["--data", str(tmp_path / "mnist"), "--out", str(tmp_path / "out"), "--epochs", "3", "--threads", "1"]
-    assert main(words) == 0
+    arguments = ["--data", str(tmp_path / "mnist"), "--out", str(tmp_path / "out"), "--epochs", "3", "--threads", "1"]
+    assert main(arguments) == 0
     assert (
         facts_of(tmp_path / "out")["held_out"]["accuracy"] >= 0.985
     )  # 0.9886 where measured; machines round otherwise

@@ -23,8 +23,8 @@ def test_a_samples_noise_does_not_depend_on_its_batch(positions, data):
 
 def test_seeds_streams_and_positions_give_other_noise():
     variants = [(1, "train", 0), (2, "train", 0), (1, "validate/0", 0), (1, "train", 1), (1, "train", 2**40)]
-    drawn = [draw_noise(GROUPS, seed, stream, [position])[1].flatten() for seed, stream, position in variants]
-    assert len({tuple(noise.tolist()) for noise in drawn}) == len(variants)
+    noises = [draw_noise(GROUPS, seed, stream, [position])[1].flatten() for seed, stream, position in variants]
+    assert len({tuple(noise.tolist()) for noise in noises}) == len(variants)
 
 
 def test_it_is_standard_normal_within_and_across_samples():
@@ -43,8 +43,8 @@ def test_precision_only_casts_it():
     assert all(torch.equal(a.double(), b) for a, b in zip(single, double, strict=True))
 
 
-def test_it_stays_the_same_for_ever():
+def test_the_values_never_change():
     """A change here would silently change every resumed run."""
-    drawn = torch.cat([part.flatten() for part in draw_noise(GROUPS, 1, "train", [0])])
+    noise = torch.cat([part.flatten() for part in draw_noise(GROUPS, 1, "train", [0])])
     expected = torch.tensor([1.8434858, 0.3799101, 0.5796725, -0.6417156])
-    torch.testing.assert_close(drawn[:4], expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(noise[:4], expected, rtol=1e-6, atol=0)

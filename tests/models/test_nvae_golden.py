@@ -1,7 +1,7 @@
-"""Our NVAE, objective, regularizers and optimiser against the numbers that the NVAE reference release gave, in float64.
+"""NVAE, objective, regularizers and optimizer against numbers of the NVAE reference release, in float64.
 
-Every model file of NVAE_GOLDEN_DIR is taken as it comes: the model is built from the options in the file. Gradients are
-compared as |a - b| <= 1e-9 |b| + 1e-9 of the largest gradient norm: those whose true value is zero are rounding noise.
+The tests run for every model file of NVAE_GOLDEN_DIR; the model is built from the options in the file. Gradients are
+compared with |a - b| <= 1e-9 |b| + 1e-9 of the largest gradient norm, since a gradient of zero has rounding noise.
 """
 
 from functools import cached_property
@@ -16,11 +16,11 @@ from pipeline.data.preprocess import to_model_input
 from pipeline.evaluation.sample_grids import readjust_batch_norm
 from pipeline.models.base import VAEOutput
 from pipeline.models.nvae import NVAE
-from pipeline.models.nvae_reference import (
+from pipeline.models.nvae_conversion import (
     config_from_reference,
-    export_state_dict,
-    import_state_dict,
-    reference_parameter_order,
+    reference_parameter_names,
+    state_dict_from_reference,
+    state_dict_to_reference,
 )
 from pipeline.tracking.meters import bits_per_dimension
 from pipeline.training.objective import Objective, ObjectiveConfig, balancing_weights, resolution_factors
@@ -42,7 +42,7 @@ class Case:
 
     def model(self, training: bool = False, dtype: torch.dtype = torch.float64) -> NVAE:
         model = NVAE(*config_from_reference(self.args)).to(dtype)
-        model.load_state_dict(import_state_dict(self.file["state_dict"]))
+        model.load_state_dict(state_dict_from_reference(self.file["state_dict"]))
         return model.train(training)
 
     def noise(self, key: str) -> list[Tensor]:
@@ -74,7 +74,7 @@ class Case:
 
     @cached_property
     def eval_model(self) -> NVAE:
-        """For tests that leave it as it is."""
+        """For tests that do not change it."""
         return self.model()
 
 
@@ -90,7 +90,7 @@ def backward(model: NVAE, loss: Tensor) -> None:
 
 def named_parameters(model: NVAE) -> dict[str, Tensor]:
     """Parameters by their reference names."""
-    return dict(zip(reference_parameter_order(model), model.parameters(), strict=True))
+    return dict(zip(reference_parameter_names(model), model.parameters(), strict=True))
 
 
 # ---- what the files say about the model
@@ -98,11 +98,11 @@ def named_parameters(model: NVAE) -> dict[str, Tensor]:
 
 def test_names_sizes_and_order(case):
     model = case.eval_model
-    exported = export_state_dict(model.state_dict())
+    exported = state_dict_to_reference(model.state_dict())
     assert list(exported) == list(case.file["state_dict"])
     for name, tensor in case.file["state_dict"].items():
         assert torch.equal(exported[name], tensor.to(exported[name].dtype)), name
-    assert reference_parameter_order(model) == case.file["param_order"]
+    assert reference_parameter_names(model) == case.file["param_order"]
     assert sum(parameter.numel() for parameter in model.parameters()) == case.file["n_params"]
     assert list(model.config.groups_per_scale) == case.file["groups_per_scale"][::-1]
     assert [(len(case.x), *group.shape) for group in model.groups] == [tuple(eps.shape) for eps in case.file["eps"]]
@@ -132,14 +132,14 @@ def test_forward(case, mode, noise):
     close(torch.stack(out.kl_units), expected["kl_diag"], what="kl_diag")
     close(out.log_px + out.log_pz - out.log_qz, expected["log_iw"], what="log_iw")
     if "bn_after" in expected:
-        close_buffers(export_state_dict(model.state_dict()), expected["bn_after"])
-    logits, draws = case.model(training=mode == "train").infer(x, eps)
+        close_buffers(state_dict_to_reference(model.state_dict()), expected["bn_after"])
+    logits, latents = case.model(training=mode == "train").infer(x, eps)
     close(logits, expected["logits"], what="logits")
-    for draw, group in zip(draws, expected.get("groups", []), strict="groups" in expected):
-        close(draw.posterior.mean, group["q_mu"])
-        close(draw.posterior.sigma, group["q_sigma"])
-        close(draw.prior.mean, group["p_mu"])
-        close(draw.prior.sigma, group["p_sigma"])
+    for latent, group in zip(latents, expected.get("groups", []), strict="groups" in expected):
+        close(latent.posterior.mean, group["q_mu"])
+        close(latent.posterior.sigma, group["q_sigma"])
+        close(latent.prior.mean, group["p_mu"])
+        close(latent.prior.sigma, group["p_sigma"])
 
 
 @torch.no_grad()
@@ -189,7 +189,7 @@ def test_batch_norm_term(case):
     close(case.regularizers(case.eval_model).batch_norm(), case.file["bn_loss"])
 
 
-# ---- objective and optimiser
+# ---- objective and optimizer
 
 
 @pytest.mark.parametrize("rule", ["equal", "linear", "sqrt", "square"])
@@ -266,7 +266,7 @@ def test_adamax_trajectory(case):
         add_slack(slack, parameters, row["lr"] / expected["eps"])
         check_parameters(parameters, row, slack)
     largest_slack = max(slack.values())  # below 1e-10 unless the loss is huge
-    close_buffers(export_state_dict(model.state_dict()), expected["bn_after"], largest_slack)
+    close_buffers(state_dict_to_reference(model.state_dict()), expected["bn_after"], largest_slack)
     for name, tensor in expected["small_params"].items():
         close(parameters[name], tensor, what=name, slack=slack[name])
     with torch.no_grad():
@@ -316,5 +316,5 @@ def test_batch_norm_reestimation(case):
     expected, model = case.file["readjust_bn"], case.model()
     keys = expected["eps_keys"]
     readjust_batch_norm(model, lambda i: case.noise(keys[i]), len(keys), expected["temp"])
-    close_buffers(export_state_dict(model.state_dict()), expected["bn_after"])
+    close_buffers(state_dict_to_reference(model.state_dict()), expected["bn_after"])
     close(model.generate(case.noise("eps"), expected["temp"]), expected["logits_after"])

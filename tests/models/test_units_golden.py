@@ -6,7 +6,7 @@ from torch import nn
 
 from pipeline.data.preprocess import to_model_input
 from pipeline.models.base import LatentGroup, VAEOutput
-from pipeline.models.nvae_reference import config_from_reference, import_state_dict
+from pipeline.models.nvae_conversion import config_from_reference, state_dict_from_reference
 from pipeline.nn.cells import CELLS, BNELUConv, BNSwishConv, FactorizedReduce, InvertedResidual, ResidualCell
 from pipeline.nn.distributions import ClampedNormal, DiscretizedLogisticMixture, PixelNormal
 from pipeline.nn.flows import FlowPair
@@ -150,7 +150,7 @@ def test_modules(units, index):
     module, theirs, ours = build_module(entry["name"])
 
     def in_our_names(state: dict) -> dict:
-        imported = import_state_dict({theirs + key: tensor for key, tensor in state.items()})
+        imported = state_dict_from_reference({theirs + key: tensor for key, tensor in state.items()})
         return {key.removeprefix(ours): tensor for key, tensor in imported.items()}
 
     module.double().load_state_dict(in_our_names(entry["state_dict"]))
@@ -169,7 +169,7 @@ def test_modules(units, index):
             close(module.state_dict()[key], tensor, what=key)
 
 
-# ---- objective and optimiser
+# ---- objective and optimizer
 
 
 def groups_of(high_to_low: list[int]) -> list[LatentGroup]:

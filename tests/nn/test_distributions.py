@@ -201,25 +201,25 @@ def test_exact_mixture_sums_to_one_over_all_images(bits, seed, spread):
     )
 
 
-def grey_mixture(mean: float, log_scale: float, bits: int, rule: str) -> DiscretizedLogisticMixture:
+def gray_mixture(mean: float, log_scale: float, bits: int, rule: str) -> DiscretizedLogisticMixture:
     """One component, three independent channels of equal parameters; as many pixels as there are levels."""
     params = torch.zeros(2**bits, 10, 1, 1, dtype=torch.float64)
     params[:, [1, 4, 7]], params[:, [2, 5, 8]] = mean, log_scale
     return DiscretizedLogisticMixture(params, bits, rule)
 
 
-def grey_sum(mean: float, log_scale: float, bits: int, rule: str) -> float:
+def gray_sum(mean: float, log_scale: float, bits: int, rule: str) -> float:
     """Sum of the probabilities of one channel's levels."""
     levels = torch.arange(2**bits, dtype=torch.float64) / (2**bits - 1)
     images = levels[:, None, None, None].expand(-1, 3, 1, 1)
-    return (grey_mixture(mean, log_scale, bits, rule).log_prob(images) / 3).exp().sum().item()
+    return (gray_mixture(mean, log_scale, bits, rule).log_prob(images) / 3).exp().sum().item()
 
 
 def test_published_rule_counts_the_top_level_twice_at_8_bits_only():
-    assert grey_sum(0.9, -3, 8, "published") == pytest.approx(1.127, abs=5e-4)
-    assert grey_sum(0.9, -3, 8, "exact") == pytest.approx(1, abs=1e-9)
-    assert grey_sum(0.9, -3, 5, "published") == pytest.approx(1, abs=1e-4)
-    assert grey_sum(0.9, -3, 5, "published") == pytest.approx(grey_sum(0.9, -3, 5, "exact"), abs=1e-4)
+    assert gray_sum(0.9, -3, 8, "published") == pytest.approx(1.127, abs=5e-4)
+    assert gray_sum(0.9, -3, 8, "exact") == pytest.approx(1, abs=1e-9)
+    assert gray_sum(0.9, -3, 5, "published") == pytest.approx(1, abs=1e-4)
+    assert gray_sum(0.9, -3, 5, "published") == pytest.approx(gray_sum(0.9, -3, 5, "exact"), abs=1e-4)
 
 
 def test_mixture_of_equal_components_is_one_component():
@@ -240,7 +240,7 @@ def test_a_narrow_component_samples_its_mean():
 
 
 def test_mixture_samples_follow_its_probabilities():
-    """Each grey level's frequency among rounded samples of one channel against its probability, 3 bits."""
+    """Each gray level's frequency among rounded samples of one channel against its probability, 3 bits."""
     generator, n = torch.Generator().manual_seed(0), 200_000
     mixture = DiscretizedLogisticMixture(0.5 * random(1, 20, 1, 1).expand(n, -1, -1, -1), bits=3, bin_rule="exact")
     u_mixture = torch.rand(n, 2, 1, 1, dtype=torch.float64, generator=generator)
@@ -281,14 +281,14 @@ def test_mixture_refuses_channels_that_are_no_mixture():
 
 
 @pytest.mark.parametrize(("output", "low"), [("sigmoid", 0), ("tanh", -1)])
-def test_squared_error_is_a_normal_of_variance_one_half_without_its_normaliser(output, low):
+def test_squared_error_is_a_normal_of_variance_one_half_without_its_normalizer(output, low):
     raw_outputs, x = random(2, 3, 4, 4), torch.rand(2, 3, 4, 4, dtype=torch.float64)
     ours = SquaredErrorLikelihood(output=output).build(raw_outputs, 8)
-    target, centre = (x, torch.sigmoid(raw_outputs)) if output == "sigmoid" else (2 * x - 1, torch.tanh(raw_outputs))
-    normal = torch.distributions.Normal(centre, math.sqrt(0.5))
+    target, center = (x, torch.sigmoid(raw_outputs)) if output == "sigmoid" else (2 * x - 1, torch.tanh(raw_outputs))
+    normal = torch.distributions.Normal(center, math.sqrt(0.5))
     torch.testing.assert_close(ours.log_prob(x), normal.log_prob(target) + 0.5 * math.log(math.pi))
-    torch.testing.assert_close(-ours.log_prob(x).sum(), torch.nn.functional.mse_loss(centre, target, reduction="sum"))
-    torch.testing.assert_close(ours.mean, (centre - low) / (1 - low))
+    torch.testing.assert_close(-ours.log_prob(x).sum(), torch.nn.functional.mse_loss(center, target, reduction="sum"))
+    torch.testing.assert_close(ours.mean, (center - low) / (1 - low))
     assert not ours.log_prob(ours.mean).abs().max() > 1e-20
 
 
@@ -324,6 +324,6 @@ def test_sections_build_their_distribution(section, channels, num_outputs, distr
     assert getattr(built, "bits", 5) == 5
 
 
-def test_mixture_of_grey_images_is_refused_with_the_remedy():
+def test_mixture_of_gray_images_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match="needs 3 image channels, the data has 1; use bernoulli"):
         LogisticMixtureLikelihood().num_outputs(1)

@@ -19,9 +19,9 @@ from pipeline.nn.layers import (
     MaskedWNConv2d,
     SqueezeExcitation,
     WNConv2d,
+    cached_weights,
     effective_weights,
     find_convs,
-    normalized_once,
 )
 
 
@@ -42,13 +42,13 @@ def images(*shape: int, seed: int = 1) -> Tensor:
 
 
 def plain_weight(conv: WNConv2d) -> Tensor:
-    """Weight normalisation of one layer as its definition reads."""
+    """Weight normalization of one layer as its definition reads."""
     v = conv.weight if conv.mask is None else conv.weight * conv.mask
     norm = v.square().sum((1, 2, 3), keepdim=True).sqrt()
     return torch.exp(conv.log_norm) * v / (norm + 1e-5)
 
 
-# ---- weight normalisation --------------------------------------------------------------------------------------------
+# ---- weight normalization --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
@@ -93,37 +93,40 @@ def normalized(convs: nn.ModuleList) -> list[WNConv2d]:
     return [conv for conv in convs if isinstance(conv, WNConv2d)]
 
 
-def test_weights_are_handed_over_for_one_pass_only():
+def test_weights_are_cached_inside_the_block_only():
     convs = various_convs()
     x = images(2, 4, 8, 8)
     before = convs[0](x)
-    with normalized_once(normalized(convs)):
-        handed = convs[0].handed_weight
+    with cached_weights(normalized(convs)):
+        cached = convs[0].cached_weight
         torch.testing.assert_close(convs[0](x), before)
-        assert convs[0].current_weight() is handed
-    assert all(conv.handed_weight is None for conv in normalized(convs))
+        assert convs[0].current_weight() is cached
+        with pytest.raises(AssertionError, match="entered twice"), cached_weights(normalized(convs)):
+            pass
+        assert convs[0].cached_weight is cached
+    assert all(conv.cached_weight is None for conv in normalized(convs))
     with torch.no_grad():
         convs[0].log_norm.add_(1.0)
     bias = convs[0].bias[:, None, None]
-    torch.testing.assert_close(convs[0](x) - bias, (before - bias) * torch.e)  # nothing stale
+    torch.testing.assert_close(convs[0](x) - bias, (before - bias) * torch.e)  # not the former weight
 
 
-def test_weights_are_taken_back_after_an_error():
+def test_no_weight_stays_cached_after_an_error():
     convs = normalized(various_convs())
-    with pytest.raises(RuntimeError, match="midway"), normalized_once(convs):
+    with pytest.raises(RuntimeError, match="midway"), cached_weights(convs):
         raise RuntimeError("midway")
-    assert all(conv.handed_weight is None for conv in convs)
+    assert all(conv.cached_weight is None for conv in convs)
 
 
-def test_handed_weights_carry_gradients_follow_no_grad_and_autocast():
+def test_cached_weights_have_gradients_and_follow_no_grad_and_autocast():
     convs = normalized(various_convs().float())
-    with normalized_once(convs):
-        assert all(conv.handed_weight.requires_grad for conv in convs)
-    with torch.no_grad(), normalized_once(convs):
-        assert not any(conv.handed_weight.requires_grad for conv in convs)
-    with torch.autocast("cpu", torch.bfloat16), normalized_once(convs):
-        assert {conv.handed_weight.dtype for conv in convs} == {torch.bfloat16}
-        assert copy.deepcopy(various_convs())[0].handed_weight is None
+    with cached_weights(convs):
+        assert all(conv.cached_weight.requires_grad for conv in convs)
+    with torch.no_grad(), cached_weights(convs):
+        assert not any(conv.cached_weight.requires_grad for conv in convs)
+    with torch.autocast("cpu", torch.bfloat16), cached_weights(convs):
+        assert {conv.cached_weight.dtype for conv in convs} == {torch.bfloat16}
+        assert copy.deepcopy(various_convs())[0].cached_weight is None
 
 
 def test_find_convs_lists_convolutions_in_order_without_linear_layers():

@@ -44,7 +44,7 @@ def posterior(size: int, flows: Flows | None, seed: int = 0, scale: float = 1.0)
 
 
 def flowed(made: Posterior, base: Tensor, features: Tensor) -> Tensor:
-    """One image's latent (L,) from its draw before flows."""
+    """One image's latent (L,) from its sample before flows."""
     return made._flow(base[None], features[None])[0][0]
 
 
@@ -80,12 +80,12 @@ def test_the_log_determinant_is_that_of_finite_differences(kind):
 
 @pytest.mark.parametrize("kind", ["planar", "iaf", None])
 def test_the_density_integrates_to_one(kind):
-    """E_q[p(z) / q(z)] is the prior's integral, 1, only if log q is normalised and belongs to the draws."""
+    """E_q[p(z) / q(z)] is the prior's integral, 1, only if log q is normalized and belongs to the draws."""
     made = posterior(2, section(kind, 3) if kind else None, seed=5)
     features = random(1, FEATURES, seed=6).expand(200_000, -1)
     with torch.no_grad():
-        draw = made(features, random(200_000, 2, seed=7))
-        weights = (draw.log_pz.sum(1) - draw.log_qz.sum(1)).exp()
+        sample = made(features, random(200_000, 2, seed=7))
+        weights = (sample.log_pz.sum(1) - sample.log_qz.sum(1)).exp()
     standard_error = weights.std() / len(weights) ** 0.5
     assert standard_error < 0.02
     assert abs(weights.mean() - 1) < 5 * standard_error
@@ -142,7 +142,7 @@ def test_masks_leave_an_order_and_nothing_else_out(size, hidden, reverse):
     assert not (connected & ~earlier).any()
     if hidden >= size:
         assert torch.equal(connected, earlier)
-    assert (out.sum(1) > 0).all()  # every output is told the features
+    assert (out.sum(1) > 0).all()  # every output depends on the features
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -183,21 +183,21 @@ def test_a_step_is_undone_unit_by_unit():
 def test_without_flows_the_kl_is_analytic_and_without_bounds():
     made = posterior(3, None)
     features, noise = 50 * random(4, FEATURES), random(4, 3, seed=1)
-    draw = made(features, noise)
+    sample = made(features, noise)
     mu, log_variance = made.mean(features), made.log_variance(features)
-    torch.testing.assert_close(draw.z, mu + torch.exp(log_variance / 2) * noise)
-    torch.testing.assert_close(draw.kl, 0.5 * (mu**2 + log_variance.exp() - 1 - log_variance))
+    torch.testing.assert_close(sample.z, mu + torch.exp(log_variance / 2) * noise)
+    torch.testing.assert_close(sample.kl, 0.5 * (mu**2 + log_variance.exp() - 1 - log_variance))
     theirs = torch.distributions.Normal(mu, torch.exp(log_variance / 2))
-    torch.testing.assert_close(draw.log_qz, theirs.log_prob(draw.z))
+    torch.testing.assert_close(sample.log_qz, theirs.log_prob(sample.z))
     assert mu.abs().max() > 5
 
 
 @pytest.mark.parametrize("kind", ["planar", "iaf"])
-def test_with_flows_the_kl_is_that_of_the_draw(kind):
+def test_with_flows_the_kl_is_that_of_the_sample(kind):
     made = posterior(3, section(kind, 2))
-    draw = made(random(4, FEATURES), random(4, 3, seed=1))
-    torch.testing.assert_close(draw.kl, draw.log_qz - draw.log_pz)
-    torch.testing.assert_close(draw.log_pz, torch.distributions.Normal(0.0, 1.0).log_prob(draw.z))
+    sample = made(random(4, FEATURES), random(4, 3, seed=1))
+    torch.testing.assert_close(sample.kl, sample.log_qz - sample.log_pz)
+    torch.testing.assert_close(sample.log_pz, torch.distributions.Normal(0.0, 1.0).log_prob(sample.z))
 
 
 @pytest.mark.parametrize("kind", ["planar", "iaf"])
@@ -214,8 +214,8 @@ def test_flows_fit_a_density_that_no_diagonal_normal_can(kind):
     features = torch.ones(128, FEATURES, dtype=torch.float64)
     kls = []
     for step in range(300):
-        draw = made(features, random(128, 2, seed=step))
-        kl = (draw.log_qz.sum(1) - target.log_prob(draw.z)).mean()
+        sample = made(features, random(128, 2, seed=step))
+        kl = (sample.log_qz.sum(1) - target.log_prob(sample.z)).mean()
         optimizer.zero_grad()
         kl.backward()
         optimizer.step()
@@ -227,7 +227,7 @@ def test_flows_fit_a_density_that_no_diagonal_normal_can(kind):
 def test_extreme_features_give_finite_gradients(kind):
     made = posterior(3, section(kind, 3)).float()
     features = (30 * random(4, FEATURES)).float().requires_grad_()
-    draw = made(features, random(4, 3, seed=1).float())
-    (draw.log_qz - draw.log_pz).sum().backward()
+    sample = made(features, random(4, 3, seed=1).float())
+    (sample.log_qz - sample.log_pz).sum().backward()
     assert features.grad.isfinite().all()
-    assert draw.log_qz.isfinite().all()
+    assert sample.log_qz.isfinite().all()

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 
-from pipeline.run.build import use_channels_last
+from pipeline.models.base import use_channels_last
 from pipeline.training.optim import LearningRate, OptimConfig, build_optimizer
-from tests.models.nvae_restatement import adamax_step
+from tests.models.nvae_restatement_training import adamax_step
 
 
 def tiny_model(seed: int = 0) -> nn.Module:

@@ -1,8 +1,8 @@
-"""The options and state_dict keys of NVAE's reference release, and ours. Nothing else in the project knows them.
+"""Converts options and state dicts between NVAE's reference release and this project.
 
-Both state dicts list their entries in the same order. The reference release keeps cells and combiners of a tower in
-one flat list, and stores the three plain convolutions of an inverted residual cell twice, as `weight` and
-`weight_normalized`.
+Both state dicts have their entries in the same order. They differ in names, and in two more points. The reference
+release keeps the cells and combiners of a tower in one flat list, where this project has one step per latent group. And
+it stores the three plain convolutions of an inverted residual twice, as `weight` and as `weight_normalized`.
 """
 
 import re
@@ -21,51 +21,51 @@ BINARY_DATASETS = ("mnist", "omniglot")
 BINARY_BORDER = 2
 
 
-def config_from_reference(args: Mapping) -> tuple[NVAEConfig, tuple[int, int, int], int, int]:
+def config_from_reference(options: Mapping) -> tuple[NVAEConfig, tuple[int, int, int], int, int]:
     """(config, image_shape, border, bits) of the model that the reference release builds from these options.
 
-    Options that old releases lack take the values they had then. Raises ValueError for a data set or combination
-    unknown to us.
+    Options that older releases did not have take the value of their time. Raises ValueError for an unsupported data
+    set or combination.
     """
-    if args["num_preprocess_blocks"] != args["num_postprocess_blocks"]:
+    if options["num_preprocess_blocks"] != options["num_postprocess_blocks"]:
         raise ValueError(
             "num_preprocess_blocks and num_postprocess_blocks differ: the output would not have the input's size"
         )
     config = NVAEConfig(
-        groups_per_scale=_groups_per_scale(args)[::-1],
-        encoder_channels=args["num_channels_enc"],
-        decoder_channels=args["num_channels_dec"],
-        latent_channels=args["num_latent_per_group"],
-        num_blocks=args["num_preprocess_blocks"],
-        num_preprocess_cells=args["num_preprocess_cells"],
-        num_postprocess_cells=args["num_postprocess_cells"],
-        num_encoder_cells=args["num_cell_per_cond_enc"],
-        num_decoder_cells=args["num_cell_per_cond_dec"],
-        num_flows=args["num_nf"],
-        squeeze_excitation=args["use_se"],
-        residual_posterior=args["res_dist"],
-        cells=args["arch_instance"],
-        likelihood=_likelihood(args),
+        groups_per_scale=_groups_per_scale(options)[::-1],
+        encoder_channels=options["num_channels_enc"],
+        decoder_channels=options["num_channels_dec"],
+        latent_channels=options["num_latent_per_group"],
+        num_blocks=options["num_preprocess_blocks"],
+        num_preprocess_cells=options["num_preprocess_cells"],
+        num_postprocess_cells=options["num_postprocess_cells"],
+        num_encoder_cells=options["num_cell_per_cond_enc"],
+        num_decoder_cells=options["num_cell_per_cond_dec"],
+        num_flows=options["num_nf"],
+        squeeze_excitation=options["use_se"],
+        residual_posterior=options["res_dist"],
+        cells=options["arch_instance"],
+        likelihood=_likelihood(options),
     )
-    channels = 1 if args["dataset"] in BINARY_DATASETS else 3
-    size = _image_size(args["dataset"])
-    border = BINARY_BORDER if args["dataset"] in BINARY_DATASETS else 0
-    return config, (channels, size, size), border, args.get("num_x_bits", 8)
+    channels = 1 if options["dataset"] in BINARY_DATASETS else 3
+    size = _image_size(options["dataset"])
+    border = BINARY_BORDER if options["dataset"] in BINARY_DATASETS else 0
+    return config, (channels, size, size), border, options.get("num_x_bits", 8)
 
 
-def _groups_per_scale(args: Mapping) -> tuple[int, ...]:
-    """Highest resolution first, as the reference counts. The minimum does not apply to the first entry."""
-    groups = [args["num_groups_per_scale"]]
-    for _ in range(args["num_latent_scales"] - 1):
-        halved = max(args.get("min_groups_per_scale", 1), groups[-1] // 2)
-        groups.append(halved if args.get("ada_groups", False) else groups[-1])
+def _groups_per_scale(options: Mapping) -> tuple[int, ...]:
+    """Highest resolution first. The minimum does not apply to the first entry."""
+    groups = [options["num_groups_per_scale"]]
+    for _ in range(options["num_latent_scales"] - 1):
+        halved = max(options.get("min_groups_per_scale", 1), groups[-1] // 2)
+        groups.append(halved if options.get("ada_groups", False) else groups[-1])
     return tuple(groups)
 
 
-def _likelihood(args: Mapping) -> Likelihood:
-    if args["dataset"] in BINARY_DATASETS:
+def _likelihood(options: Mapping) -> Likelihood:
+    if options["dataset"] in BINARY_DATASETS:
         return BernoulliLikelihood()
-    num_components = args.get("num_mixture_dec", 10)
+    num_components = options.get("num_mixture_dec", 10)
     return NormalLikelihood() if num_components == 1 else LogisticMixtureLikelihood(num_components=num_components)
 
 
@@ -74,15 +74,15 @@ def _image_size(dataset: str) -> int:
         return 32
     if dataset == "ffhq":
         return 256
-    named = re.fullmatch(r"(?:celeba|imagenet|lsun_\w+)_(\d+)", dataset)
-    if named is None:
+    match = re.fullmatch(r"(?:celeba|imagenet|lsun_\w+)_(\d+)", dataset)
+    if match is None:
         raise ValueError(f"unknown reference dataset {dataset!r}")
-    return int(named[1])
+    return int(match[1])
 
 
 # ---- state dict -----------------------------------------------------------------------------------------------------
 
-# (reference, ours): beginnings of keys, where {} stands for a number
+# (reference, ours): prefixes of keys; {} stands for a number
 TOP_LEVEL = [
     ("prior_ftr0", "start"),
     ("stem.", "stem."),
@@ -97,7 +97,7 @@ TOP_LEVEL = [
     ("post_process.{}.", "postprocess.{}."),
     ("image_conditional.1.", "output."),
 ]
-INSIDE = [
+WITHIN_MODULE = [
     ("conv.weight", "combine.weight"),
     ("conv.bias", "combine.bias"),
     ("conv.log_weight_norm", "combine.log_norm"),
@@ -115,12 +115,12 @@ INSIDE = [
     ("cell2.conv.convz.2.", "mirrored.depthwise."),
     ("cell2.mu.conv_0.", "mirrored.shift."),
 ]
-TENSORS = [("log_weight_norm", "log_norm")]
-ALIASED = re.compile(r"branch\.\d+\.(?:expand|depthwise|project)\.weight$")
+TENSOR_NAMES = [("log_weight_norm", "log_norm")]
+STORED_TWICE = re.compile(r"branch\.\d+\.(?:expand|depthwise|project)\.weight$")
 
 
 def _inverted_residual(first: int) -> list[tuple[str, str]]:
-    """Rules inside an inverted residual: its modules are numbered from 1 where an upsampling takes the number 0."""
+    """Rules for the modules of an inverted residual, numbered from `first`: 1 if it upsamples, else 0."""
     numbered = [
         (0, "bn", "bn_in"),
         (1, "conv.0", "expand"),
@@ -136,85 +136,84 @@ def _inverted_residual(first: int) -> list[tuple[str, str]]:
     ]
 
 
-def import_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state_dict from the reference release's.
+def state_dict_from_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This project's state_dict from the reference release's.
 
-    Raises ValueError for an unknown key, or an alias that differs from its weight.
+    Raises ValueError for an unknown key, and for a weight whose second copy differs.
     """
     for key in state:
         if key.endswith(".weight_normalized") and not torch.equal(state[key], state[key.removesuffix("_normalized")]):
             raise ValueError(f"{key} differs from the weight that it repeats: not a reference NVAE checkpoint")
-    names = our_names(key for key in state if not key.endswith(".weight_normalized"))
-    return {ours: state[reference] for reference, ours in names.items() if ours is not None}
+    keys = keys_from_reference(key for key in state if not key.endswith(".weight_normalized"))
+    return {ours: state[reference] for reference, ours in keys.items() if ours is not None}
 
 
-def export_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reference release's state_dict from ours, aliases included.
+def state_dict_to_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reference release's state_dict from this project's, with the weights that it stores twice.
 
-    A model with a single latent group has no learned start; the reference release would want an (unused) `prior_ftr0`
-    there.
+    One key is missing for a model with a single latent group: `prior_ftr0`, which the reference release does not use.
     """
     exported = {}
-    for ours, reference in reference_names(state).items():
+    for ours, reference in keys_to_reference(state).items():
         exported[reference] = state[ours]
-        if ALIASED.search(ours):
+        if STORED_TWICE.search(ours):
             exported[f"{reference}_normalized"] = state[ours]
     return exported
 
 
-def reference_parameter_order(model: NVAE) -> list[str]:
-    """The reference names of `model.parameters()`, which is the reference's order of parameters and optimizer slots."""
-    return list(reference_names(name for name, _ in model.named_parameters()).values())
+def reference_parameter_names(model: NVAE) -> list[str]:
+    """The reference release's names of `model.parameters()`, in order. Its optimizer state has the same order."""
+    return list(keys_to_reference(name for name, _ in model.named_parameters()).values())
 
 
-def our_names(reference_keys: Iterable[str]) -> dict[str, str | None]:
-    """{reference key: our key}; None for what we leave out, the start of a decoder without tower."""
+def keys_from_reference(reference_keys: Iterable[str]) -> dict[str, str | None]:
+    """{reference key: our key}. None for the learned start of a decoder without a tower, which is not used."""
     keys = list(reference_keys)
-    ups = {key.removesuffix("skip.1.weight") for key in keys if key.endswith(".skip.1.weight")}
-    flat = {key: _renamed(key, ups, reference_first=True) for key in keys}
+    upsampling = {key.removesuffix("skip.1.weight") for key in keys if key.endswith(".skip.1.weight")}
+    flat = {key: _convert(key, upsampling, to_ours=True) for key in keys}
     nested = dict(zip(keys, _nested(list(flat.values())), strict=True))
     if not any(key.startswith("decoder.") for key in nested.values()) and "prior_ftr0" in nested:
         nested["prior_ftr0"] = None
     return nested
 
 
-def reference_names(our_keys: Iterable[str]) -> dict[str, str]:
-    """{our key: reference key}, in the order given."""
+def keys_to_reference(our_keys: Iterable[str]) -> dict[str, str]:
+    """{our key: reference key}, in the given order."""
     keys = list(our_keys)
     flat = _flattened(keys)
-    ups = {key.removesuffix("skip.conv.weight") for key in flat if key.endswith(".skip.conv.weight")}
-    return {key: _renamed(short, ups, reference_first=False) for key, short in zip(keys, flat, strict=True)}
+    upsampling = {key.removesuffix("skip.conv.weight") for key in flat if key.endswith(".skip.conv.weight")}
+    return {key: _convert(short, upsampling, to_ours=False) for key, short in zip(keys, flat, strict=True)}
 
 
-def _renamed(key: str, ups: set[str], reference_first: bool) -> str:
-    """One key translated, towers flat on both sides. `ups`: how the keys of upsampling cells begin."""
-    top, rest = _replaced(key, TOP_LEVEL, reference_first)
+def _convert(key: str, upsampling: set[str], to_ours: bool) -> str:
+    """Convert one key, with flat towers on both sides. `upsampling`: key prefixes of upsampling cells."""
+    top, rest = _replace_prefix(key, TOP_LEVEL, to_ours)
     if top is None:
-        raise ValueError(f"{key!r} is no key of an NVAE state_dict")
-    first = 1 if key.removesuffix(rest) in ups else 0
-    inside, rest = _replaced(rest, INSIDE + _inverted_residual(first), reference_first)
-    tensor, rest = _replaced(rest, TENSORS, reference_first)
+        raise ValueError(f"{key!r} is not a key of an NVAE state_dict")
+    first = 1 if key.removesuffix(rest) in upsampling else 0
+    inside, rest = _replace_prefix(rest, WITHIN_MODULE + _inverted_residual(first), to_ours)
+    tensor, rest = _replace_prefix(rest, TENSOR_NAMES, to_ours)
     return top + (inside or "") + (tensor or "") + rest
 
 
-def _replaced(key: str, rules: list[tuple[str, str]], reference_first: bool) -> tuple[str | None, str]:
-    """(replaced beginning of the key, or None if no rule has it; the rest of the key)."""
+def _replace_prefix(key: str, rules: list[tuple[str, str]], to_ours: bool) -> tuple[str | None, str]:
+    """(converted prefix of the key, or None if no rule matches; the rest of the key)."""
     for rule in rules:
-        source, target = rule if reference_first else rule[::-1]
+        source, target = rule if to_ours else rule[::-1]
         match = re.match(re.escape(source).replace(r"\{\}", r"(\d+)"), key)
         if match:
             return target.format(*match.groups()), key[match.end() :]
     return None, key
 
 
-# ---- towers: flat there, by step here -------------------------------------------------------------------------------
+# ---- towers: flat lists in the reference release, steps here --------------------------------------------------------
 
 TOWER_KEY = re.compile(r"(encoder|decoder)\.(\d+)\.(?:cells\.(\d+)|(combine))\.(.*)")
 FLAT_TOWER_KEY = re.compile(r"(encoder|decoder)\.(\d+)\.(.*)")
 
 
 def _nested(keys: list[str]) -> list[str]:
-    """encoder.7.* -> encoder.2.cells.1.* or encoder.2.combine.*, as a combiner ends a step; flows.5.* -> flows.2.1.*"""
+    """encoder.7.* -> encoder.2.cells.1.* or encoder.2.combine.*; flows.5.* -> flows.2.1.*. A combiner ends a step."""
     combiners = {
         tower: sorted(
             {int(m[2]) for m in map(FLAT_TOWER_KEY.match, keys) if m and m[1] == tower and m[3].startswith("combine.")}

@@ -1,0 +1,36 @@
+"""Small NVAEs with each of the architecture's options."""
+
+import torch
+
+from pipeline.models.likelihoods import BernoulliLikelihood, LogisticMixtureLikelihood, NormalLikelihood
+from pipeline.models.nvae import NVAE, NVAEConfig
+
+SMALL_NVAE = {
+    "groups_per_scale": (1, 2),
+    "encoder_channels": 8,
+    "decoder_channels": 8,
+    "latent_channels": 3,
+    "num_preprocess_cells": 1,
+    "num_encoder_cells": 1,
+    "num_decoder_cells": 1,
+    "likelihood": LogisticMixtureLikelihood(num_components=2),
+}
+NVAE_VARIANTS = {
+    "default": {},
+    "flows": {"num_flows": 2},
+    "no squeeze-excitation": {"squeeze_excitation": False},
+    "absolute posterior": {"residual_posterior": False},
+    "wider decoder": {"decoder_channels": 12},
+    "two blocks": {"num_blocks": 2, "num_preprocess_cells": 2, "num_postprocess_cells": 1},
+    "normal": {"likelihood": NormalLikelihood()},
+    "bernoulli": {"likelihood": BernoulliLikelihood()},
+    "vanilla": {"groups_per_scale": (1,)},
+    "vanilla with flows": {"groups_per_scale": (1,), "num_flows": 1, "decoder_channels": 12},
+    "res_bnswish": {"cells": "res_bnswish"},
+    "mbconv_sep": {"cells": "mbconv_sep"},
+}
+
+
+def build_nvae(size: int = 16, channels: int = 3, bits: int = 8, border: int = 0, **changes) -> NVAE:
+    torch.manual_seed(0)
+    return NVAE(NVAEConfig(**(SMALL_NVAE | changes)), (channels, size, size), border, bits)
