@@ -1,4 +1,4 @@
-"""Where data sets are published, and their md5; fetching them, or saying what arrived instead."""
+"""Published data sets: addresses, md5 and fetching. A failed download says what arrived instead."""
 
 import argparse
 import hashlib
@@ -95,22 +95,20 @@ def add_arguments(parser: argparse.ArgumentParser, source: str) -> None:
 
 
 def from_arguments(dataset: str, arguments: argparse.Namespace) -> Path:
-    """The folder of the originals, filled where that was asked for."""
+    """The folder of the originals. With --download, missing files are fetched into it first."""
     if arguments.download:
         try:
             fetch(dataset, arguments.source, arguments.mirror, progress=True)
         except OSError as error:
             place, reason = error.filename or arguments.source, error.strerror or error
-            raise DataError(
-                f"{place}: cannot be written ({reason}); mend that and run the same command again"
-            ) from None
+            raise DataError(f"{place}: cannot be written ({reason}); fix that and run the same command again") from None
     elif arguments.mirror:
-        raise DataError("--mirror says where to fetch from; add --download to fetch")
+        raise DataError("--mirror is only used with --download; add --download to fetch")
     return arguments.source
 
 
 def fetch(dataset: str, folder: Path, mirror: str | None = None, progress: bool = False) -> None:
-    """Fetch the published files of a data set that are not in `folder` yet. Raises DataError, saying what arrived."""
+    """Fetch the published files of a data set that are not in `folder` yet. Raises DataError that says what arrived."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in FILES[dataset]:
         if mirror:
@@ -120,7 +118,7 @@ def fetch(dataset: str, folder: Path, mirror: str | None = None, progress: bool 
         elif _md5(folder / file.name) != file.md5:
             raise DataError(
                 f"{folder / file.name}: is not as published (its md5 is not {file.md5}); "
-                "delete it to have it fetched again, or leave out --download to use it as it is"
+                "delete it to fetch it again, or omit --download to use it as it is"
             )
 
 
@@ -145,7 +143,7 @@ def _fetch(file: Download, path: Path, progress: bool) -> None:
 
 
 def _try(address: str, file: Download, path: Path, progress: bool) -> str | None:
-    """Fetch one address; returns what went wrong, if anything did."""
+    """Fetch one address. Returns the reason of a failure."""
     with tqdm(unit="B", unit_scale=True, desc=file.name, disable=None if progress else True, file=sys.stderr) as bar:
 
         def show(count: int, total: int | None) -> None:

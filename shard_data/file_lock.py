@@ -64,7 +64,7 @@ class FileLock:
         return self
 
     def release(self, delete: bool = False) -> None:
-        """Release the lock. `delete` also deletes the file; without it the file stays, which is harmless."""
+        """Release the lock. `delete` also deletes the file; without it the file stays."""
         if self._descriptor is None:
             return
         if delete and self.is_current():

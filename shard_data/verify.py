@@ -1,4 +1,4 @@
-"""Is a shard set what its manifest says? Hashes, counts, index against tars; on request every sample, decoded."""
+"""Compares a shard set with its manifest: hashes, counts, index and tars; on request every decoded sample."""
 
 import tarfile
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ from shard_data.shard import decode_image
 
 
 def verify(root: str | Path, decode: bool = False, progress: bool = False) -> list[str]:
-    """Check the set in `root`; returns one line per fault, each naming the file: none means that all is well.
+    """Check the set in `root`. Returns one line per fault, each naming the file; no lines for an intact set.
 
-    With `decode`, also reads every sample with stock webdataset and compares picture, label and attributes with what
-    the index leads to. Raises DataError where the folder holds no shard set, Damaged where its manifest is broken.
+    With `decode`, also reads every sample with stock webdataset and compares image, label and attributes with what the
+    index gives. Raises DataError where the folder holds no shard set, Damaged where its manifest is invalid.
     """
     root = Path(root)
     manifest = manifests.load(root)
@@ -32,14 +32,28 @@ def verify(root: str | Path, decode: bool = False, progress: bool = False) -> li
 
 
 def check_shard(root: Path, shard: Shard, manifest: Manifest, decode: bool, keys: set[str]) -> list[str]:
-    """The faults of one shard; `keys` collects the keys seen so far, to find one that comes twice."""
+    """The faults of one shard; `keys` collects the keys seen so far, to find one that occurs twice."""
     faults = [
         *_check_file(root / shard["file"], shard["sha256"]),
         *_check_file(root / shard["index"], shard["index_sha256"]),
     ]
     if faults:
-        return faults  # nothing can be said about the content of damaged files
-    rows = np.load(root / shard["index"], mmap_mode="r", allow_pickle=False)
+        return faults  # the content of corrupt files is not looked at
+    try:
+        return _check_content(root, shard, manifest, decode, keys)
+    except Exception as error:  # numpy, tarfile, Pillow and webdataset raise many kinds for files of no valid content
+        return [f"{shard['file']}: cannot be read with its index ({_one_line(error)})"]
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(filter(str.isprintable, text))[:200]
+
+
+def _check_content(root: Path, shard: Shard, manifest: Manifest, decode: bool, keys: set[str]) -> list[str]:
+    rows = np.lib.format.open_memmap(root / shard["index"], mode="r")  # unlike np.load, no archives and no pickles
+    if rows.ndim != 1 or not {"key", "offset", "size"} <= set(rows.dtype.names or ()):
+        return [f"{shard['index']}: holds {rows.dtype} {rows.shape}, not rows with key, offset and size"]
     faults = [*_check_index(root / shard["file"], rows, manifest, keys)]
     if len(rows) != shard["count"]:
         faults.append(f"{shard['index']}: {len(rows)} rows, the manifest says {shard['count']}")
@@ -52,11 +66,11 @@ def _check_file(path: Path, digest: str) -> Iterator[str]:
     if not path.is_file():
         yield f"{path.name}: missing"
     elif sha256(path) != digest:
-        yield f"{path.name}: damaged ({path.stat().st_size} bytes whose sha256 is not the manifest's)"
+        yield f"{path.name}: corrupt ({path.stat().st_size} bytes whose sha256 is not the manifest's)"
 
 
 def _check_index(path: Path, rows: np.ndarray, manifest: Manifest, keys: set[str]) -> Iterator[str]:
-    """Every row leads to its image member, every image member has its row, and no key comes twice."""
+    """Every row leads to its image member, every image member has its row, and no key occurs twice."""
     members = _image_members(path, manifest["encoding"])
     listed = [(row["key"].decode(), int(row["offset"]), int(row["size"])) for row in rows]
     if members != listed:
@@ -65,7 +79,7 @@ def _check_index(path: Path, rows: np.ndarray, manifest: Manifest, keys: set[str
         yield f"{path.name}: tar and index differ from sample {place} on; {counts}"
     for key, _, _ in listed:
         if key in keys:
-            yield f"{path.name}: key {key} comes twice in this set"
+            yield f"{path.name}: key {key} occurs twice in this set"
         keys.add(key)
 
 
@@ -104,7 +118,7 @@ def _differences(
     if ours.shape != shape or ours.dtype != np.uint8:
         yield f"is {ours.dtype} {ours.shape}, the manifest says uint8 {shape}"
     elif not np.array_equal(theirs.reshape(*theirs.shape[:2], -1), ours):
-        yield "its picture differs between webdataset and the index"
+        yield "its image differs between webdataset and the index"
     if "label" in row.dtype.names and sample["cls"] != row["label"]:
         yield f"label {sample['cls']} in the tar, {row['label']} in the index"
     yield from _attribute_differences(sample, row, manifest)

@@ -1,4 +1,4 @@
-"""data_trace.jsonl: which samples each step saw, as read rather than as planned."""
+"""data_trace.jsonl: the samples of each step, as they were read."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ class Trace:
     """One line per optimizer step: {"step": s, "epochs": [...], "keys": [...]} of the global batch, in its order."""
 
     def __init__(self, folder: Path, start: int, shards: TarShards, runtime: Runtime):
-        """Lines of steps from `start` on, which will be taken again, are cut off."""
+        """Lines from step `start` on are removed: those steps are repeated."""
         self.path = folder / "data_trace.jsonl"
         self.shards = shards
         self.runtime = runtime

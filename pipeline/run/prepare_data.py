@@ -1,4 +1,4 @@
-"""Makes the data of a recipe, and the classifier that its model may need, where they are missing."""
+"""Creates a recipe's data, and the classifier that its model may need, if they are missing."""
 
 import logging
 import shlex
@@ -12,22 +12,22 @@ log = logging.getLogger("pipeline")
 
 
 def prepare_data(recipe: Recipe, may_make: bool) -> None:
-    """Makes what is missing. Raises ValueError for a shard set that is missing and cannot be made here."""
+    """Creates what is missing. Raises ValueError for a shard set that is missing and cannot be created here."""
     prepare_shards(recipe, may_make)
     folder, root = recipe.model.classifier_folder, recipe.data.root
     if folder and may_make and not is_address(root) and not Path(folder).exists():
         arguments = ["--data", root, "--out", folder, "--epochs", "2"]
         command = shlex.join(arguments)
-        log.info("%s is missing and trained once: python pipeline/train_classifier.py %s", folder, command)
+        log.info("%s is missing; training it once: python pipeline/train_classifier.py %s", folder, command)
         run_python(
             str(ROOT / "pipeline/train_classifier.py"), *arguments, progress_timeout=recipe.train.progress_timeout
         )
 
 
 def prepare_shards(recipe: Recipe, may_make: bool) -> None:
-    """Makes the recipe's own shard set where it is missing and needs no originals.
+    """Creates the recipe's shard set if it is missing and needs no originals.
 
-    Raises ValueError with the command that makes it for others.
+    Raises ValueError for other sets, with the command that makes them.
     """
     root, source = recipe.data.root, recipe.data.source
     if root is None:
@@ -38,5 +38,5 @@ def prepare_shards(recipe: Recipe, may_make: bool) -> None:
     if source is None or "DIR" in source or not may_make:
         how = f"; make it with: {command}" if source else ""
         raise ValueError(f"{root}: no complete shard set (no manifest.json){how}")
-    log.info("%s is missing and made once: %s", root, command)
+    log.info("%s is missing; making it once: %s", root, command)
     run_python("-m", "shard_data", *shlex.split(source), "--out", root, progress_timeout=recipe.train.progress_timeout)

@@ -68,7 +68,50 @@ def test_any_changed_or_missing_byte_is_found_and_its_file_named(whole, tmp_path
     (folder / name).write_bytes(content)
     faults = verify(folder, decode=True)
     assert len(faults) == 1
-    assert faults[0].startswith(f"{name}: damaged")
+    assert faults[0].startswith(f"{name}: corrupt")
+    shutil.rmtree(folder)
+
+
+def write_zip(path):
+    with path.open("wb") as file:
+        np.savez(file, rows=np.zeros(3))
+
+
+ODD_INDEXES = {
+    "zip": write_zip,
+    "pickle": lambda path: np.save(path, np.array([{}, {}]), allow_pickle=True),
+    "no fields": lambda path: np.save(path, np.zeros(5)),
+    "a scalar": lambda path: np.save(path, np.load(path)[0]),
+    "2^60 rows": lambda path: path.write_bytes(path.read_bytes().replace(b"(5,)", b"(1152921504606846976,)")),
+    "negative rows": lambda path: path.write_bytes(path.read_bytes().replace(b"(5,)", b"(-5,)")),
+    "terminal codes": lambda path: path.write_bytes(b"\x93NUMPY\x01\x00\x10\x00{'\x1b[2J':           "),
+}
+
+
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("what", ODD_INDEXES)
+def test_an_index_of_another_kind_is_a_fault_and_no_traceback(copy, what, decode):
+    ODD_INDEXES[what](copy / "train-000000.index.npy")
+    sign(copy)
+    faults = verify(copy, decode)
+    assert len(faults) == 1
+    assert faults[0].startswith("train-000000.")
+    assert faults[0].isprintable()
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_files_that_a_faulty_writer_signed_give_faults_and_no_traceback(whole, tmp_path_factory, data):
+    folder = shutil.copytree(whole, tmp_path_factory.mktemp("signed") / "set")
+    path = folder / data.draw(st.sampled_from([f"train-000000.{kind}" for kind in ("tar", "index.npy")]))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, min(len(content), 2000) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    sign(folder)
+    faults = verify(folder, decode=True)
+    assert all(fault.startswith("train-00000") and fault.isprintable() for fault in faults)
+    assert all(fault.startswith("train-000000") for fault in faults if "occurs twice" not in fault)
     shutil.rmtree(folder)
 
 
@@ -78,7 +121,7 @@ def test_the_command_names_shard_and_fault_and_exits_with_one(copy, capsys):
     assert main(["verify", str(copy)]) == 1
     errors = capsys.readouterr().err
     assert f"{copy}/train-000001.tar: missing" in errors
-    assert f"{copy}/val-000000.index.npy: damaged" in errors
+    assert f"{copy}/val-000000.index.npy: corrupt" in errors
 
 
 @pytest.mark.parametrize(
@@ -119,11 +162,11 @@ def test_an_index_that_lacks_a_row(copy):
     assert "train-000000.index.npy: 4 rows, the manifest says 5" in faults
 
 
-def test_a_key_that_comes_twice(copy):
+def test_a_key_that_occurs_twice(copy):
     for suffix in ("tar", "index.npy"):
         shutil.copy(copy / f"train-000000.{suffix}", copy / f"train-000001.{suffix}")
     sign(copy)
-    assert "train-000001.tar: key train-00003 comes twice in this set" in verify(copy)
+    assert "train-000001.tar: key train-00003 occurs twice in this set" in verify(copy)
 
 
 @pytest.mark.parametrize(
