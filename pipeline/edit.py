@@ -12,7 +12,6 @@ have the attribute and those that have not.
 
 import argparse
 import logging
-import re
 import sys
 from pathlib import Path
 
@@ -23,13 +22,8 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from pipeline.cli import run_tool  # noqa: E402
-from pipeline.data.shards import TarShards  # noqa: E402
-from pipeline.evaluation.images import image_grid, save_png, to_uint8  # noqa: E402
-from pipeline.inference import editing  # noqa: E402
-from pipeline.inference.editing import Subject  # noqa: E402
-from pipeline.inference.parse_condition import parse_settings  # noqa: E402
-from pipeline.inference.read_image import open_picture  # noqa: E402
-from pipeline.inference.trained import TrainedModel, load  # noqa: E402
+from pipeline.inference.edit_picture import EditRequest, write_edits  # noqa: E402
+from pipeline.inference.trained import load  # noqa: E402
 
 log = logging.getLogger("pipeline")
 
@@ -70,15 +64,19 @@ def main(arguments: list[str] | None = None) -> int:
 def edit(parsed: argparse.Namespace) -> None:
     """From the command line to the picture."""
     check_wish(parsed)
+    request = EditRequest(
+        files=parsed.image,
+        known=parsed.known,
+        data=parsed.data,
+        split=parsed.split,
+        keys=parsed.key,
+        edits=parsed.set,
+        strengths=parse_strengths(parsed.strength, parsed.steps),
+        steps=parsed.steps,
+        num_images=parsed.images,
+    )
     trained = load(parsed.run, parsed.checkpoint, parsed.device)
-    shards = TarShards(parsed.data, parsed.split) if parsed.data else None
-    subjects = find_subjects(trained, shards, parsed)
-    if parsed.interpolate:
-        rows, columns = interpolation(trained, subjects, parsed.steps)
-    else:
-        rows, columns = strips(trained, shards, subjects, parsed)
-    path = parsed.out or parsed.run / "edited" / default_name(subjects, parsed)
-    save_png(path, image_grid(rows, columns))
+    path = write_edits(trained, request, parsed.out, parsed.run / "edited")
     log.info("%s", path)
 
 
@@ -101,54 +99,6 @@ def check_wish(parsed: argparse.Namespace) -> None:
         raise ValueError(f"--images {parsed.images}: at least 1")
 
 
-def find_subjects(trained: TrainedModel, shards: TarShards | None, parsed: argparse.Namespace) -> list[Subject]:
-    """The pictures of the command line, with what the model is told of each."""
-    subjects = []
-    transform = shards.manifest["transform"] if shards else None
-    for path in parsed.image:
-        image, done = open_picture(path, trained.image_shape, transform)
-        condition, inferred = editing.know(trained, image, parsed.known)
-        log.info("%s: taken %s%s", path.name, done, f"; inferred: {inferred}" if inferred else "")
-        subjects.append(Subject(path.stem, image, condition))
-    for key in parsed.key:
-        index = editing.find_sample(shards, key)
-        image = torch.from_numpy(shards.images([index]).transpose(0, 3, 1, 2).copy())
-        subjects.append(Subject(shards.keys([index])[0], image, editing.condition_of(trained, shards, index)))
-    return subjects
-
-
-def strips(
-    trained: TrainedModel, shards: TarShards | None, subjects: list[Subject], parsed: argparse.Namespace
-) -> tuple[Tensor, int]:
-    """A row for each picture: original, reconstruction, and the edit at each strength."""
-    strengths = parse_strengths(parsed.strength, parsed.steps)
-    if trained.recipe.condition is None:
-        if shards is None:
-            raise ValueError("the model was trained without a condition; give --data DIR, a shard set with attributes")
-        direction = editing.find_direction(trained, shards, parse_settings(",".join(parsed.set)), parsed.images)
-        edits = [editing.edit_by_direction(trained, subject, direction, strengths) for subject in subjects]
-    else:
-        edits = [editing.edit_by_condition(trained, subject, parsed.set, strengths) for subject in subjects]
-    rows = [
-        torch.cat([subject.image, reconstruction(trained, subject), to_uint8(edited)])
-        for subject, edited in zip(subjects, edits, strict=True)
-    ]
-    return torch.cat(rows), 2 + len(strengths)
-
-
-def interpolation(trained: TrainedModel, subjects: list[Subject], steps: int) -> tuple[Tensor, int]:
-    """Two rows, linear and spherical, between the originals."""
-    start, end = subjects
-    ways = editing.interpolate(trained, start, end, steps)
-    rows = [torch.cat([start.image, to_uint8(way), end.image]) for way in ways]
-    return torch.cat(rows), steps + 2
-
-
-def reconstruction(trained: TrainedModel, subject: Subject) -> Tensor:
-    """uint8 (1, C, H, W)."""
-    return to_uint8(trained.reconstruct(subject.image, subject.condition, seed=None))
-
-
 def parse_strengths(text: str, steps: int) -> Tensor:
     """`1`, `0,0.5,1`, or `0..1` in so many steps. Raises ValueError for anything else."""
     try:
@@ -162,13 +112,6 @@ def parse_strengths(text: str, steps: int) -> Tensor:
     if not bool(strengths.isfinite().all()):
         raise ValueError(f"--strength {text}: give finite numbers")
     return strengths
-
-
-def default_name(subjects: list[Subject], parsed: argparse.Namespace) -> str:
-    """Tells the pictures and the edit, in letters that every file system takes."""
-    what = ["interpolation"] if parsed.interpolate else parsed.set
-    words = [*(subject.name for subject in subjects[:2]), *what]
-    return re.sub(r"[^\w.-]+", "_", "_".join(words))[:100] + ".png"
 
 
 if __name__ == "__main__":

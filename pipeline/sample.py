@@ -16,7 +16,6 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipeline.cli import run_python, run_tool  # noqa: E402
-from pipeline.evaluation.images import save_png  # noqa: E402
 from pipeline.inference import draw_samples  # noqa: E402
 from pipeline.inference.parse_condition import parse_classes, parse_settings  # noqa: E402
 from pipeline.inference.trained import TrainedModel, load  # noqa: E402
@@ -73,7 +72,7 @@ def sample(parsed: argparse.Namespace) -> None:
         images = draw_samples.draw(model, plan, temperature, parsed.seed)
         name = f"samples_step_{trained.step:08d}_temperature_{temperature:g}_seed_{parsed.seed}"
         stem = (parsed.out or parsed.run / "drawn") / name
-        save_png(Path(f"{stem}.png"), draw_samples.picture(plan, images))
+        draw_samples.save_picture(Path(f"{stem}.png"), plan, images)
         log.info("%d samples of %s at step %d: %s.png", plan.count, trained.recipe.model.name, trained.step, stem)
         settings = {
             "checkpoint": str(trained.path),

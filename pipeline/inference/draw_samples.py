@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.shards import TarShards
-from pipeline.evaluation.images import image_grid, to_uint8
+from pipeline.evaluation.images import image_grid, save_png, to_uint8
 from pipeline.evaluation.sample_grids import readjust_batch_norm
 from pipeline.inference.parse_condition import check_attributes
 from pipeline.inference.trained import IMAGES_PER_PASS, TrainedModel
@@ -127,6 +127,11 @@ def picture(plan: Plan, images: np.ndarray) -> np.ndarray:
         columns = images.shape[1]
         images = images.reshape(-1, *images.shape[2:])
     return image_grid(torch.from_numpy(images[:MOST_SHOWN]).permute(0, 3, 1, 2), columns)
+
+
+def save_picture(path: Path, plan: Plan, images: np.ndarray) -> None:
+    """Writes `picture` as a PNG file, completely or not at all."""
+    save_png(path, picture(plan, images))
 
 
 def save_npz(path: Path, trained: TrainedModel, plan: Plan, images: np.ndarray, settings: Mapping[str, Any]) -> None:
