@@ -19,10 +19,8 @@ from pipeline.distributed.logs import launched_rank  # noqa: E402
 from pipeline.distributed.preemption import StopRequest  # noqa: E402
 from pipeline.distributed.runtime import Runtime  # noqa: E402
 from pipeline.recipe import RECIPES, load_recipe, recipe_path  # noqa: E402
-from pipeline.run.attempt import run_attempt  # noqa: E402
+from pipeline.run.attempt import FAILURES, run_attempt  # noqa: E402
 from pipeline.run.dry_run import describe  # noqa: E402
-from pipeline.storage.run_lock import RunFolderLost  # noqa: E402
-from pipeline.training.progress import TrainingDiverged  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -95,8 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     2 a user error; 130 interrupted by Ctrl-C; 80, 81, 82: see watchdog.
     """
     parsed = parse(arguments)
-    failures = {TrainingDiverged: 1, RunFolderLost: 2}
-    return run_tool(lambda: run(parsed), "run the same command again to continue from the last checkpoint", failures)
+    return run_tool(lambda: run(parsed), "run the same command again to continue from the last checkpoint", FAILURES)
 
 
 def run(parsed: argparse.Namespace) -> int:

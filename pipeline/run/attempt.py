@@ -15,12 +15,15 @@ from pipeline.recipe import Recipe
 from pipeline.run.prepare_data import prepare_data
 from pipeline.run.resume import ResumeRefused, find_checkpoint, restore, unused_name
 from pipeline.run.session import Session
-from pipeline.storage.run_lock import RunLock
+from pipeline.storage.run_lock import RunFolderLost, RunLock
 from pipeline.storage.status import StatusFile
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.progress import TrainingDiverged
 
 log = logging.getLogger("pipeline")
+
+FAILURES = {TrainingDiverged: 1, RunFolderLost: 2}
+"""Exit codes of the errors, besides ValueError and OSError, that end an attempt."""
 
 
 def run_attempt(
@@ -35,7 +38,7 @@ def run_attempt(
     """Trains in a run folder that no other process uses, and writes to status.json how that ended.
 
     `wait`: seconds to wait for the processes of an earlier attempt. Raises ValueError for a user error, ResumeRefused
-    among them, and TrainingDiverged.
+    among them, TrainingDiverged and RunFolderLost.
     """
     runtime.run_on_all(lambda: check_batch(recipe, runtime.world_size), "checking the batch size")
     lock = runtime.run_on_main(lambda: RunLock(folder, wait), f"locking {folder}")  # the main process holds it
