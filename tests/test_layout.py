@@ -97,11 +97,10 @@ def test_shard_data_imports_neither_pipeline_nor_torch():
 
 FORMAT = {
     "data": {"errors", "fetch", "file_lock", "files", "manifest", "progress"},
-    "run": {"manifest"},
+    "run": {"manifest", "progress"},
     "storage": {"file_lock", "files", "progress"},
     "distributed": {"progress"},
     "cli": {"progress"},
-    "train_classifier": {"progress"},
 }
 """Modules of shard_data that parts of pipeline/ may import: the format of a shard set, locks, and progress."""
 
