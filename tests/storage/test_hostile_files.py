@@ -5,11 +5,12 @@
 
 import hashlib
 import json
+import math
 import os
 import tracemalloc
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.storage.checkpoint import Checkpoints
@@ -130,6 +131,10 @@ LINES = st.one_of(
 
 
 @hostile
+@example(
+    lines=[b"[" * 20_000, b'{"step": 1, "a": "far"}', b'{"step": 1e3}', b'{"step": true}'], ended=True, last_step=4
+)
+@example(lines=[b'{"step": 1, "time": "NaN", "a": [1], "b": {}, "c": 1' + b"0" * 400 + b"}"], ended=True, last_step=1)
 @given(lines=st.lists(LINES, max_size=4), ended=st.booleans(), last_step=st.integers(-1, 4))
 def test_metrics_jsonl(tmp_path, lines, ended, last_step):
     path = tmp_path / "metrics.jsonl"
@@ -137,7 +142,8 @@ def test_metrics_jsonl(tmp_path, lines, ended, last_step):
     records = list(read_records(path))
     for record in records:
         assert type(record["step"]) is int
-        assert all(type(value) in (int, float) for value in record.values())
+        assert all(type(value) is float or (type(value) is int and abs(value) < 2**63) for value in record.values())
+        assert math.isfinite(record["time"])
     assert [logged.step for logged in read_history(tmp_path)] == sorted({record["step"] for record in records})
     cut_records(path, last_step)
     kept = [record for record in records if record["step"] <= last_step]
