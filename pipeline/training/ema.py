@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class EMA:
     """A moving average of the parameters and floating-point buffers of `model`; other buffers are copied.
 
-    At optimiser step s the decay is min(decay, (1 + s) / (10 + s)), so that the random start is forgotten quickly.
+    At optimizer step s the decay is min(decay, (1 + s) / (10 + s)), so that the random start is forgotten quickly.
     The averaged tensors have the layout, device and precision of the model's, and are named as in its `state_dict`.
     """
 
@@ -22,7 +22,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after optimiser step `step`, counted from 0."""
+        """Take in the weights after optimizer step `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         live = model.state_dict()
         floating = [name for name, tensor in self._average.items() if tensor.is_floating_point()]

@@ -20,7 +20,7 @@ Balancing = Literal["none", "equal", "linear", "sqrt", "square"]
 
 
 class ObjectiveConfig(Section):
-    """What is minimised."""
+    """What is minimized."""
 
     beta: float = Field(1.0, ge=0)
     """Weight of the KL when it is fully on."""
@@ -44,7 +44,7 @@ class ObjectiveConfig(Section):
 
 
 class Objective:
-    """Turns a model's output into the scalar to minimise, in nats per image.
+    """Turns a model's output into the scalar to minimize, in nats per image.
 
     `mean_over_ranks` averages a tensor over the processes; for a single process it is the identity. KL balancing and
     free bits decide by averages over the whole batch, so that one process and many agree.
@@ -64,11 +64,11 @@ class Objective:
         self._alpha = torch.tensor(resolution_factors(groups, config.kl_balancing), dtype=torch.float64)
 
     def warmup(self, step: int) -> float:
-        """Progress of the KL warm-up in [0, 1] at optimiser step `step`, counted from 0; 1 for the other schedules."""
+        """Progress of the KL warm-up in [0, 1] at optimizer step `step`, counted from 0; 1 for the other schedules."""
         return kl_warmup(step, self.total_steps, self.config) if self.config.schedule == "warmup" else 1.0
 
     def beta(self, step: int) -> float:
-        """Weight of the KL at optimiser step `step`."""
+        """Weight of the KL at optimizer step `step`."""
         config = self.config
         if config.schedule == "warmup":
             return config.beta * self.warmup(step)
@@ -117,7 +117,7 @@ class Objective:
 
 
 def kl_warmup(step: int, total_steps: int, config: ObjectiveConfig) -> float:
-    """Linear rise of the KL weight from `kl_warmup_floor` to 1, as a pure function of the optimiser step."""
+    """Linear rise of the KL weight from `kl_warmup_floor` to 1, as a pure function of the optimizer step."""
     if config.kl_warmup_portion == 0:
         return 1.0
     risen = (step - config.kl_warmup_delay * total_steps) / (config.kl_warmup_portion * total_steps)

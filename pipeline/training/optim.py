@@ -1,4 +1,4 @@
-"""Optimisers, and the learning rate as a pure function of the optimiser step."""
+"""Optimizers, and the learning rate as a pure function of the optimizer step."""
 
 import math
 from typing import Literal, Self
@@ -11,7 +11,7 @@ from pipeline.schema import Section
 
 
 class OptimConfig(Section):
-    """The optimiser and its learning rate. Defaults are those of the NVAE paper."""
+    """The optimizer and its learning rate. Defaults are those of the NVAE paper."""
 
     name: Literal["adamax", "adamw", "adam"] = "adamax"
     """`adamax` and `adam` add weight decay to the gradient; `adamw` decouples it."""
@@ -51,7 +51,7 @@ class OptimConfig(Section):
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser over all parameters, one group in registration order. The caller sets its `lr` each step."""
+    """The optimizer over all parameters, one group in registration order. The caller sets its `lr` each step."""
     classes = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
     # One pass over the state (fused; Adamax has none), or a few kernels for thousands of small tensors (foreach).
     how = {"foreach": True} if config.name == "adamax" else {"fused": True}
@@ -66,7 +66,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 class LearningRate:
-    """(step) -> learning rate, for optimiser steps counted from 0. `steps_per_epoch` may be fractional."""
+    """(step) -> learning rate, for optimizer steps counted from 0. `steps_per_epoch` may be fractional."""
 
     def __init__(self, config: OptimConfig, total_steps: int, steps_per_epoch: float):
         self.config = config

@@ -61,7 +61,7 @@ class Regularizers:
     def __call__(self, warmup: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The penalty (a scalar with gradient) and statistics (detached scalars), for a KL warm-up in [0, 1].
 
-        To be called once per optimiser step, outside the forward pass.
+        To be called once per optimizer step, outside the forward pass.
         """
         if not self.config.strength:
             return self._reference.new_zeros(()), {}

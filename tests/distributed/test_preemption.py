@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted, agreed at a step's edge, and none of the loader workers' business."""
+"""Signals that ask a run to stop: noted, agreed between steps, and ignored by the loader's workers."""
 
 import json
 import multiprocessing
@@ -77,10 +77,10 @@ if runtime.rank == 1:
 def test_ranks_stop_at_the_same_step_whichever_was_signalled(tmp_path):
     result = run_script(2, write_script(tmp_path, EDGE))
     assert result.returncode == 0, result.stderr
-    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert told[0] == told[1]
-    assert told[0][0] == 7
-    assert told[0][1] in ([None, "SIGUSR1"], [None, "SIGTERM"])  # both were pending; the kernel orders them
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert results[0] == results[1]
+    assert results[0][0] == 7
+    assert results[0][1] in ([None, "SIGUSR1"], [None, "SIGTERM"])  # both were pending; the kernel orders them
 
 
 # ------------------------------------------------------------------------------------------------------ loader workers

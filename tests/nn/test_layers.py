@@ -52,7 +52,7 @@ def plain_weight(conv: WNConv2d) -> Tensor:
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_weight_norm_starts_near_the_plain_initialisation(kernel):
+def test_weight_norm_starts_near_the_plain_initialization(kernel):
     torch.manual_seed(0)
     conv = WNConv2d(8, 6, kernel)
     (effective,) = effective_weights([conv])

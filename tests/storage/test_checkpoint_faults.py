@@ -188,7 +188,7 @@ def megabytes(count, seed=0):
 
 @pytest.fixture
 def small_disk(tmp_path, monkeypatch):
-    """(bytes): the disk of the checkpoints has so many, as far as its free space is asked for."""
+    """(bytes): the disk of the checkpoints reports so many as free."""
 
     def limit(size):
         def usage(folder):
@@ -201,7 +201,7 @@ def small_disk(tmp_path, monkeypatch):
 
 
 def test_room_for_two_is_enough_to_keep_one(tmp_path, small_disk):
-    small_disk(7 * 2**20)  # a checkpoint of 2 MiB asks for 3, and 4 are taken by two
+    small_disk(7 * 2**20)  # a checkpoint of 2 MiB needs 3, and two take 4
     checkpoints = Checkpoints(tmp_path, keep=1)
     for step in range(1, 5):
         checkpoints.save(step, megabytes(2, step), {})

@@ -32,7 +32,7 @@ def test_names_come_sorted_and_together_or_alone():
     assert list(meter.reduce().items()) == [("a", 2.0), ("b", 3.0), ("c", 3.0)]
 
 
-def test_reduce_starts_anew_and_declared_names_stay():
+def test_reduce_restarts_and_declared_names_stay():
     meter = Meter(names=["val/elbo"])
     assert list(meter.reduce()) == ["val/elbo"]
     meter.add("val/elbo", 6.0, 3)

@@ -84,7 +84,7 @@ def assert_key_is_nowhere(folder, *texts):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
 
 
-def test_a_refused_key_ends_a_fresh_start_that_asked_for_online(tmp_path, refusing_server, caplog, capfd):
+def test_a_refused_key_ends_a_fresh_start_with_online(tmp_path, refusing_server, caplog, capfd):
     with pytest.raises(ValueError, match="tracking.wandb=online, but W&B cannot be used: .*401.*wandb login --relogin"):
         tracker(tmp_path / "run", "online")
     assert "/graphql" in refusing_server

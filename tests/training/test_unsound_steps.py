@@ -16,7 +16,7 @@ from tests.helpers.model_cases import make_recipe, make_trainer
 
 folder = Path(sys.argv[1])
 runtime = Runtime("fp32", cpu_threads=1)
-told = {}
+results = {}
 
 
 def digest(trainer):
@@ -53,8 +53,8 @@ for place in ("data", "activation", "loss", "gradient", "loss alone"):
         steps.append(trainer.train_step(step, [next(stream)]))
         clean()
         digests.append(digest(trainer))
-    told[place] = [steps, digests]
-(folder / f"{runtime.rank}.json").write_text(json.dumps(told))
+    results[place] = [steps, digests]
+(folder / f"{runtime.rank}.json").write_text(json.dumps(results))
 runtime.close()
 """
 

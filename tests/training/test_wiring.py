@@ -198,9 +198,9 @@ def validated(tiny_set, tmp_path_factory) -> tuple[Recipe, Path]:
 def test_a_score_is_the_negative_elbo_of_the_same_step(validated):
     """A checkpoint without a validation of its own step has none: an earlier step's says nothing about it."""
     _, folder = validated
-    checkpoints, told = Checkpoints(folder / "checkpoints"), records(folder)
+    checkpoints, logged = Checkpoints(folder / "checkpoints"), records(folder)
     scores = [checkpoints.load(checkpoints.path(step)).score for step in (1, 2, 3, 4)]
-    assert scores == [None, -told[2]["val/elbo"], None, -told[4]["val/elbo"]]
+    assert scores == [None, -logged[2]["val/elbo"], None, -logged[4]["val/elbo"]]
     assert scores[1] > 0
 
 
