@@ -159,6 +159,12 @@ def test_a_key_given_twice_is_refused(tmp_path):
         load_yaml(path)
 
 
+@pytest.mark.parametrize("text", ["1: 2", "on: 2", "null: 2", "0.5: {1: 2}"])
+def test_keys_are_text(text):
+    with pytest.raises(ConfigError, match="is used as a name; names are text"):
+        parse_yaml(text, "recipe")
+
+
 @pytest.mark.parametrize(
     "text", ["!!python/object/apply:os.system ['true']", "!!python/name:os.system", "a: !!python/tuple [1]"]
 )

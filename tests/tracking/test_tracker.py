@@ -110,6 +110,15 @@ def test_the_wandb_folder_lies_in_the_run_folder(logged_run):
 # --- restarts and endings ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("seconds", ["[1, 2]", '"NaN"', "1e999", '"long"', "{}", "1" * 400])
+def test_a_wall_clock_that_is_no_number_is_ignored(tmp_path, seconds):
+    records = ['{"step": 1, "time": 1.0, "perf/wall_clock_s": 100.0}', f'{{"step": 2, "perf/wall_clock_s": {seconds}}}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(records) + "\n")
+    with tracker(tmp_path, start_step=2, wandb="disabled") as run:
+        run.log(3, {"train/loss": 1.0})
+    assert 100 <= read_metrics(tmp_path)[-1]["perf/wall_clock_s"] < 200
+
+
 def test_one_run_over_restarts(tmp_path):
     with tracker(tmp_path) as run:
         for step in (1, 2, 3):
