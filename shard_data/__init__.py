@@ -1,4 +1,4 @@
-"""Images in, shards out: WebDataset tars with an index beside each, one manifest. Imports neither torch nor pipeline.
+"""Converts data sets to WebDataset tar shards with an index and a manifest. Imports neither torch nor pipeline.
 
 `convert(ToyFaces(size=32), "data/toy_faces32", workers=2)` does what `python -m shard_data toy_faces` does.
 """
@@ -25,7 +25,7 @@ __all__ = list(_MODULES)
 
 
 def __getattr__(name: str):
-    """Import on first use: pipeline imports modules of the format from here, and needs none of the sources."""
+    """Import on first use: pipeline imports modules of this package and needs none of the sources."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

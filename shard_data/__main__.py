@@ -1,4 +1,4 @@
-"""python -m shard_data: make, check and look at shard sets."""
+"""python -m shard_data: make, check and show shard sets."""
 
 import argparse
 import os
@@ -16,15 +16,17 @@ from shard_data.writer import convert
 
 STYLE = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
 OVERVIEW = """\
-Turn a data set into a shard set: WebDataset tars, an index beside each, and manifest.json, which is written last.
+Converts a data set to a shard set: WebDataset tars, an index for each, and manifest.json, which is written last.
 
-  python -m shard_data toy_faces --out data/toy_faces32 --size 32
-  python -m shard_data mnist --source ~/mnist --out data/mnist
-  python -m shard_data info data/mnist --sheet mnist.png
-  python -m shard_data verify data/mnist --decode
+  python -m shard_data toy_faces --out data/toy_faces32 --size 32       # synthetic faces; nothing to download
+  python -m shard_data cifar10 --source ~/cifar --download --out data/cifar10
+  python -m shard_data folder --source ~/photos --size 64 --out data/photos64
+  python -m shard_data info data/cifar10 --sheet cifar10.png
+  python -m shard_data verify data/cifar10 --decode
+  python -m shard_data celeba --help                                    # the options of a source, with examples
 
-An interrupted conversion goes on when the same command is run again. Exit codes: 0 done, 1 a damaged set,
-2 something to mend in the command or its input (the message says what)."""
+To resume an interrupted conversion, run the same command again. Exit codes: 0 success, 1 the shard set is damaged,
+2 an error in the command or its input (the message says how to fix it), 130 interrupted."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,8 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_arguments(command)
         _add_writer_arguments(command)
         command.set_defaults(run=_convert, module=module)
-    _add_verify(commands.add_parser("verify", help="check a shard set", description=verify.__doc__, **STYLE))
-    _add_info(commands.add_parser("info", help="show what a shard set holds", description=info.__doc__, **STYLE))
+    _add_verify(commands.add_parser("verify", help=_first_line(verify), description=verify.__doc__, **STYLE))
+    _add_info(commands.add_parser("info", help=_first_line(info), description=info.__doc__, **STYLE))
     return parser
 
 
@@ -46,29 +48,32 @@ def _first_line(module: ModuleType) -> str:
 
 def _add_writer_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("shards")
-    group.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the set; made where missing")
-    encoding = "of the images; both lossless: npy is fastest to read, png is small (default npy)"
+    group.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the set; created if missing")
+    encoding = "of the images; both are lossless: npy is fastest to read, png is smaller (default npy)"
     group.add_argument("--encoding", choices=ENCODINGS, default="npy", help=encoding)
-    size = "samples per shard (default: what keeps a shard under about 32 MiB)"
+    size = "samples per shard (default: as many as fit into about 32 MiB)"
     group.add_argument("--shard-size", type=int, metavar="N", help=size)
-    shuffle = (
-        "write each split in a random order decided by this seed, or `none` for the originals' (default %(default)s)"
-    )
+    seed = "none" if parser.get_default("shuffle") is None else parser.get_default("shuffle")
+    shuffle = f"seed of a random order of each split, or none for the original order (default {seed})"
     group.add_argument("--shuffle", type=_seed, metavar="SEED", help=shuffle)
-    partial = "convert what is there: leave out what is missing or unreadable, and list it in the manifest"
+    partial = "skip files that are missing or unreadable, instead of stopping, and list them in the manifest"
     group.add_argument("--partial", action="store_true", help=partial)
-    workers = "processes; the bytes do not depend on it (default: the cores, here %(default)s)"
+    workers = "processes; the result does not depend on it (default: the number of cores, here %(default)s)"
     group.add_argument("--workers", type=int, default=_cores(), metavar="N", help=workers)
-    group.add_argument("--overwrite", action="store_true", help="replace a complete set that lies in --out")
+    group.add_argument("--overwrite", action="store_true", help="replace a complete set in --out")
 
 
-def _seed(word: str) -> int | None:
-    return None if word == "none" else int(word)
+def _seed(value: str) -> int | None:
+    if value == "none":
+        return None
+    if not value.isdecimal():
+        raise argparse.ArgumentTypeError(f"{value!r}: give a whole number, or none for the original order")
+    return int(value)
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("root", type=Path, metavar="DIR", help="folder of the shard set")
-    decode = "also read every sample with stock webdataset and compare picture, label and attributes"
+    decode = "also read every sample with webdataset, and compare image, label and attributes with the index"
     parser.add_argument("--decode", action="store_true", help=decode)
     parser.set_defaults(run=_verify)
 
@@ -97,42 +102,52 @@ def _convert(arguments: argparse.Namespace) -> int:
         progress=True,
     )
     counts = ", ".join(f"{split} {entry['count']:,}" for split, entry in manifest["splits"].items())
-    print(f"{arguments.out}: {manifest['name']} is complete ({counts} images) after {time.monotonic() - start:.1f} s")
+    state, omitted = "is incomplete" if manifest["omitted"] else "is complete", manifest["omitted"]
+    _print(f"{arguments.out}: {manifest['name']} {state} ({counts} images) after {time.monotonic() - start:.1f} s")
+    if omitted:
+        _print(f"skipped {info.num_files(sum(entry['count'] for entry in omitted))}; manifest.json lists all:")
+        _print("\n".join(info.describe_omitted(omitted)))
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     faults = verify.verify(arguments.root, arguments.decode, progress=True)
     for fault in faults:
-        print(f"error: {arguments.root}/{fault}", file=sys.stderr)
+        _print(f"error: {arguments.root}/{fault}", sys.stderr)
     if faults:
-        print(f"error: {arguments.root}: damaged; make the set again with --overwrite", file=sys.stderr)
+        _print(f"error: {arguments.root}: damaged; make the set again with --overwrite", sys.stderr)
         return 1
     depth = "hashes, counts, index and every sample" if arguments.decode else "hashes, counts and index"
-    print(f"{arguments.root}: in order ({depth})")
+    _print(f"{arguments.root}: no errors found ({depth})")
     return 0
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    print(info.describe(arguments.root))
+    _print(info.describe(arguments.root))
     if arguments.sheet:
         info.contact_sheet(arguments.root, arguments.sheet)
-        print(f"contact sheet: {arguments.sheet}")
+        _print(f"contact sheet: {arguments.sheet}")
     return 0
 
 
-def main(words: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(words)
+def _print(text: str, stream=None) -> None:
+    """Print text that may hold names from files. Control characters are escaped, as a terminal would obey them."""
+    shown = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    print("".join(shown), file=stream)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments)
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print(f"error: {error}", sys.stderr)
         if isinstance(error, Incomplete):
-            words = sys.argv[1:] if words is None else words
-            print(f"  {shlex.join(['python', '-m', 'shard_data', *words, '--partial'])}", file=sys.stderr)
+            argv = sys.argv[1:] if argv is None else argv
+            _print(f"  {shlex.join(['python', '-m', 'shard_data', *argv, '--partial'])}", sys.stderr)
         return 1 if isinstance(error, Damaged) else 2
     except KeyboardInterrupt:
-        print("interrupted; run the same command again, and it goes on", file=sys.stderr)
+        _print("interrupted; run the same command again to resume", sys.stderr)
         return 130
 
 

@@ -1,13 +1,13 @@
-"""Originals as people have them, made into plain RGB pictures: each converted rightly or refused by name.
+"""Decodes image files to RGB.
 
-- EXIF orientation is honored, in every format that has it. An EXIF block that cannot be read has none.
-- Transparency (alpha, or a transparent color) is laid over white. CMYK, YCbCr, gray and palettes become RGB as Pillow
-  does it; 16-bit gray is scaled to 8 bits (65535 is 255), rounded.
-- Refused: animations and files of several pages, more pixels than MAX_PIXELS, truncated or broken files, and modes
-  whose range or meaning the file does not tell (32-bit integers, floats, Lab, HSV). Of an MPO, a camera's JPEG with
-  further views behind it, the main picture is taken.
+- EXIF orientation is applied, for every format that has it. An unreadable EXIF block is ignored.
+- Transparency (alpha, or a transparent color) is composited over white. Pillow converts CMYK, YCbCr, gray and palettes
+  to RGB. 16-bit gray is scaled to 8 bits (65535 becomes 255) and rounded.
+- Refused with BadImage: animations and files with several pages, more pixels than MAX_PIXELS, truncated or corrupt
+  files, and modes whose value range is not defined (32-bit integers, floats, Lab, HSV). Of an MPO file (a camera's JPEG
+  with further views) the first image is used.
 
-Where simplejpeg is installed it decodes the plain JPEGs, in half the time and to the same pixels as Pillow.
+simplejpeg, if it is installed, decodes YCbCr JPEGs in half the time and to the same pixels as Pillow.
 """
 
 import io
@@ -25,20 +25,13 @@ try:
 except ImportError:
     simplejpeg = None
 
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "WEBP",
-    "PPM",
-)  # MPO opens as JPEG; not EPS, for which Pillow starts Ghostscript
+# MPO opens as JPEG. Not EPS, for which Pillow starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 MAX_PIXELS = 80_000_000
 PLAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 ORIENTATION = 0x0112
-TURN = {
+TRANSPOSE = {  # EXIF orientation -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -47,74 +40,74 @@ TURN = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-WHAT_WAS_DONE = {"alpha": "over white", "orientation": "EXIF"}
-"""For the `transform` of sources whose originals may be of any kind."""
+TRANSFORM = {"alpha": "over white", "orientation": "EXIF"}
+"""For the `transform` of sources that read image files of any kind."""
 
 
-class Cut(NamedTuple):
-    """A part of pictures of one size."""
+class Crop(NamedTuple):
+    """A box to cut out of images of one size, (width, height)."""
 
     size: tuple[int, int]
     box: Box
 
 
-def read_rgb(data: bytes, name: str, cut: Cut | None = None) -> Image.Image:
-    """The picture in the bytes of an image file, upright, as mode RGB, or what `cut` leaves of it.
+def read_rgb(data: bytes, name: str, crop: Crop | None = None) -> Image.Image:
+    """Decode an image file to an upright image of mode RGB, or the part of it that `crop` selects.
 
-    Raises BadImage, which bears `name`, also for a picture of another size than that of the cut.
+    Raises BadImage with `name` for a file that cannot be decoded, or an image of another size than `crop.size`.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow, about metadata that is not used here, and size, checked below
-            return _read(data, cut)
+            warnings.simplefilter("ignore")  # Pillow's: unused metadata, and the size, which is checked here
+            return _read(data, crop)
     except Unsuitable as error:
         raise BadImage(name, str(error)) from None
-    except Exception as error:  # decoders fed with broken bytes raise nearly anything
+    except Exception as error:  # decoders raise nearly any exception for corrupt bytes
         raise BadImage(name, f"cannot be decoded ({_reason(error)})") from None
 
 
 class Unsuitable(Exception):
-    """A file that Pillow can read and we must refuse."""
+    """A file that Pillow can read, but not unambiguously."""
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image of a known format, or broken"  # Pillow's own text holds an address in memory
+        return "not an image of a known format, or corrupt"  # Pillow's own text holds a memory address
     return str(error) or type(error).__name__
 
 
-def _read(data: bytes, cut: Cut | None) -> Image.Image:
+def _read(data: bytes, crop: Crop | None) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise Unsuitable(f"{image.width} x {image.height} pixels; more than {MAX_PIXELS:,} are refused")
     if image.format != "MPO" and getattr(image, "is_animated", False):
-        raise Unsuitable(f"{image.format} with {image.n_frames} frames or pages; give one picture per file")
+        raise Unsuitable(f"{image.format} with {image.n_frames} frames or pages; give one image per file")
     array = _fast_jpeg(data, image)
     loaded = _to_rgb(image) if array is None else None
-    orientation = _orientation(image)  # not before, as for some formats it loads the image
-    if cut and array is not None and orientation not in TURN and image.size == cut.size:
-        left, top, right, bottom = cut.box
-        return Image.fromarray(array[top:bottom, left:right])  # as below, without a copy of the whole
+    orientation = _orientation(image)  # not earlier: for some formats this loads the image
+    if crop and array is not None and orientation not in TRANSPOSE and image.size == crop.size:
+        left, top, right, bottom = crop.box
+        return Image.fromarray(array[top:bottom, left:right])  # the same as below without copying the whole image
     rgb = loaded or Image.fromarray(array)
-    rgb = rgb.transpose(TURN[orientation]) if orientation in TURN else rgb
-    return _cut(rgb, cut) if cut else rgb
+    rgb = rgb.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else rgb
+    return _cropped(rgb, crop) if crop else rgb
 
 
-def _cut(rgb: Image.Image, cut: Cut) -> Image.Image:
-    if rgb.size != cut.size:
-        raise Unsuitable(f"{rgb.width} x {rgb.height} pixels, where {cut.size[0]} x {cut.size[1]} are expected")
-    return rgb.crop(cut.box)
+def _cropped(rgb: Image.Image, crop: Crop) -> Image.Image:
+    if rgb.size != crop.size:
+        raise Unsuitable(f"{rgb.width} x {rgb.height} pixels instead of {crop.size[0]} x {crop.size[1]}")
+    return rgb.crop(crop.box)
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # metadata beside the point is often broken; the picture is what counts
+    except Exception:  # corrupt metadata is common, and the image may still be good
         return 1
 
 
 def _fast_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
-    """A plain YCbCr JPEG by simplejpeg, uint8 (H, W, 3); anything else, and what it dislikes, is left to Pillow."""
+    """Decode a YCbCr JPEG with simplejpeg to uint8 (H, W, 3). None for any other file, and for one that it refuses."""
     if simplejpeg is None or image.format != "JPEG" or image.mode != "RGB":
         return None
     try:
@@ -131,7 +124,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in SIXTEEN_BIT:
         return _sixteen_bit(image)
     if image.mode not in PLAIN:
-        raise Unsuitable(f"pixels of mode {image.mode}, whose range or meaning is not known; convert it to 8-bit RGB")
+        raise Unsuitable(f"pixels of mode {image.mode}, whose value range is not defined; convert it to 8-bit RGB")
     if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
         return _over_white(image)
     return image.convert("RGB")
@@ -140,7 +133,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _over_white(image: Image.Image) -> Image.Image:
     key = image.info.get("transparency")
     if image.mode in ("L", "RGB") and max(key if isinstance(key, tuple) else (key or 0,)) > 255:
-        raise Unsuitable("16-bit colors with one of them transparent, which 8 bits cannot tell from its neighbours")
+        raise Unsuitable("a transparent 16-bit color, which is ambiguous at 8 bits; convert it to 8-bit RGB")
     rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     white.alpha_composite(rgba)

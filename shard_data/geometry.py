@@ -1,4 +1,4 @@
-"""Crops and sizes, named so that a manifest can say what was done to the originals."""
+"""Crops and resizing. Each has a name, which the manifest records."""
 
 from PIL import Image
 
@@ -21,25 +21,25 @@ def check_filter(name: str) -> None:
 
 
 def center_box(width: int, height: int, side: int) -> Box:
-    """(left, top, right, bottom) of the square in the middle, halves rounded to even, as torchvision's CenterCrop."""
+    """(left, top, right, bottom) of the central square; halves are rounded to even, as in torchvision's CenterCrop."""
     left, top = round((width - side) / 2), round((height - side) / 2)
     return (left, top, left + side, top + side)
 
 
 def resize(image: Image.Image, size: tuple[int, int], filter: str) -> Image.Image:
-    """Pillow's resize, whose filters widen with the reduction; an image that has the size already is left alone."""
+    """Pillow's antialiased resize. An image that already has the size is returned unchanged."""
     return image if image.size == size else image.resize(size, FILTERS[filter])
 
 
 def shorter_side_then_center(image: Image.Image, size: int, filter: str) -> Image.Image:
-    """The shorter side becomes `size`, then the middle is cut out: torchvision's Resize and CenterCrop."""
+    """Resize the shorter side to `size`, then crop the center: torchvision's Resize and CenterCrop."""
     short = min(image.size)
     width, height = (size if side == short else int(size * side / short) for side in image.size)
     return resize(image, (width, height), filter).crop(center_box(width, height, size))
 
 
 def center_then_resize(image: Image.Image, size: int, filter: str) -> Image.Image:
-    """The largest square in the middle is cut out, then resized."""
+    """Crop the largest central square, then resize it."""
     return resize(image.crop(center_box(*image.size, min(image.size))), (size, size), filter)
 
 

@@ -1,7 +1,7 @@
-"""unfinished.jsonl: what a conversion means to write and which shards are finished, so that the same command can go on.
+"""unfinished.jsonl: the plan of a conversion and its finished shards, so that the same command can resume it.
 
-First line: the plan, and the files in the folder that are ours to delete. Then one line per finished shard. The file
-goes away when the manifest is there.
+The first line holds the plan, and the files in the folder that this program may delete. Every further line is a
+finished shard. The file is deleted when the manifest is written.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ class Journal:
         self.finished: dict[str, dict[str, Any]] = {entry["file"]: entry for entry in lines[1:]}
 
     def begin(self, plan: dict[str, Any], ours: list[str]) -> None:
-        """Follow `plan`; finished shards are kept where it is the plan of before and their hashes hold."""
-        kept = [entry for entry in self.finished.values() if plan == self.plan and self._holds(entry)]
+        """Start or resume `plan`. Finished shards are kept if the plan is unchanged and their hashes match."""
+        kept = [entry for entry in self.finished.values() if plan == self.plan and self._is_intact(entry)]
         self.ours = sorted({*self.ours, *ours})
         self.plan, self.finished = plan, {entry["file"]: entry for entry in kept}
         with replacing(self.path) as file:
@@ -37,7 +37,7 @@ class Journal:
                 file.write(_line(line))
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Note a finished shard."""
+        """Record a finished shard."""
         self.finished[entry["file"]] = entry
         with open(self.path, "ab") as file:
             file.write(_line(entry))
@@ -45,7 +45,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def sweep(self) -> None:
-        """Delete what is ours and not a finished shard."""
+        """Delete our files that are not finished shards."""
         keep = {name for entry in self.finished.values() for name in (entry["file"], entry["index"])}
         for name in self.ours:
             (self.folder / (name + PARTIAL)).unlink(missing_ok=True)
@@ -56,7 +56,7 @@ class Journal:
         """The set is complete."""
         self.path.unlink(missing_ok=True)
 
-    def _holds(self, entry: dict[str, Any]) -> bool:
+    def _is_intact(self, entry: dict[str, Any]) -> bool:
         hashes = ((entry["file"], entry["sha256"]), (entry["index"], entry["index_sha256"]))
         return all((self.folder / name).is_file() and sha256(self.folder / name) == digest for name, digest in hashes)
 
@@ -70,6 +70,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines = []
     for line in path.read_bytes().splitlines(keepends=True):
-        with contextlib.suppress(ValueError):  # a kill can tear the last line; its shard is simply made again
+        with contextlib.suppress(ValueError):  # a kill can truncate the last line; its shard is written again
             lines.append(json.loads(line))
     return lines

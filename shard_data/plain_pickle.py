@@ -1,8 +1,8 @@
-"""Reads the pickles of CIFAR's python version without Python's pickle: an interpreter that has no way to call anything.
+"""Reads the pickles of CIFAR's python version without Python's pickle: an interpreter that cannot call anything.
 
-Known are the operations that plain data and byte arrays need (protocols 2 to 4); a name in the file ("numpy ndarray")
-stays a name, and five calls of such names are understood, each by a line here. All else raises ValueError: another
-name, another operation, another dtype. Nothing is allocated by a number in the file; the largest thing read is a slice.
+It has the operations that plain data and byte arrays need (protocols 2 to 4). A name in the file ("numpy ndarray") is
+never imported, and three calls of such names are recognized, each by one line here. Everything else raises ValueError:
+another name, another operation, another dtype. No size in the file leads to an allocation; data is sliced, not copied.
 
 Operations: https://docs.python.org/3/library/pickletools.html
 """
@@ -13,31 +13,35 @@ from typing import Any
 
 import numpy as np
 
+MAX_OPERATIONS = 2_000_000
+"""In one file; CIFAR-100's largest has about 400,000. An operation of one byte can allocate a hundred."""
+MAX_CONTAINERS = 1_000
+"""Lists, dicts and tuples in one file."""
+LONG_STRING = 2**16
 MARK = object()
 UINT8_STATE = (3, "|", None, None, None, -1, -1, 0)
 MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
 
 
 class Name(tuple):
-    """("numpy", "ndarray"): what GLOBAL leaves on the stack. It is looked at, never looked up."""
+    """("numpy", "ndarray"): what GLOBAL leaves on the stack. It is compared, never imported."""
 
 
 @dataclass
 class Array:
-    """An array under construction; `value` is there after BUILD."""
+    """An array under construction; `value` is set by BUILD."""
 
     value: np.ndarray | None = None
 
 
 class Dtype:
-    """The dtype uint8; no other comes in these files."""
+    """The dtype uint8, the only one in these files."""
 
 
 def loads(data: bytes) -> Any:
-    """The value of a pickle of dicts, lists, tuples, numbers, texts, bytes and uint8 arrays; arrays share `data`.
+    """The value of a pickle of dicts, lists, tuples, numbers, strings, bytes and uint8 arrays; arrays share `data`.
 
-    Python 2's strings come as bytes, as they cannot tell text from data. Raises ValueError for anything else, and for
-    a pickle that ends too early.
+    Python 2's strings become bytes. Raises ValueError for anything else, and for a truncated pickle.
     """
     try:
         return _finished(_Reader(data).run())
@@ -46,27 +50,34 @@ def loads(data: bytes) -> Any:
 
 
 def _finished(value: Any) -> Any:
-    """Arrays in place of what they were built in: in the outermost dict, where these files have them."""
+    """Replace `Array` by its value in the outermost dict, where these files have arrays."""
     if isinstance(value, dict):
         return {key: entry.value if isinstance(entry, Array) else entry for key, entry in value.items()}
     return value.value if isinstance(value, Array) else value
 
 
 class _Reader:
-    """The stack machine of pickle. Each operation is a method or an entry of CONSTANTS, SIZED or NUMBERS."""
+    """The stack machine of pickle. Each operation is an entry of CONSTANTS, NUMBERS, SIZED or OPERATIONS."""
 
     def __init__(self, data: bytes):
         self.data, self.place = memoryview(data), 0
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.encoded = 0
+        self.containers = 0
 
     def run(self) -> Any:
-        while (code := bytes(self.take(1))) != b".":
+        for _ in range(MAX_OPERATIONS):
+            code = bytes(self.take(1))
+            if code == b".":
+                return self.stack.pop()
             self.step(code)
-        return self.stack.pop()
+        raise ValueError(f"more than {MAX_OPERATIONS:,} operations")
 
     def step(self, code: bytes) -> None:
+        self.containers += code in CONTAINERS
+        if self.containers > MAX_CONTAINERS:
+            raise ValueError(f"more than {MAX_CONTAINERS:,} lists, dicts and tuples")
         if code in CONSTANTS:
             self.stack.append(CONSTANTS[code]())
         elif code in NUMBERS:
@@ -77,11 +88,11 @@ class _Reader:
         elif code in OPERATIONS:
             OPERATIONS[code](self)
         else:
-            raise ValueError(f"operation {code!r} at byte {self.place - 1}, which plain data has no need of")
+            raise ValueError(f"operation {code!r} at byte {self.place - 1}, which plain data does not need")
 
     def take(self, count: int) -> memoryview:
         if self.place + count > len(self.data):
-            raise ValueError(f"ends at byte {len(self.data)}, in the middle of something: truncated")
+            raise ValueError(f"truncated at byte {len(self.data)}")
         self.place += count
         return self.data[self.place - count : self.place]
 
@@ -92,7 +103,7 @@ class _Reader:
         start = self.place
         while self.take(1) != b"\n":
             if self.place - start > 100:
-                raise ValueError(f"a name of more than 100 letters at byte {start}")
+                raise ValueError(f"a name of more than 100 characters at byte {start}")
         return bytes(self.data[start : self.place - 1]).decode("ascii")
 
     def skip(self, count: int) -> None:
@@ -116,7 +127,7 @@ class _Reader:
 
     def fill(self, items: list[Any]) -> None:
         if not all(isinstance(key, str | bytes) for key in items[::2]):
-            raise ValueError("a dict whose keys are not all texts")
+            raise ValueError("a dict with keys that are not strings")
         _of(dict, self.stack[-1]).update(zip(items[::2], items[1::2], strict=True))
 
     def name(self, module: str, name: str) -> None:
@@ -127,7 +138,7 @@ class _Reader:
         made = _call(_of(Name, name), _of(tuple, arguments))
         self.encoded += len(made) if isinstance(made, bytes) else 0
         if self.encoded > len(self.data):
-            raise ValueError("texts encoded again and again")  # one text in the file, and no end of copies of it
+            raise ValueError("more encoded strings than the file has bytes")  # copies of one string, without end
         self.stack.append(made)
 
     def build(self) -> None:
@@ -135,11 +146,11 @@ class _Reader:
         if isinstance(made, Array) and made.value is None:
             made.value = _array(*_of(tuple, state))
         elif not (isinstance(made, Dtype) and tuple(map(_text, _of(tuple, state))) == UINT8_STATE):
-            raise ValueError("something other than an array of uint8")
+            raise ValueError("an object other than an array of uint8")
 
 
 def _call(name: Name, arguments: tuple) -> Any:
-    """The calls that are understood, by what they would return."""
+    """What the recognized calls return."""
     arguments = tuple(_text(argument) for argument in arguments)
     if name[0] in MULTIARRAY and name[1] == "_reconstruct" and arguments == (("numpy", "ndarray"), (0,), "b"):
         return Array()
@@ -147,27 +158,35 @@ def _call(name: Name, arguments: tuple) -> Any:
         return Dtype()
     if name == ("_codecs", "encode") and arguments[1:] == ("latin1",):
         return _of(str, arguments[0]).encode("latin1")
-    raise ValueError(f"a call of {'.'.join(name)}, which plain data has no need of")
+    raise ValueError(f"a call of {'.'.join(name)}, which plain data does not need")
 
 
 def _array(version: int, shape: tuple[int, ...], dtype: Dtype, fortran: bool, data: bytes | memoryview) -> np.ndarray:
     _of(Dtype, dtype)
     if len(shape) > 4 or not all(type(side) is int and side >= 0 for side in shape) or prod(shape) != len(data):
-        raise ValueError(f"an array of a shape that its {len(data)} bytes do not fill")
+        raise ValueError(f"an array whose shape does not fit its {len(data)} bytes")
     return np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran else "C")
 
 
 def _of(kind: type, value: Any) -> Any:
     if not isinstance(value, kind):
-        raise ValueError(f"{type(value).__name__} where {kind.__name__} was expected")
+        raise ValueError(f"{type(value).__name__} instead of {kind.__name__}")
     return value
 
 
 def _text(value: Any) -> Any:
-    """Python 2's strings, and names, as the texts and tuples that calls are recognized by."""
+    """Python 2's strings as str, by which calls are recognized; other values unchanged."""
     return bytes(value).decode("latin1") if isinstance(value, bytes) else value
 
 
+def _string(content: memoryview) -> str:
+    """Decodes UTF-8. A long string beyond Latin-1 is refused: Python would need up to four times its bytes."""
+    if len(content) > LONG_STRING and np.frombuffer(content, np.uint8).max() > 0xC3:
+        raise ValueError(f"a string of {len(content)} bytes that is not Latin-1")
+    return str(content, "utf-8")
+
+
+CONTAINERS = frozenset(b"][}{)t\x85\x86\x87"[i : i + 1] for i in range(9))
 CONSTANTS = {
     b"N": lambda: None,
     b"\x88": lambda: True,
@@ -178,13 +197,13 @@ CONSTANTS = {
     b"(": lambda: MARK,
 }
 NUMBERS = {b"K": (1,), b"M": (2,), b"J": (4, True)}
-SIZED = {  # width of the size that comes first, and what becomes of the content
+SIZED = {  # width of the size that precedes the content, and how the content is decoded
     b"U": (1, bytes),
     b"T": (4, lambda content: content),  # an array's bytes: a slice, not a copy
     b"C": (1, bytes),
     b"B": (4, lambda content: content),
-    b"X": (4, lambda content: str(content, "utf-8")),
-    b"\x8c": (1, lambda content: str(content, "utf-8")),
+    b"X": (4, _string),
+    b"\x8c": (1, _string),
 }
 OPERATIONS = {
     b"\x80": lambda r: r.skip(1),  # protocol

@@ -1,4 +1,4 @@
-"""What a conversion is going to write: which records into which shards, in which order, and whether they find room."""
+"""What a conversion will write: which records into which shards, in which order, and whether the disk has the space."""
 
 import hashlib
 import shutil
@@ -14,7 +14,7 @@ from shard_data.workers import Task
 
 SHARD_BYTES = 32 << 20
 ROUND_NUMBERS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
-PNG_SHARE = 0.25  # of the raw bytes, at least, for photographs: only what surely does not fit is refused beforehand
+PNG_SHARE = 0.25  # of the raw bytes, a lower bound for photographs: only what certainly does not fit is refused
 
 Records = dict[str, Sequence[Record]]
 
@@ -24,12 +24,12 @@ def plan_records(source: Source, shuffle_seed: int | None) -> Records:
     records = {split: shuffled(source.records(split), shuffle_seed) for split in source.splits}
     records = {split: rows for split, rows in records.items() if rows}
     if not records:
-        raise DataError(f"{source.name}: there is no image to convert; check what --source leads to")
+        raise DataError(f"{source.name}: no images found; check --source")
     return records
 
 
 def shuffled(records: Sequence[Record], seed: int | None) -> Sequence[Record]:
-    """Sorted by a hash of seed and key: the same on every machine and version, whatever the order was before."""
+    """Sorted by a hash of seed and key: the same on every machine and version, for any order of the originals."""
     if seed is None:
         return records
     return sorted(records, key=lambda record: hashlib.sha256(f"{seed}:{record.key}".encode()).digest())
@@ -53,7 +53,7 @@ def plan_layout(source: Source, encoding: str, records: Records) -> Layout:
 
 
 def describe(head: Manifest, records: Records, tasks: Sequence[Task]) -> Manifest:
-    """What the journal compares: equal plans of equal records give equal bytes."""
+    """The plan as the journal compares it: equal plans give equal bytes."""
     digest = hashlib.sha256()
     for task in tasks:
         digest.update("\n".join([task.stem, *(record.key for record in task.records)]).encode())
@@ -63,23 +63,27 @@ def describe(head: Manifest, records: Records, tasks: Sequence[Task]) -> Manifes
 
 def default_shard_size(image_shape: tuple[int, int, int]) -> int:
     """Samples per shard: the largest of 1, 2, 5, 10, 20 ... that keeps a shard under about 32 MiB."""
-    per_sample = prod(image_shape) + 4 * BLOCK  # the image's header and padding, and a member of text beside it
+    per_sample = prod(image_shape) + 4 * BLOCK  # the image's header and padding, and one text member
     return max(number for number in ROUND_NUMBERS if number == 1 or number * per_sample <= SHARD_BYTES)
 
 
 def check_space(folder: Path, ours: Sequence[str], layout: Layout, count: int) -> None:
-    """Raises DataError where `count` samples cannot fit into `folder`, were the files `ours` deleted from it."""
+    """Raise DataError if `count` samples cannot fit into `folder`, even with the files `ours` deleted."""
     sizes = [(folder / name).stat().st_size for name in set(ours) if (folder / name).is_file()]
     room, need = shutil.disk_usage(folder).free + sum(sizes), count * least_bytes(layout)
     if need > room:
         raise DataError(
-            f"{folder}: about {need / 1e9:.1f} GB are needed and {room / 1e9:.1f} GB are free; "
-            "free some space, choose another --out folder, a smaller size or --encoding png"
+            f"{folder}: needs at least {_size(need)}, and {_size(room)} are free; "
+            "free some space, choose another --out folder, a smaller --size or --encoding png"
         )
 
 
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
 def least_bytes(layout: Layout) -> int:
-    """Bytes of one sample in tar and index, if anything too few."""
+    """A lower bound of the bytes of one sample in tar and index."""
     share = PNG_SHARE if layout.encoding == "png" else 1
     texts = ("label" in layout.columns) + bool(layout.columns - {"label"})
     image = BLOCK + int(share * prod(layout.image_shape))

@@ -1,4 +1,4 @@
-"""What a data set offers to the writer: a fixed list of records, and a pure function from a record to its sample."""
+"""What the writer needs of a data set: a fixed list of records, and a function from a record to its sample."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Record(NamedTuple):
-    """One sample before it is loaded. `key` is unique in the set and holds no dot; `where` is the source's business."""
+    """One sample before it is loaded. `key` is unique in the set and has no dot; only the source interprets `where`."""
 
     key: str
     where: Any
@@ -16,7 +16,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """One loaded sample; which of the optional parts a source fills in, its `columns` say."""
+    """One loaded sample. `Source.columns` names the optional fields that a source sets."""
 
     image: np.ndarray
     """uint8 (H, W, C)."""
@@ -25,15 +25,15 @@ class Sample:
     attributes: Sequence[int] = ()
     """1 present, 0 absent, -1 unknown: (A,) in the order of the source's `attributes`."""
     hidden: Sequence[bool] = ()
-    """(A,) true where the picture cannot show whether the attribute is there."""
+    """(A,) true where the image cannot show whether the attribute is present."""
     identity: int = -1
     """Number of the person; -1 is none."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What else goes into KEY.json."""
+    """Further content of KEY.json."""
 
 
 class Omission(NamedTuple):
-    """An original that cannot be converted, and why."""
+    """An original that is not converted, and why. `split` is "none" if it belongs to no split."""
 
     split: str
     name: str
@@ -41,13 +41,13 @@ class Omission(NamedTuple):
 
 
 class Source(Protocol):
-    """A data set to convert. It is sent to worker processes, so it pickles cheaply: paths and options, no pixels.
+    """A data set to convert. It is sent to worker processes, so its pickle is small: paths and options, no pixels.
 
-    `records` lists a split in an order that never changes; `load` depends on the record alone. So neither the number
-    of workers nor the order in which they work can show in the shards.
+    The order of `records` never changes, and `load` depends on the record only. So the shards do not depend on the
+    number of workers or on their timing.
 
-    A source whose originals can be incomplete also has `omissions`: a sequence of Omission, known after `description`,
-    of what its records leave out. An original that turns out unreadable makes `load` raise BadImage.
+    A source whose originals can be incomplete also has `omissions`: a sequence of Omission, set by `description`, with
+    the originals that `records` skips. `load` raises BadImage for an original that is unreadable.
     """
 
     name: ClassVar[str]
@@ -65,10 +65,10 @@ class Source(Protocol):
         """Names of the splits, in writing order."""
 
     def transform(self) -> dict[str, Any]:
-        """What was done to the originals, for the manifest and its fingerprint."""
+        """How the originals were processed, for the manifest and its fingerprint."""
 
     def description(self) -> dict[str, Any]:
-        """Where the originals come from, for the manifest. Checks them: raises DataError where they cannot be used."""
+        """Where the originals come from, for the manifest. Raises DataError if they cannot be used."""
 
     def records(self, split: str) -> Sequence[Record]:
         """The samples of a split in their fixed order."""

@@ -1,7 +1,7 @@
-"""Shards written by several processes at once, with one progress bar.
+"""Writes shards with several processes and one progress bar.
 
-A task is a whole shard, so no byte depends on which process writes it. Processes are spawned, not forked: nothing that
-the calling program holds (threads, locks, torch) is carried along.
+A task is a whole shard, so its bytes do not depend on the process that writes it. Processes are spawned, not forked:
+they inherit no threads or locks of the calling program.
 """
 
 import multiprocessing
@@ -22,7 +22,7 @@ from shard_data.progress import advance
 from shard_data.shard import Layout, write_shard
 from shard_data.source import Record, Sample, Source
 
-TICK = 32  # images between two looks at the common counter
+TICK = 32  # images between two updates of the shared counter
 
 
 class Task(NamedTuple):
@@ -33,7 +33,7 @@ class Task(NamedTuple):
 
 
 class Stopped(Exception):
-    """Another worker failed or the user interrupted: the shard under way is given up."""
+    """Another worker failed, or the user interrupted: the current shard is abandoned."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class ShardWriter:
     layout: Layout
 
     def write(self, task: Task, tick) -> dict[str, Any]:
-        """Write the task's shard, calling `tick(number of images)` now and then; returns its manifest entry.
+        """Write the task's shard and return its manifest entry. `tick(number of images)` is called as they are done.
 
-        Images that cannot be read are left out of the shard; "omitted" in the entry lists their [name, reason].
+        Unreadable images are skipped; "omitted" in the entry lists their [name, reason].
         """
         bad: list[list[str]] = []
         entry = write_shard(self.folder, task.stem, self._samples(task.records, tick, bad), self.layout)
@@ -104,26 +104,26 @@ def _result(future: Future) -> dict[str, Any]:
         return future.result()
     except BrokenProcessPool:
         raise DataError(
-            "a worker process was killed, most likely for memory; the same command with --workers 1 goes on"
+            "a worker process was killed, most likely because memory ran out; the same command with --workers 1 resumes"
         ) from None
 
 
 def _start_worker(writer: ShardWriter, counter, stop) -> None:
     """Runs once in each worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes the interrupt and sets `stop`
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    global _work_here
-    _work_here = (writer, counter, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and sets `stop`
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    global _worker_state
+    _worker_state = (writer, counter, stop)
 
 
-def _die_with_parent() -> None:
-    """A killed parent cannot say goodbye; without this its workers would wait for tasks for ever."""
+def _exit_with_parent() -> None:
+    """Without this, the workers of a killed parent would wait for tasks indefinitely."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def _work(task: Task) -> dict[str, Any]:
-    writer, counter, stop = _work_here
+    writer, counter, stop = _worker_state
 
     def tick(count: int) -> None:
         with counter.get_lock():

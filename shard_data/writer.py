@@ -1,6 +1,6 @@
-"""Conversion: a source in, a complete shard set out.
+"""Converts a source to a complete shard set.
 
-The plan (header, splits, order, shard size) decides every byte; the workers only decide how fast it is carried out.
+The plan (header, splits, order, shard size) determines every byte; the number of workers affects only the speed.
 """
 
 import contextlib
@@ -12,8 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from shard_data import info, plan
 from shard_data import manifest as manifests
-from shard_data import plan
 from shard_data.errors import AlreadyComplete, DataError, Incomplete
 from shard_data.file_lock import FileLock, LockHeld
 from shard_data.journal import Journal
@@ -23,7 +23,6 @@ from shard_data.source import Omission, Source
 from shard_data.workers import ShardWriter, Task, write_all
 
 LOCK = "conversion.lock"
-SHOWN = 10  # names per reason in a message; the manifest of a partial set has them all
 
 Entries = dict[str, dict[str, Any]]
 
@@ -40,16 +39,16 @@ def convert(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Manifest:
-    """Write the whole of `source` as a shard set into the folder `out`, and return its manifest.
+    """Write `source` as a shard set into the folder `out`, and return its manifest.
 
-    `shard_size` is in samples per shard; every shard of a split but the last holds as many, less what is left out of
-    it. With a `shuffle_seed` each split is written in a random order that the seed decides. The same arguments give the
-    same bytes for any number of `workers` (processes); with more than one, the main program must be guarded by
-    `if __name__ == "__main__"`. An unfinished conversion of the same content goes on where it stopped.
+    `shard_size` is the number of samples per shard; the last shard of a split, and shards with skipped samples, hold
+    fewer. With a `shuffle_seed` each split is written in a random order that depends on the seed only. The same
+    arguments give the same bytes for any number of `workers` (processes). With more than one worker, the main program
+    must be guarded by `if __name__ == "__main__"`. An unfinished conversion with the same arguments is resumed.
 
-    Raises Incomplete where originals are missing or unreadable; with `partial` they are left out and the manifest
-    lists them. Raises AlreadyComplete where `out` holds a complete set and `overwrite` is not given, DataError for
-    originals, options or folders that cannot be used.
+    Raises Incomplete if originals are missing or unreadable; with `partial` they are skipped and the manifest lists
+    them. Raises AlreadyComplete if `out` holds a complete set and `overwrite` is false, and DataError for originals,
+    options or folders that cannot be used.
     """
     folder = Path(out)
     _check_options(encoding, shard_size, workers)
@@ -64,10 +63,10 @@ def convert(
     try:
         with _locked(folder):
             if not overwrite:
-                _refuse_complete(folder)  # again: another process may have finished since
+                _refuse_complete(folder)  # again: another process may have finished it meanwhile
             journal = _open_folder(writer, json.loads(json.dumps(plan.describe(head, records, tasks))), tasks)
-            entries = _carry_out(writer, tasks, journal, workers, progress)
-            unreadable = _take_omissions(tasks, entries)
+            entries = _write_shards(writer, tasks, journal, workers, progress)
+            unreadable = _pop_omissions(tasks, entries)
             _refuse_incomplete(source, unreadable, partial)
             return _finish(folder, head, _by_split(folder, tasks, entries), [*missing, *unreadable], journal)
     except OSError as error:
@@ -76,7 +75,7 @@ def convert(
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder while this process converts into it. Raises DataError where another process holds it."""
+    """Lock the folder while this process converts into it. Raises DataError if another process holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / LOCK).acquire()
@@ -103,23 +102,17 @@ def _refuse_complete(folder: Path) -> None:
     if (folder / manifests.FILE).exists():
         name = manifests.load(folder)["name"]
         raise AlreadyComplete(
-            f"{folder} already holds a complete set of {name}; use it, or add --overwrite to make it anew"
+            f"{folder}: already holds a complete set of {name}; use it, choose another --out, or add --overwrite"
         )
 
 
 def _refuse_incomplete(source: Source, omissions: Sequence[Omission], partial: bool) -> None:
     if not omissions or partial:
         return
-    lines = []
-    for entry in manifests.omitted(omissions):
-        more = f" and {entry['count'] - SHOWN:,} more" if entry["count"] > SHOWN else ""
-        lines.append(
-            f"  {entry['split']}: {entry['count']:,}, {entry['reason']}: {', '.join(entry['names'][:SHOWN])}{more}"
-        )
-    listing = "\n".join(lines)
+    listing = "\n".join(info.describe_omitted(manifests.omitted(omissions)))
     raise Incomplete(
-        f"{source.name}: {len(omissions):,} originals are missing or cannot be used:\n{listing}\n"
-        "mend them and run the same command again, or add --partial to leave them out and list them in the manifest"
+        f"{source.name}: {info.num_files(len(omissions))} missing or unreadable:\n{listing}\n"
+        "fix them and run the same command again, or add --partial to skip them and list them in the manifest:"
     )
 
 
@@ -128,16 +121,16 @@ def _files(tasks: Sequence[Task]) -> list[str]:
 
 
 def _open_folder(writer: ShardWriter, content: dict[str, Any], tasks: Sequence[Task]) -> Journal:
-    """Make the folder ready for the plan. Only files that a manifest or journal of ours names are ever deleted."""
+    """Prepare the folder for the plan. Only files that a manifest or journal of this program names are ever deleted."""
     folder, files = writer.folder, _files(tasks)
     journal = Journal(folder)
     ours = list(journal.ours)
     if (folder / manifests.FILE).exists():
         ours += [shard[name] for shard in manifests.all_shards(manifests.load(folder)) for name in ("file", "index")]
-    strangers = [name for name in files if name not in ours and (folder / name).exists()]
-    if strangers:
+    foreign = [name for name in files if name not in ours and (folder / name).exists()]
+    if foreign:
         raise DataError(
-            f"{folder / strangers[0]}: is in the way and not part of a set made here; choose another --out folder"
+            f"{folder / foreign[0]}: would be overwritten, and is not part of a shard set; choose another --out folder"
         )
     plan.check_space(folder, ours, writer.layout, sum(len(task.records) for task in tasks))
     journal.begin(content, [*ours, *files])
@@ -146,18 +139,16 @@ def _open_folder(writer: ShardWriter, content: dict[str, Any], tasks: Sequence[T
     return journal
 
 
-def _carry_out(writer: ShardWriter, tasks: list[Task], journal: Journal, workers: int, progress: bool) -> Entries:
+def _write_shards(writer: ShardWriter, tasks: list[Task], journal: Journal, workers: int, progress: bool) -> Entries:
     """The entries of all shards by file name.
 
-    A shard with gaps is not noted as finished: its originals may be mended before the next run.
+    A shard with skipped samples is not recorded as finished: its originals may be fixed before the next run.
     """
     entries = dict(journal.finished)
     open_tasks = [task for task in tasks if f"{task.stem}.tar" not in entries]
     total = sum(len(task.records) for task in open_tasks)
     if progress and len(open_tasks) < len(tasks):
-        tqdm.write(
-            f"{writer.folder}: going on; {len(tasks) - len(open_tasks)} of {len(tasks)} shards are finished already"
-        )
+        tqdm.write(f"{writer.folder}: resuming; {len(tasks) - len(open_tasks)} of {len(tasks)} shards are finished")
     with tqdm(total=total, unit=" images", desc=writer.source.name, disable=None if progress else True) as bar:
         for entry in write_all(writer, open_tasks, workers, bar):
             entries[entry["file"]] = entry
@@ -167,8 +158,8 @@ def _carry_out(writer: ShardWriter, tasks: list[Task], journal: Journal, workers
     return entries
 
 
-def _take_omissions(tasks: Sequence[Task], entries: Entries) -> list[Omission]:
-    """Take out of the entries what their shards had to leave out."""
+def _pop_omissions(tasks: Sequence[Task], entries: Entries) -> list[Omission]:
+    """Remove from the entries the images that their shards skipped, and return these."""
     return [
         Omission(plan.split_of(task.stem), name, reason)
         for task in tasks
@@ -177,7 +168,7 @@ def _take_omissions(tasks: Sequence[Task], entries: Entries) -> list[Omission]:
 
 
 def _by_split(folder: Path, tasks: Sequence[Task], entries: Entries) -> dict[str, list[dict[str, Any]]]:
-    """The shards of every split; a shard of which nothing could be read goes away."""
+    """The shards of every split. A shard without samples is deleted."""
     shards: dict[str, list[dict[str, Any]]] = {}
     for task in tasks:
         entry = entries[f"{task.stem}.tar"]
@@ -187,7 +178,7 @@ def _by_split(folder: Path, tasks: Sequence[Task], entries: Entries) -> dict[str
         for name in (entry["file"], entry["index"]):
             (folder / name).unlink()
     if not shards:
-        raise DataError(f"{folder}: not one original could be read, so there is no set; check what --source leads to")
+        raise DataError(f"{folder}: no set was written, because no original could be read; check --source")
     return shards
 
 
@@ -207,5 +198,5 @@ def _finish(
 def _explain(error: OSError, folder: Path) -> str:
     place, reason = error.filename or folder, error.strerror or error
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{place}: the disk is full; free some space and run the same command again, and it goes on"
-    return f"{place}: cannot be used ({reason}); choose an --out folder that you may write to"
+        return f"{place}: the disk is full; free some space and run the same command again, which resumes"
+    return f"{place}: cannot be used ({reason}); choose an --out folder that can be written to"

@@ -1,4 +1,5 @@
-"""The data sets that can be converted: each module has one source class, `add_arguments` and `from_arguments`."""
+"""The data sets that can be converted. Each module has a source class, `add_arguments` and `from_arguments`; its
+docstring is the text of `--help`."""
 
 from shard_data.sources import celeba, cifar, folder, mnist, npz, toy_faces
 

@@ -1,8 +1,12 @@
-"""CelebA: 202,599 aligned faces with 40 attributes, from the folder of JPEGs or its ZIP file, read without unpacking.
+"""CelebA: 202,599 aligned faces with 40 attributes, from the folder of JPEGs or from its ZIP file.
 
-Liu, Luo, Wang, Tang: Deep Learning Face Attributes in the Wild, ICCV 2015. Splits by the official partition. The source
-is the folder that holds img_align_celeba (or the .zip), list_attr_celeba.txt and list_eval_partition.txt, or Kaggle's
-.csv files instead; Anno/, Eval/ and Img/ may be kept. Where identity_CelebA.txt lies there, identities are kept too."""
+  python -m shard_data celeba --source ~/celeba --out data/celeba64 --size 64
+  python -m shard_data celeba --source ~/celeba --out data/celeba128 --size 128 --crop center178 --filter lanczos
+
+Liu, Luo, Wang, Tang: Deep Learning Face Attributes in the Wild, ICCV 2015. The splits are the official partition. The
+source is the folder with img_align_celeba (or img_align_celeba.zip), list_attr_celeba.txt and list_eval_partition.txt,
+or Kaggle's .csv files; the subfolders Anno/, Eval/ and Img/ are searched as well. If identity_CelebA.txt is there,
+identities are included. The ZIP file is read without unpacking it."""
 
 import argparse
 import re
@@ -15,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from shard_data import downloads
-from shard_data.decode import Cut, read_rgb
+from shard_data.decode import Crop, read_rgb
 from shard_data.errors import DataError
 from shard_data.files import sha256
 from shard_data.geometry import FILTERS, Box, center_box, check_filter, check_size, resize
@@ -31,10 +35,10 @@ IMAGES = "img_align_celeba"
 
 @dataclass(frozen=True)
 class CelebA:
-    """Faces as uint8 (size, size, 3) with binary attributes and, where the list is there, identities.
+    """Faces as uint8 (size, size, 3) with binary attributes and, if their list exists, identities.
 
-    `crop` is "box148" (left 15, top 40, which most papers use), "center108", "center140", "center178" or any centerd
-    square, or "LEFT,TOP,RIGHT,BOTTOM" in pixels of the 178 x 218 original.
+    `crop` is "box148" (left 15, top 40, which most papers use), "center108", "center140", "center178" or any other
+    centered square, or "LEFT,TOP,RIGHT,BOTTOM" in pixels of the 178 x 218 original.
     """
 
     folder: Path
@@ -54,7 +58,7 @@ class CelebA:
         object.__setattr__(self, "box", parse_crop(self.crop))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a worker needs, which is no list: each record has its image's name, attributes and identity."""
+        """What a worker needs: not the lists, since each record has its image's name, attributes and identity."""
         return {name: getattr(self, name) for name in ("size", "filter", "box", "_images")}
 
     @property
@@ -73,7 +77,7 @@ class CelebA:
         return {"crop": list(self.box), "size": self.size, "filter": self.filter}
 
     def description(self) -> dict[str, Any]:
-        self._splits  # noqa: B018  reads all lists, and fills in the omissions
+        self._splits  # noqa: B018  reads all lists, and sets the omissions
         lists = {"attributes": self._attributes, "partition": self._partition, "identity": self._identities}
         return {"images": self._images.path.name} | {
             kind: {"file": table.path.name, "sha256": sha256(table.path)} for kind, table in lists.items() if table
@@ -84,7 +88,7 @@ class CelebA:
 
     def load(self, record: Record) -> Sample:
         name, place, attributes, identity = record.where
-        image = read_rgb(self._images.read(name, place), name, Cut((WIDTH, HEIGHT), self.box))
+        image = read_rgb(self._images.read(name, place), name, Crop((WIDTH, HEIGHT), self.box))
         pixels = np.asarray(resize(image, (self.size, self.size), self.filter))
         return Sample(pixels, attributes=tuple(attributes), identity=identity)
 
@@ -120,24 +124,26 @@ class CelebA:
                 attributes = self._attributes.values[rows[name]].tobytes()
                 person = people.values[people.rows[name], 0] if people and name in people.rows else -1
                 splits[split].append(Record(Path(name).stem, (name, self._images.place(name), attributes, int(person))))
-        strays = sorted(there - self._partition.rows.keys())
-        self.omissions.extend(Omission("none", name, f"no row in {self._partition.path.name}") for name in strays)
+        unlisted = sorted(there - self._partition.rows.keys())
+        self.omissions.extend(Omission("none", name, f"no row in {self._partition.path.name}") for name in unlisted)
         return splits
 
 
 def find_images(folder: Path) -> ImageFolder | ImageZip:
-    """The aligned JPEGs: img_align_celeba/ (Kaggle doubles the folder), Img/img_align_celeba/, or the .zip of it."""
+    """The aligned JPEGs: img_align_celeba/ (Kaggle nests two of them), Img/img_align_celeba/, or the .zip."""
     for place in (Path(IMAGES, IMAGES), Path(IMAGES), Path("Img", IMAGES)):
         if (folder / place).is_dir() and next((folder / place).glob("*.jpg"), None):
             return ImageFolder(folder / place)
     for place in (Path(f"{IMAGES}.zip"), Path("Img", f"{IMAGES}.zip")):
         if (folder / place).is_file():
             return ImageZip(folder / place, suffix=".jpg")
-    raise DataError(f"{folder / IMAGES}: neither this folder of JPEGs nor {IMAGES}.zip is there; {downloads.REMEDY}")
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; --source must be the folder with {IMAGES}; {downloads.REMEDY}")
+    raise DataError(f"{folder / IMAGES}: not found, neither the folder of JPEGs nor {IMAGES}.zip; {downloads.REMEDY}")
 
 
 def parse_crop(crop: str) -> Box:
-    """(left, top, right, bottom) in the 178 x 218 original. Raises DataError where the box is none or lies outside."""
+    """(left, top, right, bottom) in the 178 x 218 original. Raises DataError for another syntax or a box outside it."""
     if crop == "box148":
         return BOX148
     if named := re.fullmatch(r"center(\d{1,3})", crop):
@@ -148,12 +154,12 @@ def parse_crop(crop: str) -> Box:
         raise DataError(f"crop {crop!r}: must be box148, center108, center140, center178 ... or LEFT,TOP,RIGHT,BOTTOM")
     left, top, right, bottom = box
     if not (0 <= left < right <= WIDTH and 0 <= top < bottom <= HEIGHT):
-        raise DataError(f"crop {crop!r}: the box {box} does not lie in the {WIDTH} x {HEIGHT} pixels of an original")
+        raise DataError(f"crop {crop!r}: the box {box} is not inside the {WIDTH} x {HEIGHT} pixels of an original")
     return box
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    downloads.add_arguments(parser, "folder with img_align_celeba (or its .zip) and the lists")
+    downloads.add_arguments(parser, "folder with img_align_celeba (or the .zip) and the lists")
     parser.add_argument("--size", type=int, default=64, help="side in pixels, 32 to 256 (default %(default)s)")
     crop = "box148 (left 15, top 40), center108, center140, center178 or LEFT,TOP,RIGHT,BOTTOM (default %(default)s)"
     parser.add_argument("--crop", default="box148", metavar="BOX", help=crop)

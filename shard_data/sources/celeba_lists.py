@@ -14,14 +14,16 @@ from shard_data.file_kinds import HEAD, describe_kind
 
 NUM_ATTRIBUTES = 40
 NAME = re.compile(r"[A-Za-z0-9_-]+\.jpg")
-MAX_BYTES = 1 << 28  # ten times the largest list
+MAX_BYTES = 1 << 26  # more than twice the largest list
+MAX_ROWS = 1_000_000  # five times as many as CelebA has
+MAX_LINE = 4096
 
 
 @dataclass(frozen=True)
 class Table:
-    """A list: file names to row numbers, in the file's order, and the rows' values (rows, columns).
+    """A list: row numbers by file name, in the file's order, and the values of the rows (rows, columns).
 
-    `count` is of all rows in the file, also of those that were not wanted.
+    `count` is the number of all rows in the file, the unwanted ones included.
     """
 
     path: Path
@@ -39,7 +41,7 @@ def find_list(folder: Path, stem: str, required: bool = True) -> Path | None:
             if path.is_file():
                 return path
     if required:
-        raise DataError(f"{folder / stem}.txt: not found, nor the .csv; {downloads.REMEDY}")
+        raise DataError(f"{folder / stem}.txt: not found, and no .csv either; {downloads.REMEDY}")
     return None
 
 
@@ -47,19 +49,19 @@ def read_attributes(path: Path, wanted: Container[str]) -> Table:
     """The attributes of the wanted images as int8 (rows, 40): 1 present, 0 absent."""
     lines = _lines(path)
     if path.suffix == ".csv":
-        promised, names = None, next(lines, "").split(",")[1:]
+        declared, names = None, next(lines, "").split(",")[1:]
     else:
-        promised, names = _count(path, next(lines, "")), next(lines, "").split()
+        declared, names = _count(path, next(lines, "")), next(lines, "").split()
     if len(set(names)) != NUM_ATTRIBUTES:
         raise _damaged(path, f"names {len(set(names))} attributes instead of {NUM_ATTRIBUTES}")
     table = _table(path, tuple(names), lines, (-1, 1), wanted)
-    if promised is not None and table.count != promised:
-        raise _damaged(path, f"its first line promises {promised:,} rows, and there are {table.count:,}")
+    if declared is not None and table.count != declared:
+        raise _damaged(path, f"its first line says {declared:,} rows, but it has {table.count:,}")
     return replace(table, values=(table.values == 1).astype(np.int8))
 
 
 def read_column(path: Path, largest: int, wanted: Container[str] | None = None) -> Table:
-    """One whole number per image, from 0 to `largest`, as int64 (rows, 1); of all images, or those that are wanted."""
+    """One integer per image, from 0 to `largest`, as int64 (rows, 1); of all images, or of the wanted ones."""
     lines = _lines(path)
     if path.suffix == ".csv":
         next(lines, None)
@@ -69,29 +71,29 @@ def read_column(path: Path, largest: int, wanted: Container[str] | None = None) 
 def _table(
     path: Path, columns: tuple[str, ...], lines: Iterator[str], limits: tuple[int, int], wanted: Container[str] | None
 ) -> Table:
-    """The wanted rows below the head of a list, whose values are whole numbers within the limits."""
-    rows, values, number, separator = {}, [], -1, "," if path.suffix == ".csv" else " "
+    """The wanted rows below the header of a list. Raises DataError unless the values are integers within the limits."""
+    rows, values, count, separator = {}, bytearray(), 0, "," if path.suffix == ".csv" else " "
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # for _numbers
-        for number, line in enumerate(lines):
+        for count, line in enumerate(lines, 1):
             name, _, rest = line.partition(separator)
+            if count > MAX_ROWS:
+                raise _damaged(path, f"has more than {MAX_ROWS:,} rows")
             if wanted is not None and name not in wanted:
-                continue  # most rows, where there are only some of the images
+                continue  # most rows, if only some of the images exist
             row = _numbers(rest, separator)
             if row is None or len(row) != len(columns) or name in rows or not NAME.fullmatch(name):
-                raise _damaged(
-                    path, f"row {number + 1} ({name[:40]}) is not a new file name and {len(columns)} numbers"
-                )
+                raise _damaged(path, f"row {count} ({name[:40]!r}) is not a new file name and {len(columns)} number(s)")
             rows[name] = len(rows)
-            values.append(row)
-    table = np.array(values, np.int64).reshape(-1, len(columns))
+            values += row.tobytes()
+    table = np.frombuffer(values, np.int64).reshape(-1, len(columns))
     if len(table) and not limits[0] <= table.min() <= table.max() <= limits[1]:
         raise _damaged(path, f"holds values from {table.min()} to {table.max()}, not {limits[0]} to {limits[1]}")
-    return Table(path, columns, rows, table, number + 1)
+    return Table(path, columns, rows, table, count)
 
 
 def _numbers(text: str, separator: str) -> np.ndarray | None:
-    """Whole numbers; None where there is anything else, of which numpy warns."""
+    """The integers in the text; None if it has anything else, about which numpy warns."""
     try:
         return np.fromstring(text, np.int64, sep=separator)
     except (DeprecationWarning, ValueError):
@@ -99,15 +101,19 @@ def _numbers(text: str, separator: str) -> np.ndarray | None:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Every line that is not empty, without blanks around it."""
+    """Every line that is not empty, stripped."""
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if not head or not head.isascii() or head.lstrip().startswith(b"<") or b"\0" in head:
         raise _damaged(path, f"is {describe_kind(head)}")
     if path.stat().st_size > MAX_BYTES:
-        raise _damaged(path, f"has more than {MAX_BYTES >> 20} MiB, which no list of CelebA has")
+        raise _damaged(path, f"is larger than {MAX_BYTES >> 20} MiB, unlike any list of CelebA")
     with open(path, encoding="ascii", errors="replace") as file:
-        yield from filter(None, map(str.strip, file))
+        while line := file.readline(MAX_LINE):
+            if len(line) == MAX_LINE:
+                raise _damaged(path, f"has a line of {MAX_LINE} characters or more")
+            if line := line.strip():
+                yield line
 
 
 def _count(path: Path, line: str) -> int:

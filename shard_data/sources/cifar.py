@@ -1,7 +1,11 @@
-"""CIFAR-10 and CIFAR-100 in their python version: the .tar.gz as it comes, or its folder. Nothing is unpacked.
+"""CIFAR-10 or CIFAR-100 from their "python version": the .tar.gz, or the folder unpacked from it.
+
+  python -m shard_data cifar10 --source ~/cifar --download --out data/cifar10
+  python -m shard_data cifar100 --source ~/cifar-100-python --out data/cifar100
 
 Krizhevsky: Learning Multiple Layers of Features from Tiny Images, 2009; https://www.cs.toronto.edu/~kriz/cifar.html.
-The batches are pickles; plain_pickle reads them, which can call nothing."""
+The archive is read without unpacking it. The batches are pickles; they are read by an interpreter that cannot call
+anything, so a manipulated file cannot run code."""
 
 import argparse
 import mmap
@@ -27,7 +31,7 @@ MAX_BYTES = 1 << 28  # of a batch; CIFAR-100's largest has 155 MB
 
 
 class Cifar:
-    """Pictures as uint8 (32, 32, 3) with class labels, in the order of the batches; subclasses say which files."""
+    """Images as uint8 (32, 32, 3) with class labels, in the order of the batches; subclasses name the files."""
 
     name: ClassVar[str]
     batches: ClassVar[dict[str, tuple[str, ...]]]
@@ -64,11 +68,13 @@ class Cifar:
         return {}
 
     def description(self) -> dict[str, Any]:
-        """Reads all batches to check them, and lets go of them, so that only those who load hold pixels."""
+        """Reads all batches to check them, and releases them, so that only workers hold pixels."""
         wanted = [(split, batch) for split in self.splits for batch in self.batches[split]]
-        self.omissions[:] = [Omission(s, batch, "no such file") for s, batch in wanted if batch not in self.files.there]
+        self.omissions[:] = [
+            Omission(s, batch, "no such file") for s, batch in wanted if batch not in self.files.present
+        ]
         self.classes  # noqa: B018
-        self.counts = {batch: len(self._batch(batch)[1]) for _, batch in wanted if batch in self.files.there}
+        self.counts = {batch: len(self._batch(batch)[1]) for _, batch in wanted if batch in self.files.present}
         self._batches.clear()
         self.files.forget()
         return self.files.description()
@@ -101,11 +107,11 @@ class Cifar:
     def _checked(self, name: str, content: dict[bytes, Any]) -> tuple[np.ndarray, np.ndarray]:
         data, found = content.get(b"data"), content.get(self.label_key)
         if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != PIXELS or not len(data):
-            raise self._damaged(name, f"holds no pictures as rows of {PIXELS} bytes")
+            raise self._damaged(name, f"holds no images as rows of {PIXELS} bytes")
         if not isinstance(found, list) or not all(type(k) is int and 0 <= k < self.num_classes for k in found):
             raise self._damaged(name, f"holds no labels from 0 to {self.num_classes - 1}")
         if len(found) != len(data):
-            raise self._damaged(name, f"holds {len(found)} labels for {len(data)} pictures")
+            raise self._damaged(name, f"holds {len(found)} labels for {len(data)} images")
         return data.reshape(-1, *SHAPE).transpose(0, 2, 3, 1), np.array(found, np.uint8)
 
     def _damaged(self, name: str, what: str) -> DataError:
@@ -113,7 +119,7 @@ class Cifar:
 
 
 class Cifar10(Cifar):
-    """50,000 training and 10,000 test pictures of 10 classes."""
+    """50,000 training and 10,000 test images of 10 classes."""
 
     name = "cifar10"
     batches = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}  # noqa: RUF012
@@ -122,7 +128,7 @@ class Cifar10(Cifar):
 
 
 class Cifar100(Cifar):
-    """50,000 training and 10,000 test pictures of 100 classes; the label is the fine one."""
+    """50,000 training and 10,000 test images of 100 classes (the fine labels)."""
 
     name = "cifar100"
     batches = {"train": ("train",), "test": ("test",)}  # noqa: RUF012
@@ -131,7 +137,7 @@ class Cifar100(Cifar):
 
 
 class BatchFiles:
-    """The files of one of the two, from the folder or from the archive, whichever is there."""
+    """The files of CIFAR-10 or CIFAR-100, from the folder if it exists, otherwise from the archive."""
 
     def __init__(self, folder: Path, folder_name: str, archive_name: str, names: Sequence[str]):
         self.folder_name, self.names = folder_name, names
@@ -139,15 +145,17 @@ class BatchFiles:
         packed = (folder / archive_name, folder / archive_name.removesuffix(".gz"), folder)
         self.folder, self.archive = here, None if here else next((path for path in packed if path.is_file()), None)
         if not self.folder and not self.archive:
-            message = f"neither {folder_name}/{names[-1]} nor {archive_name} is there"
-            raise DataError(f"{folder}: {message}; {downloads.REMEDY}")
+            missing = (
+                f"holds neither {folder_name}/{names[-1]} nor {archive_name}" if folder.is_dir() else "no such folder"
+            )
+            raise DataError(f"{folder}: {missing}; {downloads.REMEDY}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_members"}
 
     @property
-    def there(self) -> set[str]:
-        """The names of the files that there are."""
+    def present(self) -> set[str]:
+        """The names of the files that exist."""
         return {name for name in self.names if (self.folder / name).is_file()} if self.folder else set(self._members)
 
     def place(self, name: str) -> str:
@@ -158,7 +166,7 @@ class BatchFiles:
         return {"files": {path.name: {"sha256": sha256(path)} for path in paths if path.is_file()}}
 
     def read(self, name: str) -> bytes | mmap.mmap:
-        """The bytes of a file; of a folder's files they are mapped, so that all processes share them."""
+        """The bytes of a file. Files of a folder are memory-mapped, so that all processes share them."""
         if not self.folder:
             if name not in self._members:
                 raise DataError(f"{self.place(name)}: not in the archive; {downloads.REMEDY}")
@@ -172,12 +180,12 @@ class BatchFiles:
             raise DataError(f"{self.place(name)}: cannot be read ({error.strerror}); {downloads.REMEDY}") from None
 
     def forget(self) -> None:
-        """Let go of what was read from the archive; it is read again when needed."""
+        """Release what was read from the archive; it is read again when needed."""
         self.__dict__.pop("_members", None)
 
     @cached_property
     def _members(self) -> dict[str, bytes]:
-        """The archive's files, in memory. What else is in it, and where it would like to be written, is no matter."""
+        """The archive's files, in memory. Its other members are ignored, and nothing is written."""
         wanted, members = {f"{self.folder_name}/{name}": name for name in self.names}, {}
         try:
             with tarfile.open(self.archive) as tar:
@@ -194,7 +202,7 @@ class BatchFiles:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    downloads.add_arguments(parser, "folder with the python version's .tar.gz, or with what is in it")
+    downloads.add_arguments(parser, "folder with the .tar.gz of the python version, or the folder unpacked from it")
 
 
 def from_arguments(arguments: argparse.Namespace) -> Cifar:

@@ -1,7 +1,7 @@
-"""Drawing of toy_faces: a picture as a pure function of its factors.
+"""Renders toy_faces: the image as a function of the factors.
 
 Everything is a polygon in face coordinates (see face_shapes.py), moved by the pose and drawn at several times the size;
-reducing the picture once makes the edges smooth. Sizes were chosen by eye, so that each attribute shows at 32 pixels.
+downsampling makes the edges smooth. Sizes were chosen by eye, so that each attribute is visible at 32 pixels.
 """
 
 import colorsys
@@ -19,7 +19,7 @@ Color = tuple[int, int, int]
 
 SKINS = np.array([(246, 206, 168), (236, 184, 142), (222, 164, 118), (186, 124, 82), (154, 100, 68), (124, 78, 55)])
 PALE = np.array([(255, 234, 222), (250, 226, 214)])
-HAIRS = {  # darkest, lightest, and the color of what lies behind the head
+HAIRS = {  # darkest, lightest, and behind the head
     "Black_Hair": ((24, 22, 28), (48, 42, 52), (18, 16, 20)),
     "Blond_Hair": ((226, 174, 74), (250, 216, 128), (198, 140, 56)),
     "Brown_Hair": ((84, 46, 26), (122, 70, 38), (62, 34, 20)),
@@ -85,7 +85,7 @@ class Pen:
         self.origin = (np.add(shapes.PIVOT, face.shift) + 1) * self.half - shapes.PIVOT @ self.matrix
 
     def place(self, points: np.ndarray, depth: float) -> list[float]:
-        """Canvas coordinates. `depth`: how far a shape lies before the head's axis; the turn moves it that much."""
+        """Canvas coordinates. `depth` is the distance in front of the head's axis; turning moves a shape that much."""
         return (points @ self.matrix + (self.origin + (self.turn * depth) * self.matrix[0])).ravel().tolist()
 
     def fill(self, points: np.ndarray, color: Color, depth: float = 0.0) -> None:
@@ -107,7 +107,7 @@ class Pen:
 
 
 def draw_face(face: Face, size: int) -> np.ndarray:
-    """The picture of a face, uint8 (size, size, 3)."""
+    """The image of a face, uint8 (size, size, 3)."""
     factor = 4 if size < 64 else 3
     look = Look(face)
     canvas = _backdrop(look, size * factor)
@@ -143,7 +143,7 @@ def _backdrop(look: Look, size: int) -> Image.Image:
 
 
 def _light(image: np.ndarray, face: Face) -> np.ndarray:
-    """Brighter on the side that the light comes from."""
+    """Brighten the side from which the light comes."""
     across = np.linspace(-1, 1, image.shape[1], dtype=np.float32)[None, :, None]
     gain = face.brightness * (1 + 0.08 * face.light * across)
     return np.minimum(image * gain + 0.5, 255).astype(np.uint8)

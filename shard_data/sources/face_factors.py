@@ -1,8 +1,7 @@
-"""The factors of variation of toy_faces: what is drawn, apart from how.
+"""The factors of variation of toy_faces. face_drawing renders them.
 
-Every factor is drawn independently of the others; a face is a pure function of (seed, index). Binary attributes bear
-CelebA's names. Those of hair color are four values of one factor, whose fifth, red, is none of them:
-so at most one is present.
+All factors are sampled independently; a face is a function of (seed, index). Binary attributes have CelebA's names. The
+four hair colors are values of one factor, whose fifth value is red: so at most one of the four attributes is present.
 """
 
 import difflib
@@ -15,7 +14,7 @@ from shard_data.errors import DataError
 HAIR_COLORS = ("Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair")
 RED = "red"
 HAIR_STYLES = ("short", "long", "curly")
-PRESENCE = {  # how often, for the attributes that are factors of their own
+PRESENCE = {  # probability of the attributes that are factors of their own
     "Bangs": 0.30,
     "Big_Nose": 0.30,
     "Bushy_Eyebrows": 0.30,
@@ -49,7 +48,7 @@ class Face:
     tilt: float
     """Clockwise, in degrees."""
     shift: tuple[float, float]
-    """Right and down, in half widths of the picture."""
+    """Right and down, in half widths of the image."""
     zoom: float
     skin: float
     """Light to dark, in [0, 1]."""
@@ -60,12 +59,12 @@ class Face:
     clothes_hue: float
     hat_hue: float
     light: float
-    """Where it comes from: left (-1) to right (1)."""
+    """Its direction: from the left (-1) to from the right (1)."""
     brightness: float
 
 
-def draw_factors(seed: int, index: int) -> Face:
-    """The factors of face number `index`: a pure function of the two."""
+def sample_factors(seed: int, index: int) -> Face:
+    """The factors of face number `index`: a function of the two arguments only."""
     u = iter(np.random.default_rng([seed, index]).random(40).tolist())
 
     def between(low: float, high: float) -> float:
@@ -99,15 +98,15 @@ def attributes(face: Face) -> dict[str, int]:
 
 
 def hidden(face: Face) -> frozenset[str]:
-    """The attributes that the picture cannot show, present or not: a hat covers the forehead, where bangs would be."""
+    """The attributes that the image cannot show, present or not: a hat covers the forehead, and so bangs."""
     return frozenset({"Bangs"} if "Wearing_Hat" in face.present else ())
 
 
 def edit(face: Face, **changes: bool) -> Face:
     """The same face with some attributes set or cleared: `edit(face, Smiling=True, Blond_Hair=True)`.
 
-    Setting a hair color clears its rivals; clearing the one that the face has leaves red hair. All else stays. Raises
-    DataError for an unknown attribute and for two hair colors at once.
+    Setting a hair color clears the other hair colors; clearing the present one gives red hair. Everything else stays
+    the same. Raises DataError for an unknown attribute and for two hair colors at once.
     """
     for name in changes:
         _check_name(name)

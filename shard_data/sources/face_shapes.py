@@ -1,4 +1,4 @@
-"""The outlines that toy_faces are made of, in face coordinates: -1 to 1 across the picture, right and down."""
+"""The outlines of toy_faces, in face coordinates: -1 to 1 across the image, to the right and down."""
 
 from math import pi
 
@@ -9,13 +9,13 @@ PIVOT = np.array([0.0, 0.45])  # about which the head tilts
 
 
 def arc(start: float, stop: float, rx: float, ry: float, x: float = 0, y: float = 0, count: int = 20) -> np.ndarray:
-    """Points (count, 2) of an ellipse, from angle to angle in half turns: 0 right, 0.5 down, 1 left, 1.5 up."""
+    """Points (count, 2) of an ellipse between two angles, in half turns: 0 right, 0.5 down, 1 left, 1.5 up."""
     angles = pi * np.linspace(start, stop, count)
     return np.stack([x + rx * np.cos(angles), y + ry * np.sin(angles)], axis=1)
 
 
 def face_outline() -> np.ndarray:
-    """An oval (48, 2) that is a little narrower at the jaw."""
+    """An oval (48, 2), slightly narrower at the jaw."""
     x, y = arc(0, 2, 1, 1, count=49)[:-1].T
     narrowing = 1 - 0.10 * np.maximum(y, 0) ** 2
     return np.stack([0.56 * x * narrowing, -0.04 + np.where(y > 0, 0.68, 0.62) * y], axis=1)

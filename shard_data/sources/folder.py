@@ -1,9 +1,13 @@
-"""Any folder of images: classes by sub-folder or none, split folders as they are given or a split by hash.
+"""A folder of images, with classes by subfolder or without classes.
 
-Where the folder holds train/ (and val/ or valid/ or validation/, and test/) these are the splits; otherwise each image
-goes where a hash of its path and the split seed says, so an image stays in its split when others come or go. Below
-that, the sub-folders are the classes; where images lie in no sub-folder there are none. Every picture is made RGB and
-upright (see shard_data.decode) and square: shorter side resized, then the middle cut out, or the other way round."""
+  python -m shard_data folder --source ~/photos --size 64 --out data/photos64
+  python -m shard_data folder --source ~/photos --size 64 --val 0.1 --test 0 --no-classes --out data/photos64
+
+If the folder has a subfolder train/ (and val/ or valid/ or validation/, and test/), these are the splits. Otherwise a
+hash of each image's path and the split seed decides its split, so an image stays in its split when others are added or
+removed. Within a split, the subfolders are the classes; images outside of subfolders have no class. Every image is
+converted to RGB, turned upright by its EXIF orientation and made square: the shorter side is resized and the center
+cropped, or the other way round."""
 
 import argparse
 import hashlib
@@ -15,7 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from shard_data.decode import WHAT_WAS_DONE, read_rgb
+from shard_data.decode import TRANSFORM, read_rgb
 from shard_data.errors import BadImage, DataError
 from shard_data.geometry import FILTERS, FITS, check_filter
 from shard_data.source import Omission, Record, Sample
@@ -40,13 +44,13 @@ OTHER_IMAGES = (
     ".exr",
 )
 SIZES = (8, 1024)
-LONGEST = 50  # times the shorter side; a picture of one row would grow to gigabytes before its middle is cut out
+LONGEST = 50  # times the shorter side; an image of one row would grow to gigabytes before its center is cropped
 
 
 class Folder:
-    """Pictures as uint8 (size, size, 3), with class labels where they lie in sub-folders.
+    """Images as uint8 (size, size, 3), with class labels if they lie in subfolders.
 
-    `fit` is "resize-crop" or "crop-resize"; `val` and `test` are shares in [0, 1) for the split by hash.
+    `fit` is "resize-crop" or "crop-resize"; `val` and `test` are shares in [0, 1) of the split by hash.
     """
 
     attributes: ClassVar[None] = None
@@ -80,7 +84,7 @@ class Folder:
         if self.fit not in FITS:
             raise DataError(f"fit {self.fit!r}: must be one of {', '.join(FITS)}")
         if not all(0 <= share < 1 for share in self.shares) or sum(self.shares) >= 1:
-            raise DataError(f"val and test {self.shares}: must be shares from 0 to 1 that leave something for train")
+            raise DataError(f"val and test {self.shares}: must be shares from 0 to 1 whose sum is below 1")
         if not self.folder.is_dir():
             raise DataError(f"{self.folder}: no such folder; --source must be the folder of the images")
 
@@ -96,10 +100,10 @@ class Folder:
         return (self.size, self.size, 3)
 
     def transform(self) -> dict[str, Any]:
-        return {"fit": self.fit, "size": self.size, "filter": self.filter, **WHAT_WAS_DONE}
+        return {"fit": self.fit, "size": self.size, "filter": self.filter, **TRANSFORM}
 
     def description(self) -> dict[str, Any]:
-        """Lists the folder. What is no image by its name is counted, by the end of its name."""
+        """Lists the folder. Files that are no images by their suffix are counted by suffix."""
         self.omissions.clear()
         self._given = any((self.folder / name).is_dir() for name in ("train", "Train"))
         self._found = {split: [] for split in SPLITS}
@@ -110,7 +114,7 @@ class Folder:
                 ignored[suffix] += 1
                 continue
             split = self._split(path)
-            if reason := _no_use(path, suffix):
+            if reason := _skip_reason(path, suffix):
                 self.omissions.append(Omission(split, printable(path), reason))
                 continue
             self._found[split].append(path)
@@ -130,18 +134,18 @@ class Folder:
         path, label = record.where
         image = read_rgb(read_file(self.folder / path, path), path)
         if max(image.size) > LONGEST * min(image.size):
-            raise BadImage(path, f"{image.width} x {image.height} pixels, too long for a square to be cut out")
+            raise BadImage(path, f"{image.width} x {image.height} pixels, too elongated for a square crop")
         pixels = np.asarray(FITS[self.fit](image, self.size, self.filter))
         return Sample(pixels, label=label, facts={"file": path})
 
     def _files(self) -> Iterator[tuple[str, int]]:
-        """(path below the folder, bytes) of every file that is not hidden. Links to folders are listed as omissions."""
+        """(path in the folder, bytes) of every file that is not hidden. Links to folders are added to the omissions."""
         for place, folders, files in os.walk(self.folder, onerror=_cannot_list):
             here = Path(place)
             folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
             for name in [name for name in folders if (here / name).is_symlink()]:
                 path = (here / name).relative_to(self.folder).as_posix()
-                self.omissions.append(Omission("none", printable(path), "a link to a folder, which is not followed"))
+                self.omissions.append(Omission("none", printable(path), "a link to a folder; links are not followed"))
             for name in files:
                 if not name.startswith("."):
                     size = (here / name).stat().st_size if (here / name).exists() else 0
@@ -152,7 +156,7 @@ class Folder:
             top = path.partition("/")[0].lower()
             if top not in GIVEN or "/" not in path:
                 raise DataError(
-                    f"{self.folder / printable(path)}: lies in none of train, val and test; "
+                    f"{self.folder / printable(path)}: outside of train, val and test; "
                     "move it, or give the folder of the classes as --source"
                 )
             return GIVEN[top]
@@ -161,7 +165,7 @@ class Folder:
         return "test" if share < test else "val" if share < test + val else "train"
 
     def _class(self, path: str) -> str | None:
-        """The folder that says the class: the first below the split, or below the source."""
+        """The folder that is the class: the first below the split, or below the source."""
         folders = path.split("/")[int(self._given) : -1]
         return folders[0] if folders else None
 
@@ -172,10 +176,17 @@ class Folder:
         if None in found and len(found) > 1:
             some = next(name for name in found if name is not None)
             raise DataError(
-                f"{self.folder}: {found[None]} lies in no sub-folder and {found[some]} does, "
-                "so the classes are not clear; move one of them, or add --no-classes"
+                f"{self.folder}: {printable(found[None])} is in no subfolder, but {printable(found[some])} is, "
+                "so the classes are ambiguous; move one of them, or add --no-classes"
             )
-        return None if None in found or not found else tuple(sorted(found))
+        if None in found or not found:
+            return None
+        for name in found:
+            if not name.isprintable():
+                raise DataError(
+                    f"{self.folder}: the class folder {printable(name)!r} has control characters; rename it"
+                )
+        return tuple(sorted(found))
 
 
 def _cannot_list(error: OSError) -> None:
@@ -187,28 +198,28 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _no_use(path: str, suffix: str) -> str | None:
-    """Why an image is left out before anything is read of it."""
+def _skip_reason(path: str, suffix: str) -> str | None:
+    """Why an image is skipped before it is read, or None."""
     if suffix in OTHER_IMAGES:
-        return f"{suffix} images are not read here; convert them to PNG or JPEG"
+        return f"{suffix} images are not supported; convert them to PNG or JPEG"
     return None if printable(path) == path else "its name is not UTF-8; rename it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="the folder")
+    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="the folder of the images")
     parser.add_argument("--size", type=int, default=64, help="side in pixels, 8 to 1024 (default %(default)s)")
-    fit = "shorter side to --size, then the middle cut out; or the middle, then to --size (default %(default)s)"
+    fit = "resize the shorter side to --size and crop the center, or crop first (default %(default)s)"
     parser.add_argument("--fit", choices=FITS, default="resize-crop", help=fit)
     parser.add_argument(
         "--filter", choices=FILTERS, default="bilinear", help="of Pillow's resize (default %(default)s)"
     )
-    parser.add_argument("--no-classes", action="store_true", help="sub-folders are mere order, not classes")
+    parser.add_argument("--no-classes", action="store_true", help="subfolders are not classes")
     for split in ("val", "test"):
-        share = f"share of {split} where no split folders are given (default %(default)s)"
+        share = f"share of {split}, if there are no split folders (default %(default)s)"
         parser.add_argument(f"--{split}", type=float, default=0.05, metavar="SHARE", help=share)
-    parser.add_argument("--split-seed", type=int, default=0, help="another seed, another split (default %(default)s)")
+    parser.add_argument("--split-seed", type=int, default=0, help="seed of the split by hash (default %(default)s)")
     parser.add_argument("--name", default="folder", help="name of the set in its manifest (default %(default)s)")
-    parser.set_defaults(shuffle=0)  # folders come sorted by class, and batches should not
+    parser.set_defaults(shuffle=0)  # folders are sorted by class
 
 
 def from_arguments(arguments: argparse.Namespace) -> Folder:

@@ -1,4 +1,4 @@
-"""Where image files lie: a folder, or a ZIP file that is read without unpacking, so that nothing can be written."""
+"""Image files in a folder, or in a ZIP file that is read without unpacking it to the disk."""
 
 import os
 import zlib
@@ -25,17 +25,17 @@ class ImageFolder:
         return frozenset(entry.name for entry in self.path.iterdir() if not entry.name.startswith("."))
 
     def __getstate__(self) -> dict:
-        return {"path": self.path}  # a worker has no need of all the names
+        return {"path": self.path}  # a worker does not need the names
 
     def place(self, name: str) -> None:
-        """Nothing more than the name is needed to read a file."""
+        """None, as `read` needs only the name."""
 
     def read(self, name: str, place: None = None) -> bytes:
         return read_file(f"{self.path}/{name}", name)
 
 
 def read_file(path: str | Path, name: str) -> bytes:
-    """The bytes of an image file. Raises BadImage where there is none to read, or far too many."""
+    """The bytes of an image file. Raises BadImage if it cannot be read or is larger than MAX_BYTES."""
     try:
         with open(path, "rb", buffering=0) as file:
             data = file.read() if os.fstat(file.fileno()).st_size <= MAX_BYTES else bytes(MAX_BYTES + 1)
@@ -47,7 +47,7 @@ def read_file(path: str | Path, name: str) -> bytes:
 
 
 class Member(NamedTuple):
-    """Where a file lies in a ZIP archive: all that a worker needs, as the list of 200,000 of them takes 100 MB."""
+    """Position of a file in a ZIP archive. A worker gets it with each record, as the whole list takes 100 MB."""
 
     header: int
     packed: int
@@ -57,13 +57,13 @@ class Member(NamedTuple):
 
 
 class ImageZip:
-    """The files with a given suffix in a ZIP archive, by the last part of their names."""
+    """The files with one suffix in a ZIP archive, by their names without folders."""
 
     def __init__(self, path: Path, suffix: str):
         self.path, self.suffix = path, suffix
 
     def __getstate__(self) -> dict:
-        return {"path": self.path, "suffix": self.suffix}  # a record brings its member's place along
+        return {"path": self.path, "suffix": self.suffix}  # each record has its member's place
 
     @cached_property
     def members(self) -> dict[str, Member]:
@@ -84,7 +84,7 @@ class ImageZip:
             for info in found
         }
         if len(members) != len(found):
-            raise DataError(f"{self.path}: holds several files of one name; this is not the published archive")
+            raise DataError(f"{self.path}: holds several files of the same name; this is not the published archive")
         return members
 
     @cached_property
@@ -115,7 +115,7 @@ class ImageZip:
 
 
 def _unpack(packed: bytes, member: Member) -> bytes | None:
-    """The content, never more than was promised; None where it is damaged or packed by a method of another age."""
+    """The content, at most one byte more than the member's size; None if damaged or compressed by another method."""
     if member.method == ZIP_STORED:
         return packed
     if member.method != ZIP_DEFLATED:

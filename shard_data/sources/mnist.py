@@ -1,16 +1,20 @@
-"""MNIST, Fashion-MNIST or KMNIST from its four IDX files, gzipped or not, kept at 28 x 28.
+"""MNIST, Fashion-MNIST or KMNIST from its four IDX files, gzipped or not; 28 x 28 pixels, 10 classes.
 
-The three have one format and bear the same file names. Format: http://yann.lecun.com/exdb/mnist/, big-endian.
-Fashion-MNIST: Xiao, Rasul, Vollgraf, 2017. KMNIST: Clanuwat et al., Deep Learning for Classical Japanese Literature,
-2018."""
+  python -m shard_data mnist --source ~/mnist --download --out data/mnist
+  python -m shard_data fashion_mnist --source ~/fashion_mnist --out data/fashion_mnist
+
+The three data sets have the same format and the same file names, so each needs a folder of its own.
+Format: http://yann.lecun.com/exdb/mnist/, big-endian. Fashion-MNIST: Xiao, Rasul, Vollgraf, 2017. KMNIST: Clanuwat et
+al., Deep Learning for Classical Japanese Literature, 2018."""
 
 import argparse
 import gzip
 import struct
 import zlib
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
@@ -25,7 +29,8 @@ IMAGES, LABELS = 2051, 2049
 PREFIX = {"train": "train", "test": "t10k"}
 SIDE = 28
 NUM_CLASSES = 10
-MAX_BYTES = 1 << 28  # five times MNIST's largest file: a gzip file can unpack to a thousand times its size
+MAX_BYTES = 1 << 28  # of an unpacked file: five times MNIST's largest
+CHUNK = 1 << 20
 
 
 class Mnist:
@@ -91,27 +96,30 @@ class FashionMnist(Mnist):
 
 
 class Kmnist(Mnist):
-    """60,000 training and 10,000 test characters of old Japanese script, by their modern reading."""
+    """60,000 training and 10,000 test characters of cursive Japanese; the classes are their modern readings."""
 
     name = "kmnist"
     classes = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 
 
 def find(folder: Path, prefix: str, kind: str) -> Path:
-    """The IDX file as it is named on people's disks: a dash or a dot before "idx", gzipped or not."""
+    """The IDX file, with a dash or a dot before "idx", gzipped or not."""
     name = f"{prefix}-{kind}-ubyte"
     for candidate in (name + ".gz", name, name.replace("-idx", ".idx"), name.replace("-idx", ".idx") + ".gz"):
         if (folder / candidate).is_file():
             return folder / candidate
-    raise DataError(f"{folder / name}[.gz]: not found; the source must be the folder of the four files; {REMEDY}")
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; --source must be the folder of the four IDX files; {REMEDY}")
+    raise DataError(f"{folder / name}[.gz]: not found; --source must be the folder of the four IDX files; {REMEDY}")
 
 
 def read_pair(image_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (N, 28, 28, 1) and labels uint8 (N,). Raises DataError where the two files are not a whole pair."""
+    """Images uint8 (N, 28, 28, 1) and labels uint8 (N,). Raises DataError if the files are not a pair."""
     images = read_idx(image_path, IMAGES, ndim=3)
     labels = read_idx(label_path, LABELS, ndim=1)
     if images.shape[1:] != (SIDE, SIDE):
-        raise DataError(f"{image_path}: images of {images.shape[1:]} instead of {SIDE} x {SIDE}; this is not MNIST")
+        height, width = images.shape[1:]
+        raise DataError(f"{image_path}: images of {height} x {width} pixels instead of {SIDE} x {SIDE}; not MNIST")
     if not len(images):
         raise DataError(f"{image_path}: holds no images; {REMEDY}")
     if len(images) != len(labels):
@@ -124,30 +132,34 @@ def read_pair(image_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarra
 
 
 def read_idx(path: Path, magic: int, ndim: int) -> np.ndarray:
-    """One IDX file of uint8. Raises DataError for another magic number, a truncated file or bytes to spare."""
-    data = _read_bytes(path)
-    start = 4 + 4 * ndim
-    if len(data) < start or int.from_bytes(data[:4], "big") != magic:
-        what = describe_kind(data[:HEAD])
-        raise DataError(f"{path}: is {what}, not an IDX file of the expected kind ({magic:08x}); {REMEDY}")
-    shape = struct.unpack_from(f">{ndim}I", data, 4)
-    expected = start + int(np.prod(shape, dtype=object))
-    if len(data) != expected:
-        state = "truncated" if len(data) < expected else "too long"
-        raise DataError(f"{path}: {state}, {len(data)} bytes where its header promises {expected}; {REMEDY}")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
-
-
-def _read_bytes(path: Path) -> bytes:
+    """One IDX file of uint8. Raises DataError for another magic number, a truncated file or surplus bytes."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            return file.read(MAX_BYTES)
+            return _read_idx(path, file, magic, ndim)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         with open(path, "rb") as file:
-            what = describe_kind(file.read(HEAD))
-        raise DataError(f"{path}: truncated or damaged gzip file ({error}); it is {what}; {REMEDY}") from None
+            kind = describe_kind(file.read(HEAD))
+        raise DataError(f"{path}: truncated or damaged gzip file ({error}); it is {kind}; {REMEDY}") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}); {REMEDY}") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); {REMEDY}") from None
+
+
+def _read_idx(path: Path, file: BinaryIO, magic: int, ndim: int) -> np.ndarray:
+    """Reads no more than the size in the header and one chunk, since little gzip data can unpack to much."""
+    head, start = file.read(HEAD), 4 + 4 * ndim
+    if len(head) < start or int.from_bytes(head[:4], "big") != magic:
+        raise DataError(f"{path}: {describe_kind(head)}, not an IDX file of this kind ({magic:08x}); {REMEDY}")
+    shape = struct.unpack_from(f">{ndim}I", head, 4)
+    size = prod(shape)
+    if size > MAX_BYTES:
+        raise DataError(f"{path}: its header says {size:,} bytes; at most {MAX_BYTES:,} are read; {REMEDY}")
+    data = bytearray(head[start:])
+    while len(data) <= size and (chunk := file.read(CHUNK)):
+        data += chunk
+    if len(data) != size:
+        state = f"truncated, {len(data):,} bytes instead of" if len(data) < size else "too long, more than"
+        raise DataError(f"{path}: {state} the {size:,} bytes of its header; {REMEDY}")
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,13 +1,16 @@
-"""Arrays of your own in one .npz file, as numpy.savez writes it: images, and labels or attributes if there are any.
+"""Your own arrays from one .npz file, as numpy.savez writes it: images, and optionally labels or attributes.
+
+  numpy.savez("digits.npz", images=images, labels=labels)
+  python -m shard_data npz --source digits.npz --val 0.1 --test 0.1 --out data/digits
 
     images           uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W)
     labels           integers (N,): class numbers, -1 for none                              optional
-    classes          text (K,): names of the classes (default: their numbers)               optional
-    attributes       integers or truth values (N, A): 1 present, 0 absent, -1 unknown       optional
-    attribute_names  text (A,) (default: attribute_00, ...)                                 optional
+    classes          strings (K,): names of the classes (default: their numbers)            optional
+    attributes       integers or booleans (N, A): 1 present, 0 absent, -1 unknown           optional
+    attribute_names  strings (A,) (default: attribute_00, ...)                              optional
     settings         anything; not read                                                     optional
 
-Nothing is resized. Arrays that are not compressed are mapped into memory and may be larger than it."""
+Images are not resized. Uncompressed arrays are memory-mapped, so they may be larger than the memory."""
 
 import argparse
 import hashlib
@@ -60,7 +63,7 @@ class Npz:
     ):
         self.path, self.shares, self.split_seed, self.name = Path(path), (val, test), split_seed, name
         if not all(0 <= share < 1 for share in self.shares) or sum(self.shares) >= 1:
-            raise DataError(f"val and test {self.shares}: must be shares from 0 to 1 that leave something for train")
+            raise DataError(f"val and test {self.shares}: must be shares from 0 to 1 whose sum is below 1")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}  # a worker process opens the file itself
@@ -114,7 +117,7 @@ class Npz:
 
 
 def read_arrays(path: Path) -> Arrays:
-    """Raises DataError, which names the file and the array, for anything but what the module's text promises."""
+    """The arrays of the file. Raises DataError with the file and the array for anything but the module's format."""
     found = _open_arrays(path)
     if "images" not in found:
         raise DataError(f"{path}: holds no array 'images'; it has: {', '.join(sorted(found)) or 'nothing'}")
@@ -127,7 +130,7 @@ def read_arrays(path: Path) -> Arrays:
 
 
 def check_sums(path: Path) -> None:
-    """Reads the file once. Raises DataError where an array is not what its checksum says."""
+    """Reads the file once. Raises DataError if an array does not match its checksum."""
     try:
         with ZipFile(path) as archive:
             for name in ARRAYS:
@@ -150,7 +153,7 @@ def _open_arrays(path: Path) -> dict[str, np.ndarray]:
                 if member.filename.removesuffix(".npy") not in NOT_READ
             }
     except FileNotFoundError:
-        raise DataError(f"{path}: not found; --source must be the .npz file") from None
+        raise DataError(f"{path}: not found; --source must be a .npz file") from None
     except (BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
         raise DataError(f"{path}: not a .npz file, or damaged ({error}); write it with numpy.savez") from None
 
@@ -161,24 +164,24 @@ def _check_members(path: Path, members: list[ZipInfo]) -> None:
     for name in names:
         if name not in known:
             what = f"array {name.removesuffix('.npy')!r}" if name.endswith(".npy") else f"member {name!r}"
-            raise DataError(f"{path}: the {what} is not known; known: {', '.join((*ARRAYS, *NOT_READ))}")
+            raise DataError(f"{path}: unknown {what}; known: {', '.join((*ARRAYS, *NOT_READ))}")
         if names.count(name) > 1:
             raise DataError(f"{path}: holds the array {name.removesuffix('.npy')!r} twice")
 
 
 def _open_array(path: Path, archive: ZipFile, member: ZipInfo) -> np.ndarray:
-    """Mapped where it is stored as it is, unpacked where it is compressed."""
+    """Memory-mapped if it is stored, unpacked if it is compressed."""
     name = member.filename.removesuffix(".npy")
     try:
         with archive.open(member) as file:
             shape, fortran, dtype = _read_header(file)
             start = file.tell()
     except ValueError as error:
-        raise DataError(f"{path}: the array {name!r} is not a .npy that can be read ({error})") from None
+        raise DataError(f"{path}: the array {name!r} is not a readable .npy ({error})") from None
     if dtype.hasobject:
-        raise DataError(f"{path}: the array {name!r} holds Python objects, which are not read; give plain numbers")
+        raise DataError(f"{path}: the array {name!r} holds Python objects, which are not read; give numbers or strings")
     if prod(shape) * dtype.itemsize != member.file_size - start or min(shape, default=0) < 1:
-        raise DataError(f"{path}: the array {name!r} has shape {shape}, and {member.file_size - start} bytes of data")
+        raise DataError(f"{path}: the array {name!r} has shape {shape}, but {member.file_size - start} bytes of data")
     order = "F" if fortran else "C"
     if member.compress_type == ZIP_STORED:
         return np.memmap(path, dtype, "r", _data_offset(path, archive, member) + start, shape, order)
@@ -207,7 +210,7 @@ def _data_offset(path: Path, archive: ZipFile, member: ZipInfo) -> int:
     offset = member.header_offset + LOCAL_HEADER
     offset += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     if offset + member.file_size > path.stat().st_size or member.compress_size != member.file_size:
-        raise BadZipFile(f"{member.filename} reaches beyond the end of the file")
+        raise BadZipFile(f"{member.filename} extends beyond the end of the file")
     return offset
 
 
@@ -255,19 +258,19 @@ def _check_names(path: Path, what: str, names: np.ndarray | None) -> tuple[str, 
     if names is None:
         return None
     if names.ndim != 1 or names.dtype.kind != "U" or len(names) > MAX_NAMES:
-        raise DataError(f"{path}: {what} are {names.dtype} {names.shape}; give texts, one per name")
-    words = tuple(names.tolist())
-    counts = Counter(words)
-    for word in words:
-        if not word.strip() or not word.isprintable() or counts[word] > 1:
-            raise DataError(f"{path}: {what} hold {word!r}; give each name once, printable and not empty")
-    return words
+        raise DataError(f"{path}: {what} are {names.dtype} {names.shape}; give strings (K,)")
+    texts = tuple(names.tolist())
+    counts = Counter(texts)
+    for text in texts:
+        if not text.strip() or not text.isprintable() or counts[text] > 1:
+            raise DataError(f"{path}: {what} hold {text!r}; give each name once, printable and not empty")
+    return texts
 
 
 def _fit_classes(path: Path, labels: np.ndarray | None, classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
     if labels is None:
         if classes is not None:
-            raise DataError(f"{path}: holds classes and no labels; add the labels, or leave the classes out")
+            raise DataError(f"{path}: holds classes and no labels; add labels, or remove classes")
         return None
     highest = int(labels.max())
     if classes is None:
@@ -280,7 +283,9 @@ def _fit_classes(path: Path, labels: np.ndarray | None, classes: tuple[str, ...]
 def _fit_names(path: Path, attributes: np.ndarray | None, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
     if attributes is None:
         if names is not None:
-            raise DataError(f"{path}: holds attribute_names and no attributes; add them, or leave the names out")
+            raise DataError(
+                f"{path}: holds attribute_names and no attributes; add attributes, or remove attribute_names"
+            )
         return None
     columns = attributes.shape[1]
     if names is None:
@@ -291,13 +296,13 @@ def _fit_names(path: Path, attributes: np.ndarray | None, names: tuple[str, ...]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--source", type=Path, required=True, metavar="FILE.npz", help="the arrays")
+    parser.add_argument("--source", type=Path, required=True, metavar="FILE.npz", help="file with the arrays")
     for split in ("val", "test"):
         share = f"share of {split}, chosen by a hash of the image's number (default %(default)s)"
         parser.add_argument(f"--{split}", type=float, default=0.05, metavar="SHARE", help=share)
-    parser.add_argument("--split-seed", type=int, default=0, help="another seed, another split (default %(default)s)")
+    parser.add_argument("--split-seed", type=int, default=0, help="seed of the split by hash (default %(default)s)")
     parser.add_argument("--name", default="npz", help="name of the set in its manifest (default %(default)s)")
-    parser.set_defaults(shuffle=0)  # images often come sorted by class, and batches should not
+    parser.set_defaults(shuffle=0)  # images are often sorted by class
 
 
 def from_arguments(arguments: argparse.Namespace) -> Npz:

@@ -1,4 +1,10 @@
-"""Faces drawn from independent factors of variation: a data set that needs no download. See docs/data.md."""
+"""Synthetic faces with 18 attributes, rendered from independent factors of variation; nothing to download.
+
+  python -m shard_data toy_faces --out data/toy_faces32
+  python -m shard_data toy_faces --out data/toy_faces64 --size 64 --train 50000 --seed 1
+
+A face is determined by the seed and its number, so a larger set contains the smaller one. docs/data.md describes the
+factors and attributes."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,16 +14,16 @@ from typing import Any, ClassVar
 from shard_data.errors import DataError
 from shard_data.source import Record, Sample
 from shard_data.sources.face_drawing import draw_face
-from shard_data.sources.face_factors import ATTRIBUTES, attributes, draw_factors, hidden
+from shard_data.sources.face_factors import ATTRIBUTES, attributes, hidden, sample_factors
 
-FIRST_INDEX = {"train": 0, "val": 10_000_000, "test": 20_000_000}  # so no face is in two splits, whatever their counts
+FIRST_INDEX = {"train": 0, "val": 10_000_000, "test": 20_000_000}  # so that no face is in two splits
 LARGEST_SPLIT = 10_000_000
 SIZES = (16, 256)
 
 
 @dataclass(frozen=True)
 class ToyFaces:
-    """Drawn faces as uint8 (size, size, 3) with binary attributes; `train`, `val` and `test` count images."""
+    """Synthetic faces as uint8 (size, size, 3) with binary attributes; `train`, `val` and `test` count images."""
 
     size: int = 32
     train: int = 20_000
@@ -32,12 +38,12 @@ class ToyFaces:
 
     def __post_init__(self):
         if not SIZES[0] <= self.size <= SIZES[1]:
-            raise DataError(f"size {self.size}: toy_faces are drawn from {SIZES[0]} to {SIZES[1]} pixels")
+            raise DataError(f"size {self.size}: must be from {SIZES[0]} to {SIZES[1]} pixels")
         for split in FIRST_INDEX:
             if not 0 <= getattr(self, split) <= LARGEST_SPLIT:
                 raise DataError(f"{split} {getattr(self, split)}: must be from 0 to {LARGEST_SPLIT:,} images")
         if not self.splits:
-            raise DataError("train, val and test are all 0: ask for at least one image")
+            raise DataError("train, val and test are all 0; at least one must be larger")
         if self.seed < 0:
             raise DataError(f"seed {self.seed}: must not be negative")
 
@@ -59,12 +65,12 @@ class ToyFaces:
         return [Record(f"{split}-{i:05d}", FIRST_INDEX[split] + i) for i in range(getattr(self, split))]
 
     def load(self, record: Record) -> Sample:
-        face = draw_factors(self.seed, record.where)
-        gone = hidden(face)
+        face = sample_factors(self.seed, record.where)
+        names = hidden(face)
         return Sample(
             draw_face(face, self.size),
             attributes=tuple(attributes(face).values()),
-            hidden=tuple(name in gone for name in ATTRIBUTES),
+            hidden=tuple(name in names for name in ATTRIBUTES),
             facts={"index": record.where, "turn": round(face.turn, 4), "tilt": round(face.tilt, 4)},
         )
 
@@ -79,9 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{split}", type=int, default=count, metavar="N", help=f"images in {split} (default {count:,})"
         )
-    parser.add_argument(
-        "--seed", type=int, default=defaults.seed, help="another seed, other faces (default %(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of the faces (default %(default)s)")
 
 
 def from_arguments(arguments: argparse.Namespace) -> ToyFaces:

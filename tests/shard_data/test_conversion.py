@@ -21,7 +21,7 @@ def mnist(tmp_path) -> Path:
     return write_mnist(tmp_path / "originals")
 
 
-def test_a_complete_set_is_not_touched_unless_told(tmp_path, capsys):
+def test_a_complete_set_is_only_replaced_with_overwrite(tmp_path, capsys):
     convert(SMALL_FACES, tmp_path, shard_size=2)
     before = contents(tmp_path)
     with pytest.raises(AlreadyComplete, match="complete set of toy_faces.*--overwrite"):
@@ -37,7 +37,7 @@ def test_a_complete_set_is_not_touched_unless_told(tmp_path, capsys):
 
 def test_files_of_others_are_never_overwritten(tmp_path):
     (tmp_path / "val-000000.tar").write_bytes(b"somebody's own shard")
-    with pytest.raises(DataError, match=r"val-000000\.tar: is in the way"):
+    with pytest.raises(DataError, match=r"val-000000\.tar: would be overwritten"):
         convert(SMALL_FACES, tmp_path, overwrite=True)
     assert contents(tmp_path) == {"val-000000.tar": b"somebody's own shard"}
 
@@ -82,10 +82,10 @@ def test_default_shards_stay_near_tens_of_megabytes():
 
 
 @pytest.mark.parametrize("encoding", ["npy", "png"])
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch, encoding):
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(tmp_path, monkeypatch, encoding):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: usage(10**9, 10**9, 5_000))
-    with pytest.raises(DataError, match=r"are needed and 0\.0 GB are free; free some space"):
+    with pytest.raises(DataError, match=r"needs at least 0\.1 MB, and 0\.0 MB are free; free some space"):
         convert(SMALL_FACES, tmp_path, encoding=encoding)
     assert contents(tmp_path) == {}
 
@@ -97,7 +97,7 @@ def test_space_of_what_is_replaced_counts_as_free(tmp_path, monkeypatch):
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: usage(10**9, 10**9, 0))
     convert(SMALL_FACES, tmp_path, overwrite=True)
     assert contents(tmp_path) == before
-    with pytest.raises(DataError, match="are needed"):
+    with pytest.raises(DataError, match="needs at least 0.1 MB"):
         convert(ToyFaces(size=32, train=23, val=7, test=0), tmp_path, overwrite=True)
     assert contents(tmp_path) == before
 

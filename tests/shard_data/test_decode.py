@@ -108,7 +108,7 @@ def test_transparent_colors_become_white_and_others_stay():
 
 def test_sixteen_bit_color_with_a_transparent_one_is_refused():
     values = np.zeros((1, 1), "V6")
-    with pytest.raises(BadImage, match="16-bit colors"):
+    with pytest.raises(BadImage, match="transparent 16-bit color"):
         read_rgb(png(values, 16, 2, chunk(b"tRNS", struct.pack(">3H", 0, 300, 0))), "x.png")
 
 

@@ -132,7 +132,7 @@ def test_ctrl_c_stops_all_workers_and_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert message.splitlines()[-1] == "interrupted; run the same command again, and it goes on"
+    assert message.splitlines()[-1] == "interrupted; run the same command again to resume"
     assert "Traceback" not in message
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["unfinished.jsonl"]
 

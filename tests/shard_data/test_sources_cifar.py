@@ -106,7 +106,7 @@ def test_missing_batches_stop_with_a_list_and_partial_lists_them(tmp_path, layou
     source = laid_out(tmp_path / "in", "cifar10", layout, made)
     words = ["cifar10", "--source", str(source), "--out", str(tmp_path / "out"), "--workers", "1"]
     assert main(words) == 2
-    assert "train: 2, no such file: data_batch_2, data_batch_5" in capsys.readouterr().err
+    assert "train: 2 files, no such file: data_batch_2, data_batch_5" in capsys.readouterr().err
     assert main([*words, "--partial"]) == 0
     assert convert(Cifar10(source), tmp_path / "api", partial=True)["omitted"] == [
         {"split": "train", "reason": "no such file", "count": 2, "names": ["data_batch_2", "data_batch_5"]}
@@ -121,9 +121,9 @@ BAD = {
     "truncated": (lambda data: data[:-200], "truncated"),
     "empty": (lambda data: b"", "truncated.*it is an empty file"),
     "web page": (lambda data: b"<!DOCTYPE html><title>404</title>", "web page titled '404'"),
-    "no data": (repickled(data=None), "no pictures"),
+    "no data": (repickled(data=None), "no images"),
     "other size": (repickled(data=np.zeros((COUNT, 784), np.uint8)), "rows of 3072 bytes"),
-    "fewer labels": (repickled(labels=[0] * 5), "5 labels for 6 pictures"),
+    "fewer labels": (repickled(labels=[0] * 5), "5 labels for 6 images"),
     "label 10": (repickled(labels=[10] * 6), "no labels from 0 to 9"),
     "label -1": (repickled(labels=[-1] * 6), "no labels from 0 to 9"),
     "label text": (repickled(labels=["cat"] * 6), "no labels from 0 to 9"),

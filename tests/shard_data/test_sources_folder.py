@@ -78,13 +78,13 @@ def test_given_split_folders_are_the_splits(tmp_path):
 
 def test_an_image_beside_given_splits_is_named(tmp_path):
     write(tmp_path / "in", "train/x/1.png", "extra/2.png")
-    with pytest.raises(DataError, match=r"extra/2\.png: lies in none of train, val and test"):
+    with pytest.raises(DataError, match=r"extra/2\.png: outside of train, val and test"):
         convert(Folder(tmp_path / "in"), tmp_path / "out")
 
 
 def test_unclear_classes_are_named(tmp_path):
     write(tmp_path / "in", "1.png", "cat/2.png")
-    with pytest.raises(DataError, match=r"1\.png lies in no sub-folder and cat/2\.png does.*--no-classes"):
+    with pytest.raises(DataError, match=r"1\.png is in no subfolder, but cat/2\.png is, .*--no-classes"):
         convert(Folder(tmp_path / "in"), tmp_path / "out")
 
 
@@ -137,7 +137,7 @@ def test_what_is_no_picture_is_listed_and_what_is_no_image_is_counted(tmp_path, 
         (root / name).write_text("text")
     words = ["folder", "--source", str(root), "--out", str(tmp_path / "out"), "--workers", "1", "--size", "16"]
     assert main(words) == 2
-    assert "originals are missing or cannot be used" in capsys.readouterr().err
+    assert "files missing or unreadable" in capsys.readouterr().err
     assert main([*words, "--partial"]) == 0
     source = Folder(root, 16)
     manifest = convert(source, tmp_path / "api", partial=True, workers=2, shard_size=3)
@@ -187,7 +187,7 @@ def test_the_command_shuffles_and_records_it(tmp_path):
         ({"size": 1025}, "size 1025"),
         ({"fit": "stretch"}, "fit 'stretch'"),
         ({"filter": "nearest"}, "filter 'nearest'"),
-        ({"val": 0.5, "test": 0.5}, "leave something for train"),
+        ({"val": 0.5, "test": 0.5}, "sum is below 1"),
         ({"val": -0.1}, "shares from 0 to 1"),
     ],
 )
@@ -200,12 +200,12 @@ def test_no_folder_and_no_image(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         Folder(tmp_path / "nowhere")
     (tmp_path / "in").mkdir()
-    with pytest.raises(DataError, match="no image to convert"):
+    with pytest.raises(DataError, match="no images found"):
         convert(Folder(tmp_path / "in"), tmp_path / "out")
 
 
 def test_a_changed_folder_is_another_conversion(tmp_path, monkeypatch):
-    """An unfinished conversion goes on only where the folder still holds the same files."""
+    """An unfinished conversion is resumed only if the folder still holds the same files."""
     root = write(tmp_path / "in", *[f"{i}.png" for i in range(8)])
     load = Folder.load
 

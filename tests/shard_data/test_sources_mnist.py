@@ -65,7 +65,11 @@ BAD_MNIST = {
         "no images",
     ),
     "wrong labels": (LABELS, change(LABELS, lambda data: gzip.compress(idx(np.full(11, 10, np.uint8)))), "label 10"),
-    "huge promise": (IMAGES, change(IMAGES, repacked(lambda data: data[:4] + b"\xff" * 12)), "truncated"),
+    "huge header": (
+        IMAGES,
+        change(IMAGES, repacked(lambda data: data[:4] + b"\xff" * 12)),
+        "header says .* bytes; at most",
+    ),
 }
 
 

@@ -111,7 +111,7 @@ def test_the_source_pickles_without_pixels(tmp_path):
 
 WRONG = {
     "objects": ({"labels": np.array([{}] * 40, object)}, "'labels' holds Python objects, which are not read"),
-    "an unknown array": ({"label": np.zeros(40)}, "array 'label' is not known; known: images, labels"),
+    "an unknown array": ({"label": np.zeros(40)}, "unknown array 'label'; known: images, labels"),
     "no images": ({"images": None}, "holds no array 'images'; it has: attribute_names, attributes, classes, labels"),
     "floats": ({"images": np.zeros((40, 6, 5, 3))}, "images are float64; give uint8"),
     "channels first": ({"images": np.zeros((40, 3, 6, 6), np.uint8)}, "with 1 or 3 channels C, last"),

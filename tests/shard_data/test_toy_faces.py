@@ -15,9 +15,9 @@ from shard_data.sources.face_factors import (
     PRESENCE,
     RED,
     attributes,
-    draw_factors,
     edit,
     hidden,
+    sample_factors,
 )
 
 CELEBA = """
@@ -28,7 +28,7 @@ Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_L
 Wearing_Necktie Young
 """
 
-faces = st.builds(draw_factors, st.integers(0, 2**40), st.integers(0, 30_000_000))
+faces = st.builds(sample_factors, st.integers(0, 2**40), st.integers(0, 30_000_000))
 changes = st.dictionaries(st.sampled_from(ATTRIBUTES), st.booleans(), max_size=5).filter(
     lambda change: sum(change.get(name, False) for name in HAIR_COLORS) < 2
 )
@@ -43,13 +43,13 @@ def test_attributes_are_named_as_celeba_names_them_and_sorted():
 @given(seed=st.integers(0, 2**40), index=st.integers(0, 30_000_000), size=st.sampled_from([16, 32, 64]))
 @settings(max_examples=20, deadline=None)
 def test_a_face_is_a_pure_function_of_seed_and_index(seed, index, size):
-    image = draw_face(draw_factors(seed, index), size)
+    image = draw_face(sample_factors(seed, index), size)
     assert image.shape == (size, size, 3)
     assert image.dtype == np.uint8
-    draw_face(draw_factors(seed + 1, index), 32)
-    assert np.array_equal(draw_face(draw_factors(seed, index), size), image)
-    assert not np.array_equal(draw_face(draw_factors(seed, index + 1), size), image)
-    assert not np.array_equal(draw_face(draw_factors(seed + 1, index), size), image)
+    draw_face(sample_factors(seed + 1, index), 32)
+    assert np.array_equal(draw_face(sample_factors(seed, index), size), image)
+    assert not np.array_equal(draw_face(sample_factors(seed, index + 1), size), image)
+    assert not np.array_equal(draw_face(sample_factors(seed + 1, index), size), image)
 
 
 @given(face=faces, change=changes)
@@ -71,7 +71,7 @@ def test_clearing_the_hair_color_leaves_a_fifth(face):
 
 
 def test_edits_that_make_no_sense_are_refused():
-    face = draw_factors(0, 0)
+    face = sample_factors(0, 0)
     with pytest.raises(DataError, match="Eyeglass: unknown attribute; did you mean Eyeglasses"):
         edit(face, Eyeglass=True)
     with pytest.raises(DataError, match="Blond_Hair and Gray_Hair: hair has one color"):
@@ -79,7 +79,7 @@ def test_edits_that_make_no_sense_are_refused():
 
 
 def test_factors_have_their_frequencies_and_are_independent():
-    rows = np.array([list(attributes(draw_factors(3, i)).values()) for i in range(4000)])  # (N, A)
+    rows = np.array([list(attributes(sample_factors(3, i)).values()) for i in range(4000)])  # (N, A)
     expected = np.array([PRESENCE.get(name, 1 / 5) for name in ATTRIBUTES])
     deviation = np.sqrt(expected * (1 - expected) / len(rows))
     assert (np.abs(rows.mean(0) - expected) < 4.5 * deviation).all()
@@ -98,7 +98,7 @@ def difference(face, name, size=32):
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_what_is_labeled_shows_at_32_pixels(name):
-    drawn = [draw_factors(1, i) for i in range(40)]
+    drawn = [sample_factors(1, i) for i in range(40)]
     changed = [difference(face, name) for face in drawn if name not in hidden(face)]
     assert len(changed) > 25
     assert min(change.max() for change in changed) >= 20  # in the least favourable face
@@ -106,7 +106,7 @@ def test_what_is_labeled_shows_at_32_pixels(name):
 
 
 def test_what_is_hidden_does_not_show():
-    drawn = [edit(draw_factors(2, i), Wearing_Hat=True) for i in range(25)]
+    drawn = [edit(sample_factors(2, i), Wearing_Hat=True) for i in range(25)]
     assert all(hidden(face) == {"Bangs"} for face in drawn)
     assert all(difference(face, "Bangs", size=64).max() == 0 for face in drawn)
     assert hidden(edit(drawn[0], Wearing_Hat=False)) == set()
@@ -114,7 +114,7 @@ def test_what_is_hidden_does_not_show():
 
 @pytest.mark.parametrize("index", range(6))
 def test_the_same_face_at_any_size(index):
-    face = draw_factors(4, index)
+    face = sample_factors(4, index)
     small = draw_face(face, 32).astype(float)
     for factor in (2, 4, 8):
         large = draw_face(face, 32 * factor).astype(float)
@@ -123,7 +123,7 @@ def test_the_same_face_at_any_size(index):
 
 
 def test_edges_are_smooth():
-    image = draw_face(edit(draw_factors(0, 3), Wearing_Hat=False, Black_Hair=True), 64)
+    image = draw_face(edit(sample_factors(0, 3), Wearing_Hat=False, Black_Hair=True), 64)
     assert len(np.unique(image.reshape(-1, 3), axis=0)) > 400
 
 
