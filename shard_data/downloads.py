@@ -18,6 +18,12 @@ from shard_data.files import replacing
 REMEDY = "fetch it again with --download, or place the file there by hand"
 
 
+def not_found(folder: Path, files: str) -> DataError:
+    """The error for a folder without the files of a published data set."""
+    problem = f"does not hold {files}" if folder.is_dir() else "no such folder"
+    return DataError(f"{folder}: {problem}; check --source, or add --download to fetch the files into it")
+
+
 class Download(NamedTuple):
     """A file of a data set: its name, md5 and the addresses where it is published, best first."""
 

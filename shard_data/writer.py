@@ -76,6 +76,7 @@ def convert(
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Lock the folder while this process converts into it. Raises DataError if another process holds the lock."""
+    existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / LOCK).acquire()
@@ -87,6 +88,9 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release(delete=True)
+        if not existed:
+            with contextlib.suppress(OSError):  # deletes an empty folder only
+                folder.rmdir()
 
 
 def _check_options(encoding: str, shard_size: int | None, workers: int) -> None:
@@ -199,4 +203,6 @@ def _explain(error: OSError, folder: Path) -> str:
     place, reason = error.filename or folder, error.strerror or error
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{place}: the disk is full; free some space and run the same command again, which resumes"
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{place}: not a folder; choose another --out"
     return f"{place}: cannot be used ({reason}); choose an --out folder that can be written to"

@@ -137,9 +137,7 @@ def find_images(folder: Path) -> ImageFolder | ImageZip:
     for place in (Path(f"{IMAGES}.zip"), Path("Img", f"{IMAGES}.zip")):
         if (folder / place).is_file():
             return ImageZip(folder / place, suffix=".jpg")
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; --source must be the folder with {IMAGES}; {downloads.REMEDY}")
-    raise DataError(f"{folder / IMAGES}: not found, neither the folder of JPEGs nor {IMAGES}.zip; {downloads.REMEDY}")
+    raise downloads.not_found(folder, f"{IMAGES}/ with JPEGs or {IMAGES}.zip")
 
 
 def parse_crop(crop: str) -> Box:

@@ -41,7 +41,7 @@ def find_list(folder: Path, stem: str, required: bool = True) -> Path | None:
             if path.is_file():
                 return path
     if required:
-        raise DataError(f"{folder / stem}.txt: not found, and no .csv either; {downloads.REMEDY}")
+        raise downloads.not_found(folder, f"{stem}.txt or {stem}.csv")
     return None
 
 

@@ -145,10 +145,7 @@ class BatchFiles:
         packed = (folder / archive_name, folder / archive_name.removesuffix(".gz"), folder)
         self.folder, self.archive = here, None if here else next((path for path in packed if path.is_file()), None)
         if not self.folder and not self.archive:
-            missing = (
-                f"holds neither {folder_name}/{names[-1]} nor {archive_name}" if folder.is_dir() else "no such folder"
-            )
-            raise DataError(f"{folder}: {missing}; {downloads.REMEDY}")
+            raise downloads.not_found(folder, f"{folder_name}/{names[-1]} or {archive_name}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_members"}

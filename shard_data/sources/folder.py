@@ -119,6 +119,8 @@ class Folder:
                 continue
             self._found[split].append(path)
             digest.update(f"{path}\0{size}\n".encode())
+        if not any(self._found.values()) and not self.omissions:
+            raise DataError(f"{self.folder}: no images found; --source must be the folder of the images")
         self.classes = self._classes()
         splits = "given" if self._given else {"val": self.shares[0], "test": self.shares[1], "seed": self.split_seed}
         return {"splits": splits, "listing_sha256": digest.hexdigest(), "ignored_files": dict(sorted(ignored.items()))}

@@ -108,9 +108,7 @@ def find(folder: Path, prefix: str, kind: str) -> Path:
     for candidate in (name + ".gz", name, name.replace("-idx", ".idx"), name.replace("-idx", ".idx") + ".gz"):
         if (folder / candidate).is_file():
             return folder / candidate
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; --source must be the folder of the four IDX files; {REMEDY}")
-    raise DataError(f"{folder / name}[.gz]: not found; --source must be the folder of the four IDX files; {REMEDY}")
+    raise downloads.not_found(folder, f"{name}[.gz]")
 
 
 def read_pair(image_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -62,6 +62,8 @@ class Npz:
         self, path: str | Path, *, val: float = 0.05, test: float = 0.05, split_seed: int = 0, name: str = "npz"
     ):
         self.path, self.shares, self.split_seed, self.name = Path(path), (val, test), split_seed, name
+        if not self.path.is_file():
+            raise DataError(f"{self.path}: no such file; --source must be a .npz file")
         if not all(0 <= share < 1 for share in self.shares) or sum(self.shares) >= 1:
             raise DataError(f"val and test {self.shares}: must be shares from 0 to 1 whose sum is below 1")
 
@@ -152,8 +154,6 @@ def _open_arrays(path: Path) -> dict[str, np.ndarray]:
                 for member in members
                 if member.filename.removesuffix(".npy") not in NOT_READ
             }
-    except FileNotFoundError:
-        raise DataError(f"{path}: not found; --source must be a .npz file") from None
     except (BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
         raise DataError(f"{path}: not a .npz file, or damaged ({error}); write it with numpy.savez") from None
 

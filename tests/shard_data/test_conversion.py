@@ -55,6 +55,60 @@ def test_folders_and_options_that_cannot_be_used(mnist, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+COUNTS = {
+    "none": (["--train", "0", "--val", "0", "--test", "0"], "train, val and test are all 0"),
+    "negative": (["--train", "-1"], "train -1: must be from 0 to 10,000,000"),
+    "absurd": (["--train", "100000000000"], "train 100000000000: must be from 0 to 10,000,000"),
+}
+
+
+@pytest.mark.parametrize("case", COUNTS)
+def test_numbers_of_faces_out_of_range_are_refused_in_one_line(tmp_path, case, capsys):
+    argv, message = COUNTS[case]
+    assert main(["toy_faces", *argv, "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_set_without_a_train_split(tmp_path, capsys):
+    argv = ["toy_faces", "--train", "0", "--val", "3", "--test", "0", "--size", "16", "--workers", "1"]
+    assert main([*argv, "--out", str(tmp_path)]) == 0
+    assert "toy_faces is complete (val 3 images)" in capsys.readouterr().out
+    assert main(["info", str(tmp_path)]) == 0
+
+
+SOURCES = ["mnist", "cifar10", "cifar100", "celeba", "folder", "npz"]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_wrong_source_is_named_with_the_option(tmp_path, name, capsys):
+    (tmp_path / "empty").mkdir()
+    for source in (tmp_path / "nowhere", tmp_path / "empty"):
+        assert main([name, "--source", str(source), "--out", str(tmp_path / "out")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {source}: ")
+        assert "--source" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [*SOURCES, "toy_faces", "fashion_mnist", "kmnist", "info"])
+def test_the_help_of_every_command_has_an_example(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    assert f"python -m shard_data {name.replace('kmnist', 'mnist')} " in capsys.readouterr().out.partition("\n\n")[2]
+
+
+def test_a_refused_conversion_leaves_no_empty_folder(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: usage(10**9, 10**9, 5_000))
+    (tmp_path / "mine").mkdir()
+    for out in ("mine", "new"):
+        with pytest.raises(DataError, match="needs at least"):
+            convert(SMALL_FACES, tmp_path / out)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_write_permission(mnist, tmp_path, capsys):
     (tmp_path / "locked").mkdir(mode=0o500)

@@ -240,6 +240,29 @@ def test_both_jpeg_decoders_agree_on_damaged_files(data):
         assert outcome(bytes(damaged)) == by_pillow(bytes(damaged), patch)
 
 
+def rgb_coded(header: str) -> bytes:
+    """PHOTO as a JPEG of RGB components, which its Adobe marker, its component names or both say."""
+    data = bytearray(saved(PHOTO, "JPEG", quality=100, subsampling=0, keep_rgb=True))
+    frame, scan, adobe = data.find(b"\xff\xc0"), data.find(b"\xff\xda"), data.find(b"\xff\xee\0\x0eAdobe")
+    assert (data[frame + 10 : frame + 19 : 3], data[adobe + 15]) == (b"RGB", 0)
+    if header == "Adobe marker":
+        data[frame + 10 : frame + 19 : 3] = data[scan + 5 : scan + 11 : 2] = b"\1\2\3"
+    if header == "component names":
+        del data[adobe : adobe + 16]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("header", ["both", "Adobe marker", "component names"])
+@pytest.mark.parametrize("decoder", ["simplejpeg", "Pillow"])
+def test_a_jpeg_of_rgb_components_is_not_converted_from_ycbcr(header, decoder, monkeypatch):
+    if decoder == "simplejpeg":
+        pytest.importorskip("simplejpeg")
+    else:
+        monkeypatch.setattr(decode, "simplejpeg", None)
+    difference = np.abs(pixels(rgb_coded(header)).astype(int) - RGB)
+    assert difference.max() <= 2  # of 255, at quality 100
+
+
 def test_simplejpeg_is_used_where_it_is_installed(monkeypatch):
     simplejpeg = pytest.importorskip("simplejpeg")
     calls, real = [], simplejpeg.decode_jpeg

@@ -155,7 +155,7 @@ def test_damaged_archives_are_named(tmp_path, spoil):
 
 
 def test_neither_folder_nor_archive(tmp_path):
-    with pytest.raises(DataError, match="neither cifar-100-python/meta nor cifar-100-python.tar.gz.*--download"):
+    with pytest.raises(DataError, match="does not hold cifar-100-python/meta or cifar-100-python.tar.gz.*--download"):
         Cifar100(tmp_path)
 
 

@@ -36,7 +36,7 @@ def repacked(edit):
 
 
 BAD_MNIST = {
-    "missing": (IMAGES, lambda folder: (folder / IMAGES).unlink(), "not found"),
+    "missing": (IMAGES, lambda folder: (folder / IMAGES).unlink(), "does not hold train-images-idx3-ubyte"),
     "empty": (IMAGES, change(IMAGES, lambda data: b""), "not an IDX file"),
     "web page": (IMAGES, change(IMAGES, lambda data: b"<!DOCTYPE html>"), "damaged gzip.*is a web page"),
     "truncated gzip": (IMAGES, change(IMAGES, lambda data: data[:-100]), "truncated or damaged gzip"),
