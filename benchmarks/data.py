@@ -1,17 +1,17 @@
-"""Shard sets: reading and converting, in images per second, beside stock webdataset and Pillow on the same files.
+"""Reading and converting shard sets, in images per second, compared with webdataset and Pillow on the same files.
 
     python -m benchmarks.data [--rounds 5] [--parts access loader opening conversion]
 
-  access      random access to 64x64 .npy images, one core; beside stock webdataset reading the same tars in order
-  loader      batches of 512 as the trainer gets them (read, flip, collate, to tensor); beside stock webdataset
-              through a DataLoader, which does the same one sample at a time
-  opening     a set of 1,000,000 samples: seconds and memory beyond the imports, in a fresh process
-  conversion  CelebA's JPEGs to 64 px, all cores; beside one process of Pillow and webdataset.ShardWriter. The images of
-              REAL_DATA_DIR/celeba, or where that is not set, drawn ones of the same size
+  access      random access to 64x64 .npy images on one core; baseline: webdataset reading the same tars in order
+  loader      batches of 512 as the trainer gets them (read, flip, collate, to tensor); baseline: webdataset with a
+              DataLoader, which does the same one sample at a time
+  opening     seconds and memory, without the imports, to open a set of 1,000,000 samples in a new process
+  conversion  CelebA's JPEGs to 64 px on all cores; baseline: one process of Pillow and webdataset.ShardWriter. The
+              images are those of REAL_DATA_DIR/celeba, or synthetic ones of the same size if it is not set
 
-Memory is read from /proc, so opening and conversion want Linux.
+Memory is read from /proc, so opening and conversion need Linux.
 
-Rivals take turns, and a ratio is the median over the rounds. Run it alone.
+The two sides run in turns, and a ratio is the median over the rounds. Run it on an idle machine.
 """
 
 import argparse
@@ -40,34 +40,34 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 class Row(NamedTuple):
     """One line of the table."""
 
-    what: str
+    name: str
     figure: str
-    beside: str
+    baseline: str
     ratio: float | None
-    wanted: str
+    target: str
 
 
-def compete(what: str, forms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Images per second of each form in each round; they take turns, and the first turn is a warm-up."""
-    speeds: dict[str, list[float]] = {name: [] for name in forms}
-    for number in tqdm(range(rounds + 1), desc=what, unit="round"):
-        for name, form in forms.items():
-            speed = form()
+def measure_in_turns(name: str, candidates: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Images per second of each candidate in each round. They run in turns; the first round is a warm-up."""
+    speeds: dict[str, list[float]] = {candidate: [] for candidate in candidates}
+    for number in tqdm(range(rounds + 1), desc=name, unit="round"):
+        for candidate, run in candidates.items():
+            speed = run()
             if number:
-                speeds[name].append(speed)
+                speeds[candidate].append(speed)
     return speeds
 
 
-def row(what: str, ours: list[float], theirs: list[float], beside: str, wanted: str) -> Row:
+def row(name: str, ours: list[float], theirs: list[float], baseline: str, target: str) -> Row:
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     figure = f"{statistics.median(ours):,.0f} images/s"
-    return Row(what, figure, f"{beside}: {statistics.median(theirs):,.0f}", ratio, wanted)
+    return Row(name, figure, f"{baseline}: {statistics.median(theirs):,.0f}", ratio, target)
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| what | here | beside | ratio | wanted |", "|---|---|---|---|---|"]
-    for what, figure, beside, ratio, wanted in rows:
-        lines.append(f"| {what} | {figure} | {beside} | {'' if ratio is None else f'{ratio:.1f}'} | {wanted} |")
+    lines = ["| benchmark | result | baseline | ratio | target |", "|---|---|---|---|---|"]
+    for name, figure, baseline, ratio, target in rows:
+        lines.append(f"| {name} | {figure} | {baseline} | {'' if ratio is None else f'{ratio:.1f}'} | {target} |")
     return "\n".join(lines)
 
 
@@ -75,7 +75,7 @@ def table(rows: list[Row]) -> str:
 
 
 class Noise:
-    """A source of random images, which npy stores as fast as any others."""
+    """A source of random images; npy stores any images at the same speed."""
 
     name = "noise"
     classes = tuple(map(str, range(10)))
@@ -114,7 +114,7 @@ def noise_set(folder: Path, size: int, channels: int, count: int) -> Path:
 
 
 def stock(root: Path):
-    """Stock webdataset on the tars of a set, in their order, decoded."""
+    """webdataset on the tars of a set, in their order, decoded."""
     import webdataset
 
     tars = [str(path) for path in sorted(root.glob("*.tar"))]
@@ -145,13 +145,13 @@ def access(folder: Path, rounds: int) -> list[Row]:
         return number / (time.perf_counter() - start)
 
     with one_core():
-        speeds = compete("access", {"ours": ours, "theirs": theirs}, rounds)
-    wanted = "250,000 images/s, ratio 8"
-    return [row("random access, 64 px, one core", speeds["ours"], speeds["theirs"], "webdataset in order", wanted)]
+        speeds = measure_in_turns("access", {"ours": ours, "theirs": theirs}, rounds)
+    target = "250,000 images/s, ratio 8"
+    return [row("random access, 64 px, one core", speeds["ours"], speeds["theirs"], "webdataset in order", target)]
 
 
 class one_core:  # noqa: N801 - used as a context manager
-    """Keeps this process, and those that it starts, on one core, where the system can."""
+    """Keeps this process and its children on one core, if the system supports it."""
 
     def __enter__(self):
         if hasattr(os, "sched_setaffinity"):
@@ -168,22 +168,22 @@ class one_core:  # noqa: N801 - used as a context manager
 
 def loader(folder: Path, rounds: int) -> list[Row]:
     rows = []
-    for size, channels, count, wanted in ((64, 3, 20_000, "65,000"), (28, 1, 60_000, "250,000")):
+    for size, channels, count, target in ((64, 3, 20_000, "65,000"), (28, 1, 60_000, "250,000")):
         root = noise_set(folder, size, channels, count)
-        forms = {f"workers={n}": lambda root=root, n=n: trainer_loader(root, n) for n in (0, 1, 2)}
-        forms["floats"] = lambda root=root: trainer_loader(root, 1, floats=True)
-        forms["stock"] = lambda root=root: stock_loader(root, CORES)
-        speeds = compete(f"loader {size} px", forms, rounds)
+        candidates = {f"workers={n}": lambda root=root, n=n: trainer_loader(root, n) for n in (0, 1, 2)}
+        candidates["floats"] = lambda root=root: trainer_loader(root, 1, floats=True)
+        candidates["stock"] = lambda root=root: stock_loader(root, CORES)
+        speeds = measure_in_turns(f"loader {size} px", candidates, rounds)
         theirs = speeds.pop("stock")
-        for name, ours in speeds.items():
-            what = f"loader, {size} px, {'workers=1, scaled to floats' if name == 'floats' else name}"
-            beside = f"webdataset, {CORES} workers"
-            rows.append(row(what, ours, theirs, beside, f"{wanted} images/s by any" if name != "floats" else ""))
+        for candidate, ours in speeds.items():
+            name = f"loader, {size} px, {'workers=1, scaled to floats' if candidate == 'floats' else candidate}"
+            goal = f"{target} images/s by any" if candidate != "floats" else ""
+            rows.append(row(name, ours, theirs, f"webdataset, {CORES} workers", goal))
     return rows
 
 
 def trainer_loader(root: Path, workers: int, floats: bool = False) -> float:
-    """Images per second once the first batch is there."""
+    """Images per second after the first batch."""
     from pipeline.data.loader import build_train_loader
     from pipeline.data.order import Order
     from pipeline.data.preprocess import Preprocess, to_model_input
@@ -199,7 +199,7 @@ def trainer_loader(root: Path, workers: int, floats: bool = False) -> float:
 
 
 def timed(stream, use: Callable | None) -> float:
-    """Images per second of a stream of batches, without the first one, with which the processes are started."""
+    """Images per second of a stream of batches, without the first one, which includes the start of the processes."""
     next(stream)
     start, seen = time.perf_counter(), 0
     for batch in stream:
@@ -210,7 +210,7 @@ def timed(stream, use: Callable | None) -> float:
 
 
 def stock_loader(root: Path, workers: int) -> float:
-    """Stock webdataset with the same work: flip, to tensor, collate."""
+    """webdataset with the same work: flip, to tensor, collate."""
     import torch
     from torch.utils.data import DataLoader
 
@@ -250,12 +250,12 @@ def opening(folder: Path, rounds: int) -> list[Row]:
     seconds, mib, first, first_mib = (statistics.median(column) for column in zip(*runs, strict=True))
     return [
         Row("opening 1,000,000 samples", f"{seconds:.3f} s, {mib:.0f} MiB", "", None, "0.2 s, 100 MB"),
-        Row("the same and a first batch of 512", f"{first:.3f} s, {first_mib:.0f} MiB", "", None, ""),
+        Row("the same with a first batch of 512", f"{first:.3f} s, {first_mib:.0f} MiB", "", None, ""),
     ]
 
 
 def million(folder: Path) -> Path:
-    """A set of 500 shards of 2,000 samples, which are one shard under 500 names."""
+    """A set of 500 shards of 2,000 samples: hard links to one shard."""
     root = noise_set(folder / "one", 28, 1, 2000)
     manifest = json.loads((root / "manifest.json").read_text())
     (shard,) = manifest["splits"]["train"]["shards"]
@@ -273,10 +273,10 @@ def million(folder: Path) -> Path:
 
 
 def run_script(script: str, *arguments: str) -> list[float]:
-    """The numbers that a script prints, in a fresh process."""
+    """The numbers that a script prints, in a new process."""
     command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return [float(word) for word in done.stdout.split()]
+    return [float(number) for number in done.stdout.split()]
 
 
 # ----------------------------------------------------------------------------------------------------------- conversion
@@ -320,32 +320,32 @@ def conversion(folder: Path, rounds: int) -> list[Row]:
     source, kind = celeba_source(folder)
     rows = []
     for encoding in ("npy", "png"):
-        forms = {
+        candidates = {
             "ours": lambda e=encoding: converted(OURS, source, e, str(CORES)),
             "theirs": lambda e=encoding: converted(THEIRS, source, e),
         }
-        speeds = compete(f"conversion {encoding}", forms, rounds)
-        what = f"{kind} to 64 px {encoding}, {CORES} workers"
-        rows.append(row(what, speeds["ours"], speeds["theirs"], "Pillow and ShardWriter, one process", "ratio 2.2"))
+        speeds = measure_in_turns(f"conversion {encoding}", candidates, rounds)
+        name = f"{kind} to 64 px {encoding}, {CORES} workers"
+        rows.append(row(name, speeds["ours"], speeds["theirs"], "Pillow and ShardWriter, one process", "ratio 2.2"))
     rows.append(Row("memory of that conversion", conversion_memory(source), "", None, "600 MB"))
     return rows
 
 
 def celeba_source(folder: Path) -> tuple[Path, str]:
-    """CelebA's folder, and what to call it."""
+    """CelebA's folder and its name in the table."""
     real = os.environ.get("REAL_DATA_DIR")
     if real and (Path(real) / "celeba").is_dir():
         return Path(real) / "celeba", "CelebA sample"
-    return drawn_celeba(folder / "celeba", 3000), "CelebA-like JPEGs"
+    return synthetic_celeba(folder / "celeba", 3000), "CelebA-like JPEGs"
 
 
-def drawn_celeba(folder: Path, count: int) -> Path:
-    """JPEGs of 178 x 218, about as large and as slow to decode as photographs, with the authors' lists."""
+def synthetic_celeba(folder: Path, count: int) -> Path:
+    """JPEGs of 178 x 218, about as large and as slow to decode as photographs, with CelebA's lists."""
     from PIL import Image
 
     (folder / "img_align_celeba").mkdir(parents=True)
     names = [f"{number:06d}.jpg" for number in range(1, count + 1)]
-    for number, name in enumerate(tqdm(names, desc="drawing", unit="image")):
+    for number, name in enumerate(tqdm(names, desc="synthetic JPEGs", unit="image")):
         small = np.random.default_rng(number).integers(0, 256, (44, 36, 3), dtype=np.uint8)
         image = Image.fromarray(small).resize((178, 218), Image.Resampling.BICUBIC)
         image.save(folder / "img_align_celeba" / name, "JPEG", quality=90)
@@ -357,14 +357,14 @@ def drawn_celeba(folder: Path, count: int) -> Path:
 
 
 def converted(script: str, source: Path, encoding: str, *more: str) -> float:
-    """Images per second of a conversion in a process of its own, from after its imports."""
+    """Images per second of a conversion in a new process, without its imports."""
     with tempfile.TemporaryDirectory() as out:
         count, seconds = run_script(script, str(source), out, encoding, *more)
     return count / seconds
 
 
 def conversion_memory(source: Path) -> str:
-    """Highest sum of PSS over the processes of one conversion, looked at every 20 ms."""
+    """Highest sum of PSS over the processes of one conversion, sampled every 20 ms."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-c", OURS, str(source), out, "npy", str(CORES)]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
@@ -376,7 +376,7 @@ def conversion_memory(source: Path) -> str:
 
 
 def family(pid: int) -> list[int]:
-    """A process and all that it started, as far as they live."""
+    """A process and its living descendants."""
     try:
         text = "".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
     except OSError:
@@ -385,7 +385,7 @@ def family(pid: int) -> list[int]:
 
 
 def pss(pid: int) -> int:
-    """Bytes of memory, shared pages divided among their users; 0 for a process that is gone."""
+    """Proportional set size in bytes; 0 for a process that has ended."""
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:
@@ -398,7 +398,7 @@ PARTS = {"access": access, "loader": loader, "opening": opening, "conversion": c
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="counted turns of each form (default 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one round of warm-up (default 5)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     arguments = parser.parse_args()
     rows = []

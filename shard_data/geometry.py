@@ -5,14 +5,12 @@ from PIL import Image
 from shard_data.errors import DataError
 
 FILTERS = {name.lower(): Image.Resampling[name] for name in ("BILINEAR", "BICUBIC", "LANCZOS", "BOX", "HAMMING")}
-SIZES = (32, 256)
-
 Box = tuple[int, int, int, int]
 
 
-def check_size(size: int) -> None:
-    if not SIZES[0] <= size <= SIZES[1]:
-        raise DataError(f"size {size}: must be from {SIZES[0]} to {SIZES[1]} pixels")
+def check_size(size: int, smallest: int, largest: int) -> None:
+    if not smallest <= size <= largest:
+        raise DataError(f"size {size}: must be from {smallest} to {largest} pixels")
 
 
 def check_filter(name: str) -> None:

@@ -29,6 +29,7 @@ from shard_data.sources.image_files import ImageFolder, ImageZip
 
 WIDTH, HEIGHT = 178, 218
 SPLITS = ("train", "val", "test")  # 0, 1 and 2 of the partition
+SIZES = (32, 256)
 BOX148 = (15, 40, 163, 188)
 IMAGES = "img_align_celeba"
 
@@ -52,7 +53,7 @@ class CelebA:
     splits: ClassVar[tuple[str, ...]] = SPLITS
 
     def __post_init__(self):
-        check_size(self.size)
+        check_size(self.size, *SIZES)
         check_filter(self.filter)
         object.__setattr__(self, "folder", Path(self.folder))
         object.__setattr__(self, "box", parse_crop(self.crop))

@@ -21,28 +21,15 @@ import numpy as np
 
 from shard_data.decode import TRANSFORM, read_rgb
 from shard_data.errors import BadImage, DataError
-from shard_data.geometry import FILTERS, FITS, check_filter
+from shard_data.geometry import FILTERS, FITS, check_filter, check_size
 from shard_data.source import Omission, Record, Sample
+from shard_data.sources import hash_split
+from shard_data.sources.hash_split import SPLITS, HashSplit
 from shard_data.sources.image_files import read_file
 
 GIVEN = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-SPLITS = ("train", "val", "test")
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
-OTHER_IMAGES = (
-    ".heic",
-    ".heif",
-    ".avif",
-    ".jxl",
-    ".jp2",
-    ".psd",
-    ".svg",
-    ".eps",
-    ".dng",
-    ".cr2",
-    ".nef",
-    ".tga",
-    ".exr",
-)
+OTHER_IMAGES = tuple(".heic .heif .avif .jxl .jp2 .psd .svg .eps .dng .cr2 .nef .tga .exr".split())
 SIZES = (8, 1024)
 LONGEST = 50  # times the shorter side; an image of one row would grow to gigabytes before its center is cropped
 
@@ -70,7 +57,7 @@ class Folder:
         name: str = "folder",
     ):
         self.folder, self.size, self.fit, self.filter = Path(folder), size, fit, filter
-        self.use_classes, self.shares, self.split_seed, self.name = use_classes, (val, test), split_seed, name
+        self.use_classes, self.hash_split, self.name = use_classes, HashSplit(val, test, split_seed), name
         self._check_options()
         self.omissions: list[Omission] = []
         self.classes: tuple[str, ...] | None = None
@@ -78,13 +65,10 @@ class Folder:
         self._given = False
 
     def _check_options(self) -> None:
-        if not SIZES[0] <= self.size <= SIZES[1]:
-            raise DataError(f"size {self.size}: must be from {SIZES[0]} to {SIZES[1]} pixels")
+        check_size(self.size, *SIZES)
         check_filter(self.filter)
         if self.fit not in FITS:
             raise DataError(f"fit {self.fit!r}: must be one of {', '.join(FITS)}")
-        if not all(0 <= share < 1 for share in self.shares) or sum(self.shares) >= 1:
-            raise DataError(f"val and test {self.shares}: must be shares from 0 to 1 whose sum is below 1")
         if not self.folder.is_dir():
             raise DataError(f"{self.folder}: no such folder; --source must be the folder of the images")
 
@@ -122,7 +106,7 @@ class Folder:
         if not any(self._found.values()) and not self.omissions:
             raise DataError(f"{self.folder}: no images found; --source must be the folder of the images")
         self.classes = self._classes()
-        splits = "given" if self._given else {"val": self.shares[0], "test": self.shares[1], "seed": self.split_seed}
+        splits = "given" if self._given else self.hash_split.description()
         return {"splits": splits, "listing_sha256": digest.hexdigest(), "ignored_files": dict(sorted(ignored.items()))}
 
     def records(self, split: str) -> Sequence[Record]:
@@ -162,9 +146,7 @@ class Folder:
                     "move it, or give the folder of the classes as --source"
                 )
             return GIVEN[top]
-        number = int.from_bytes(hashlib.sha256(f"{self.split_seed}:{printable(path)}".encode()).digest()[:8], "big")
-        share, (val, test) = number / 2**64, self.shares
-        return "test" if share < test else "val" if share < test + val else "train"
+        return self.hash_split.of(printable(path))
 
     def _class(self, path: str) -> str | None:
         """The folder that is the class: the first below the split, or below the source."""
@@ -216,10 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--filter", choices=FILTERS, default="bilinear", help="of Pillow's resize (default %(default)s)"
     )
     parser.add_argument("--no-classes", action="store_true", help="subfolders are not classes")
-    for split in ("val", "test"):
-        share = f"share of {split}, if there are no split folders (default %(default)s)"
-        parser.add_argument(f"--{split}", type=float, default=0.05, metavar="SHARE", help=share)
-    parser.add_argument("--split-seed", type=int, default=0, help="seed of the split by hash (default %(default)s)")
+    hash_split.add_arguments(parser, ", if there are no split folders")
     parser.add_argument("--name", default="folder", help="name of the set in its manifest (default %(default)s)")
     parser.set_defaults(shuffle=0)  # folders are sorted by class
 

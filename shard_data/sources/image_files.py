@@ -11,7 +11,7 @@ from shard_data.errors import BadImage, DataError
 from shard_data.file_kinds import HEAD, describe_kind
 
 MAX_BYTES = 256 << 20  # of one image file
-LOCAL_HEADER = 30
+LOCAL_HEADER = 30  # bytes of a ZIP member's local header before its name
 
 
 class ImageFolder:
@@ -103,15 +103,20 @@ class ImageZip:
         return data
 
     def _packed(self, member: Member) -> bytes:
-        self._file.seek(member.header)
-        header = self._file.read(LOCAL_HEADER)
-        skip = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        self._file.seek(skip, 1)
+        self._file.seek(data_start(self._file, member.header))
         return self._file.read(member.packed)
 
     @cached_property
     def _file(self) -> BinaryIO:
         return open(self.path, "rb")
+
+
+def data_start(file: BinaryIO, header_offset: int) -> int:
+    """Where the data of a ZIP member begins, whose local header is at `header_offset`."""
+    file.seek(header_offset)
+    header = file.read(LOCAL_HEADER)
+    name_and_extra = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    return header_offset + LOCAL_HEADER + name_and_extra
 
 
 def _unpack(packed: bytes, member: Member) -> bytes | None:

@@ -13,7 +13,6 @@
 Images are not resized. Uncompressed arrays are memory-mapped, so they may be larger than the memory."""
 
 import argparse
-import hashlib
 import io
 import zlib
 from collections import Counter
@@ -29,14 +28,15 @@ import numpy as np
 from shard_data.errors import DataError
 from shard_data.files import sha256
 from shard_data.source import Record, Sample
+from shard_data.sources import hash_split
+from shard_data.sources.hash_split import SPLITS, HashSplit
+from shard_data.sources.image_files import data_start
 
 ARRAYS = ("images", "labels", "classes", "attributes", "attribute_names")
 NOT_READ = ("settings",)
-SPLITS = ("train", "val", "test")
 MAX_UNPACKED = 1 << 28  # bytes of a compressed array, which every worker holds in memory
 MAX_SIDE = 1024
 MAX_NAMES = 10_000
-LOCAL_HEADER = 30  # bytes of a ZIP member's own header before its name
 CHUNK = 1 << 20
 
 
@@ -61,11 +61,9 @@ class Npz:
     def __init__(
         self, path: str | Path, *, val: float = 0.05, test: float = 0.05, split_seed: int = 0, name: str = "npz"
     ):
-        self.path, self.shares, self.split_seed, self.name = Path(path), (val, test), split_seed, name
+        self.path, self.hash_split, self.name = Path(path), HashSplit(val, test, split_seed), name
         if not self.path.is_file():
             raise DataError(f"{self.path}: no such file; --source must be a .npz file")
-        if not all(0 <= share < 1 for share in self.shares) or sum(self.shares) >= 1:
-            raise DataError(f"val and test {self.shares}: must be shares from 0 to 1 whose sum is below 1")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}  # a worker process opens the file itself
@@ -96,12 +94,12 @@ class Npz:
 
     def description(self) -> dict[str, Any]:
         check_sums(self.path)
-        splits = {"val": self.shares[0], "test": self.shares[1], "seed": self.split_seed}
+        splits = self.hash_split.description()
         return {"sha256": sha256(self.path), "images": len(self.arrays.images), "splits": splits}
 
     def records(self, split: str) -> Sequence[Record]:
         count = len(self.arrays.images)
-        return [Record(f"{split}-{i:07d}", i) for i in range(count) if self._split(i) == split]
+        return [Record(f"{split}-{i:07d}", i) for i in range(count) if self.hash_split.of(str(i)) == split]
 
     def load(self, record: Record) -> Sample:
         i, arrays = record.where, self.arrays
@@ -111,11 +109,6 @@ class Npz:
             attributes=() if arrays.attributes is None else arrays.attributes[i].tolist(),
             facts={"index": i},
         )
-
-    def _split(self, i: int) -> str:
-        number = int.from_bytes(hashlib.sha256(f"{self.split_seed}:{i}".encode()).digest()[:8], "big")
-        share, (val, test) = number / 2**64, self.shares
-        return "test" if share < test else "val" if share < test + val else "train"
 
 
 def read_arrays(path: Path) -> Arrays:
@@ -205,10 +198,7 @@ def _read_header(file: io.BufferedIOBase) -> tuple[tuple[int, ...], bool, np.dty
 def _data_offset(path: Path, archive: ZipFile, member: ZipInfo) -> int:
     """Where a stored member's bytes begin in the file."""
     with path.open("rb") as file:
-        file.seek(member.header_offset)
-        header = file.read(LOCAL_HEADER)
-    offset = member.header_offset + LOCAL_HEADER
-    offset += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        offset = data_start(file, member.header_offset)
     if offset + member.file_size > path.stat().st_size or member.compress_size != member.file_size:
         raise BadZipFile(f"{member.filename} extends beyond the end of the file")
     return offset
@@ -297,10 +287,7 @@ def _fit_names(path: Path, attributes: np.ndarray | None, names: tuple[str, ...]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", type=Path, required=True, metavar="FILE.npz", help="file with the arrays")
-    for split in ("val", "test"):
-        share = f"share of {split}, chosen by a hash of the image's number (default %(default)s)"
-        parser.add_argument(f"--{split}", type=float, default=0.05, metavar="SHARE", help=share)
-    parser.add_argument("--split-seed", type=int, default=0, help="seed of the split by hash (default %(default)s)")
+    hash_split.add_arguments(parser)
     parser.add_argument("--name", default="npz", help="name of the set in its manifest (default %(default)s)")
     parser.set_defaults(shuffle=0)  # images are often sorted by class
 

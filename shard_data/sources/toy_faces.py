@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from shard_data.errors import DataError
+from shard_data.geometry import check_size
 from shard_data.source import Record, Sample
 from shard_data.sources.face_drawing import draw_face
 from shard_data.sources.face_factors import ATTRIBUTES, attributes, hidden, sample_factors
@@ -37,8 +38,7 @@ class ToyFaces:
     columns: ClassVar[frozenset[str]] = frozenset({"attributes", "hidden"})
 
     def __post_init__(self):
-        if not SIZES[0] <= self.size <= SIZES[1]:
-            raise DataError(f"size {self.size}: must be from {SIZES[0]} to {SIZES[1]} pixels")
+        check_size(self.size, *SIZES)
         for split in FIRST_INDEX:
             if not 0 <= getattr(self, split) <= LARGEST_SPLIT:
                 raise DataError(f"{split} {getattr(self, split)}: must be from 0 to {LARGEST_SPLIT:,} images")

@@ -20,8 +20,8 @@ from shard_data.sources.celeba_lists import read_attributes, read_column
 from shard_data.sources.mnist import IMAGES, LABELS, read_idx
 from tests.helpers.mnist_files import idx
 
-SPARE = 3_000_000
-"""Bytes that a read may allocate beyond twice the file's size."""
+SPARE = 6_000_000
+"""Bytes that a read may allocate beyond twice the file's size: files are read and hashed in chunks."""
 
 
 @pytest.fixture(scope="module")

@@ -188,7 +188,9 @@ def test_what_is_missing_or_damaged_stops_with_a_list_and_the_command_to_go_on(o
     words = ["celeba", "--source", str(originals), "--out", str(tmp_path / "out dir"), "--workers", "1"]
     assert main(words) == 2
     message = capsys.readouterr().err
-    assert all(f"{split}: 1, {reason}: {name}" in message for split, reason, name in LISTED)
+    assert all(
+        f"{split.replace('none', 'no split')}: 1 file, {reason}: {name}" in message for split, reason, name in LISTED
+    )
     assert message.splitlines()[-1].endswith(f"--out '{tmp_path / 'out dir'}' --workers 1 --partial")
     assert not (tmp_path / "out dir").exists()
     assert main([*words, "--partial"]) == 0
@@ -205,7 +207,7 @@ def test_a_partial_set_lists_every_omission_with_its_reason(originals, tmp_path,
     assert all(o["count"] == len(o["names"]) for o in manifest["omitted"])
     reasons = {name: reason for _, reason, name in entries}
     assert "truncated" in reasons[NAMES[2]]
-    assert reasons[NAMES[3]] == "89 x 109 pixels, where 178 x 218 are expected"
+    assert reasons[NAMES[3]] == "89 x 109 pixels instead of 178 x 218"
     kept = [sample["__key__"] for split in ("train", "val", "test") for sample in samples(tmp_path / "out", split)]
     gone = {name for _, name in UNREADABLE} | {name for _, _, name in LISTED}
     assert sorted(kept) == [name[:-4] for name in NAMES if name not in gone]
@@ -247,7 +249,7 @@ BAD_LISTS = {
     "empty": ("list_eval_partition.txt", lambda _: b"", "is an empty file"),
     "pointer": ("identity_CelebA.txt", lambda _: b"\0.git/annex/objects/x", "git-annex pointer"),
     "fewer rows": ("list_attr_celeba.txt", lambda text: rows(text, lambda lines: lines[:-3]), "says 12 rows.* 9"),
-    "torn row": ("list_attr_celeba.txt", lambda text: text[:-9], r"row 12 \(000012.jpg\)"),
+    "torn row": ("list_attr_celeba.txt", lambda text: text[:-9], r"row 12 \('000012.jpg'\)"),
     "39 names": (
         "list_attr_celeba.txt",
         lambda text: text.replace(b"Attribute_39", b""),
@@ -259,7 +261,7 @@ BAD_LISTS = {
         "from -1 to 7, not -1 to 1",
     ),
     "fourth split": ("list_eval_partition.txt", lambda text: text.replace(b" 2", b" 3"), "0 to 3, not 0 to 2"),
-    "twice": ("list_eval_partition.txt", lambda text: text + b"000001.jpg 0\n", r"row 13 \(000001.jpg\)"),
+    "twice": ("list_eval_partition.txt", lambda text: text + b"000001.jpg 0\n", r"row 13 \('000001.jpg'\)"),
     "path": ("list_eval_partition.txt", lambda text: text + b"../../etc/x.jpg 0\n", "row 13"),
     "no count": ("list_attr_celeba.txt", lambda text: text.split(b"\n", 1)[1], "instead of the number of its rows"),
 }
@@ -306,7 +308,7 @@ def test_hostile_zips_write_nothing_and_their_damage_is_named(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
     with zipfile.ZipFile(folder / "img_align_celeba.zip", "a") as archive:
         archive.writestr(f"../../{NAMES[0]}", b"")
-    with pytest.raises(DataError, match="several files of one name"):
+    with pytest.raises(DataError, match="several files of the same name"):
         convert(CelebA(folder), tmp_path / "out2", partial=True)
 
 

@@ -121,8 +121,8 @@ def spoil(root: Path) -> dict[str, str]:
     return {
         "cat/broken.jpg": "cannot be decoded",
         "cat/empty.png": "known format",
-        "dog/phone.HEIC": ".heic images are not read",
-        "dog/strip.png": "1000 x 3 pixels, too long",
+        "dog/phone.HEIC": ".heic images are not supported",
+        "dog/strip.png": "1000 x 3 pixels, too elongated",
         "dog/moving.gif": "2 frames",
         "dog/gone.png": "No such file",
         "linked": "a link to a folder",
