@@ -1,4 +1,4 @@
-"""Originals of any kind: converted rightly or refused by name; simplejpeg and Pillow give the same pixels."""
+"""Image files of any kind are decoded correctly or refused by name; simplejpeg and Pillow give the same pixels."""
 
 import io
 import os
@@ -86,7 +86,7 @@ def over_white(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return color * a + 255 * (1 - a)
 
 
-def test_alpha_is_laid_over_white():
+def test_alpha_is_composited_over_white():
     alpha = RNG.integers(0, 256, RGB.shape[:2], dtype=np.uint8)
     rgba = Image.fromarray(np.dstack([RGB, alpha]))
     la = Image.fromarray(np.dstack([GRAY, alpha]))
@@ -165,7 +165,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_converted_rightly_is_refused_by_name(case):
+def test_ambiguous_files_are_refused_by_name(case):
     with pytest.raises(BadImage, match=r"^holiday\.jpg: ") as failure:
         read_rgb(REFUSED[case](), "holiday.jpg")
     assert "0x" not in str(failure.value)  # no address in memory: reasons go into the manifest

@@ -47,7 +47,7 @@ def uninterrupted(tmp_path_factory) -> dict[str, bytes]:
 
 @given(stops=st.lists(st.integers(0, 22), max_size=3))
 @settings(max_examples=15, deadline=None)
-def test_interrupted_conversion_goes_on_to_the_same_bytes(uninterrupted, tmp_path_factory, stops):
+def test_an_interrupted_conversion_resumes_to_the_same_bytes(uninterrupted, tmp_path_factory, stops):
     folder, finished = tmp_path_factory.mktemp("interrupted"), 0
     for stop in stops:
         source = unreliable(stop)
@@ -65,7 +65,7 @@ def test_interrupted_conversion_goes_on_to_the_same_bytes(uninterrupted, tmp_pat
 
 @given(cut=st.floats(0, 1), flip=st.integers(0, 4))
 @settings(max_examples=15, deadline=None)
-def test_what_a_crash_tore_is_made_again(uninterrupted, tmp_path_factory, cut, flip):
+def test_files_truncated_by_a_crash_are_written_again(uninterrupted, tmp_path_factory, cut, flip):
     folder = tmp_path_factory.mktemp("torn")
     with pytest.raises(DataError):
         convert(unreliable(21), folder, shard_size=4)
@@ -87,20 +87,20 @@ def test_another_conversion_into_an_unfinished_folder_leaves_nothing_of_the_firs
     assert contents(tmp_path) == uninterrupted
 
 
-def test_killed_conversion_goes_on_and_leaves_no_process(tmp_path):
+def test_a_killed_conversion_resumes_and_leaves_no_process(tmp_path):
     words = ["toy_faces", "--size", "16", "--train", "3000", "--val", "0", "--test", "0", "--shard-size", "100"]
     command = [sys.executable, "-m", "shard_data", *words, "--workers", "2", "--out"]
     environment = {**os.environ, "SHARD_DATA_TEST": tmp_path.name}
-    for patience in (1, 2, 6):
+    for finished in (1, 2, 6):
         process = subprocess.Popen([*command, tmp_path / "killed"], stderr=subprocess.DEVNULL, env=environment)
-        wait_until(lambda: len(list((tmp_path / "killed").glob("*.index.npy"))) >= patience)  # noqa: B023
+        wait_until(lambda: len(list((tmp_path / "killed").glob("*.index.npy"))) >= finished)  # noqa: B023
         process.send_signal(signal.SIGKILL)
         process.wait()
         wait_until(lambda: not processes_with(f"SHARD_DATA_TEST={tmp_path.name}"))
         assert not (tmp_path / "killed" / "manifest.json").exists()
-    for name in ("killed", "straight"):
+    for name in ("killed", "uninterrupted"):
         subprocess.run([*command, tmp_path / name], check=True, capture_output=True)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "uninterrupted")
 
 
 def wait_until(condition) -> None:
@@ -120,7 +120,7 @@ def processes_with(variable: str) -> list[Path]:
     return found
 
 
-def test_ctrl_c_stops_all_workers_and_says_how_to_go_on(tmp_path):
+def test_ctrl_c_stops_all_workers_and_says_how_to_resume(tmp_path):
     words = ["toy_faces", "--train", "100000", "--shard-size", "50000", "--workers", "2", "--out", tmp_path / "out"]
     process = subprocess.Popen(
         [sys.executable, "-m", "shard_data", *words],
@@ -137,7 +137,7 @@ def test_ctrl_c_stops_all_workers_and_says_how_to_go_on(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["unfinished.jsonl"]
 
 
-def test_full_disk_is_named_and_the_same_command_goes_on(tmp_path, uninterrupted, monkeypatch):
+def test_a_full_disk_is_named_and_the_same_command_resumes(tmp_path, uninterrupted, monkeypatch):
     calls, fsync = [], os.fsync
 
     def full_at_the_fifth(descriptor):
@@ -155,7 +155,7 @@ def test_full_disk_is_named_and_the_same_command_goes_on(tmp_path, uninterrupted
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_do_not_show(tmp_path):
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     words = ["toy_faces", "--size", "16", "--train", "4000", "--val", "0", "--test", "0", "--shard-size", "50"]
     command = [sys.executable, "-m", "shard_data", *words, "--workers", "2", "--shuffle", "3", "--out"]
     environment = {**os.environ, "SHARD_DATA_TEST": tmp_path.name}
@@ -169,7 +169,7 @@ def test_twenty_kills_at_random_moments_do_not_show(tmp_path):
         wait_until(lambda: not processes_with(f"SHARD_DATA_TEST={tmp_path.name}"))
         if (tmp_path / "killed" / "manifest.json").exists():
             shutil.rmtree(tmp_path / "killed")
-    for name in ("killed", "straight"):
+    for name in ("killed", "uninterrupted"):
         if not (tmp_path / name / "manifest.json").exists():
             subprocess.run([*command, tmp_path / name], check=True, capture_output=True)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "uninterrupted")

@@ -1,4 +1,4 @@
-"""plain_pickle: equal to Python's pickle on plain data, deaf to everything else."""
+"""plain_pickle: equal to Python's pickle on plain data; everything else is refused."""
 
 import builtins
 import os
@@ -38,7 +38,7 @@ def test_arrays_are_read_as_pickle_reads_them(array, protocol):
 
 
 def python2_batch(data: bytes) -> bytes:
-    """A batch in the very operations of the published files: Python 2's strings, protocol 2."""
+    """A batch with the operations of the published files: Python 2's strings, protocol 2."""
     array = b"cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\nq\x02K\x00\x85q\x03U\x01b\x87Rq\x04"
     dtype = b"cnumpy\ndtype\nq\x05U\x02u1K\x00K\x01\x87Rq\x06(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     state = b"(K\x01K\x02M\x00\x0c\x86" + dtype + b"\x89T" + len(data).to_bytes(4, "little") + data + b"tb"

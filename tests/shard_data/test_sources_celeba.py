@@ -1,4 +1,4 @@
-"""celeba: pixels of a plain Pillow crop and resize, every form of lists and images, nothing lost in silence."""
+"""celeba: pixels of a plain Pillow crop and resize, all forms of lists and images, missing and unreadable files."""
 
 import io
 import os
@@ -183,7 +183,7 @@ LISTED = {
 UNREADABLE = {("val", NAMES[2]), ("train", NAMES[3]), ("test", NAMES[4])}
 
 
-def test_what_is_missing_or_damaged_stops_with_a_list_and_the_command_to_go_on(originals, tmp_path, capsys):
+def test_missing_and_unreadable_images_stop_with_a_list_and_the_command_to_skip_them(originals, tmp_path, capsys):
     spoil_rows(originals)
     words = ["celeba", "--source", str(originals), "--out", str(tmp_path / "out dir"), "--workers", "1"]
     assert main(words) == 2
@@ -213,7 +213,9 @@ def test_a_partial_set_lists_every_omission_with_its_reason(originals, tmp_path,
     assert sorted(kept) == [name[:-4] for name in NAMES if name not in gone]
 
 
-def test_damage_is_listed_whole_then_mended_then_only_its_shards_are_made_again(originals, tmp_path, monkeypatch):
+def test_all_unreadable_images_are_listed_and_after_a_fix_only_their_shards_are_written_again(
+    originals, tmp_path, monkeypatch
+):
     damaged = {NAMES[1]: b"", NAMES[8]: b"\xff\xd8\xff", NAMES[9]: b"text"}
     write(originals / "img_align_celeba", damaged)
     with pytest.raises(Incomplete) as failure:
@@ -226,10 +228,10 @@ def test_damage_is_listed_whole_then_mended_then_only_its_shards_are_made_again(
     manifest = convert(CelebA(originals), tmp_path / "out", shard_size=2)
     assert manifest["omitted"] == []
     assert {f"{key}.jpg" for key in loaded} == {NAMES[0], NAMES[1], NAMES[6], NAMES[8], NAMES[4], NAMES[9]}
-    assert manifest == convert(CelebA(originals), tmp_path / "straight", shard_size=2)
+    assert manifest == convert(CelebA(originals), tmp_path / "uninterrupted", shard_size=2)
 
 
-def test_a_shard_of_which_nothing_is_readable_goes_away_and_a_set_of_nothing_is_none(originals, tmp_path):
+def test_a_shard_without_readable_images_is_deleted_and_a_set_without_any_is_refused(originals, tmp_path):
     write(originals / "img_align_celeba", {NAMES[2]: b"", NAMES[7]: b""})
     manifest = convert(CelebA(originals), tmp_path / "out", partial=True)
     assert list(manifest["splits"]) == ["train", "test"]

@@ -1,4 +1,4 @@
-"""folder: classes, given and hashed splits, nothing lost in silence, pixels of plain Pillow."""
+"""folder: classes, given and hashed splits, skipped files, pixels of plain Pillow."""
 
 import io
 import os
@@ -76,13 +76,13 @@ def test_given_split_folders_are_the_splits(tmp_path):
     assert samples(tmp_path / "out", "test")["test/y/deep/4.png"]["cls"] == 1
 
 
-def test_an_image_beside_given_splits_is_named(tmp_path):
+def test_an_image_outside_of_given_splits_is_named(tmp_path):
     write(tmp_path / "in", "train/x/1.png", "extra/2.png")
     with pytest.raises(DataError, match=r"extra/2\.png: outside of train, val and test"):
         convert(Folder(tmp_path / "in"), tmp_path / "out")
 
 
-def test_unclear_classes_are_named(tmp_path):
+def test_ambiguous_classes_are_named(tmp_path):
     write(tmp_path / "in", "1.png", "cat/2.png")
     with pytest.raises(DataError, match=r"1\.png is in no subfolder, but cat/2\.png is, .*--no-classes"):
         convert(Folder(tmp_path / "in"), tmp_path / "out")
@@ -99,7 +99,7 @@ def test_hashed_split_of_an_image_depends_on_nothing_but_its_path_and_the_seed(t
     assert splits_of(Folder(part, val=0.2, test=0.3, split_seed=seed)) == {f"{i}.png": whole[f"{i}.png"] for i in kept}
 
 
-def test_hashed_split_has_about_the_shares_asked_for(tmp_path):
+def test_hashed_split_has_about_the_given_shares(tmp_path):
     for i in range(2000):
         (tmp_path / f"{i}.png").touch()
     found = list(splits_of(Folder(tmp_path, val=0.1, test=0.2)).values())
@@ -129,7 +129,7 @@ def spoil(root: Path) -> dict[str, str]:
     }
 
 
-def test_what_is_no_picture_is_listed_and_what_is_no_image_is_counted(tmp_path, capsys):
+def test_unreadable_images_are_listed_and_other_files_are_counted(tmp_path, capsys):
     root = write(tmp_path / "in", *CLASSES)
     reasons = spoil(root)
     for name in ("README.md", "cat/labels.csv", ".hidden.png", "__MACOSX/._1.png"):

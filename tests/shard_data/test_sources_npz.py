@@ -22,7 +22,7 @@ RNG = np.random.default_rng(0)
 
 
 def arrays(count: int = 40, **changes) -> dict[str, np.ndarray]:
-    """A whole set of arrays; a change of None leaves one out."""
+    """A valid set of arrays; a change of None removes one."""
     made = {
         "images": RNG.integers(0, 256, (count, 6, 5, 3), dtype=np.uint8),
         "labels": RNG.integers(-1, 3, count),

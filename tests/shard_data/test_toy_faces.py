@@ -98,18 +98,18 @@ def difference(face, name, size=32):
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_what_is_labeled_shows_at_32_pixels(name):
-    drawn = [sample_factors(1, i) for i in range(40)]
-    changed = [difference(face, name) for face in drawn if name not in hidden(face)]
+    sampled = [sample_factors(1, i) for i in range(40)]
+    changed = [difference(face, name) for face in sampled if name not in hidden(face)]
     assert len(changed) > 25
     assert min(change.max() for change in changed) >= 20  # in the least favourable face
     assert np.median([(change > 24).sum() for change in changed]) >= 8  # pixels, of 1,024
 
 
 def test_what_is_hidden_does_not_show():
-    drawn = [edit(sample_factors(2, i), Wearing_Hat=True) for i in range(25)]
-    assert all(hidden(face) == {"Bangs"} for face in drawn)
-    assert all(difference(face, "Bangs", size=64).max() == 0 for face in drawn)
-    assert hidden(edit(drawn[0], Wearing_Hat=False)) == set()
+    sampled = [edit(sample_factors(2, i), Wearing_Hat=True) for i in range(25)]
+    assert all(hidden(face) == {"Bangs"} for face in sampled)
+    assert all(difference(face, "Bangs", size=64).max() == 0 for face in sampled)
+    assert hidden(edit(sampled[0], Wearing_Hat=False)) == set()
 
 
 @pytest.mark.parametrize("index", range(6))
@@ -127,7 +127,7 @@ def test_edges_are_smooth():
     assert len(np.unique(image.reshape(-1, 3), axis=0)) > 400
 
 
-def test_splits_share_no_face_and_bear_distinct_keys():
+def test_splits_share_no_face_and_have_distinct_keys():
     source = ToyFaces(size=16, train=50, val=40, test=30)
     records = [record for split in source.splits for record in source.records(split)]
     assert len({record.where for record in records}) == len({record.key for record in records}) == 120
