@@ -7,12 +7,17 @@ finished shard. The file is deleted when the manifest is written.
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from shard_data.files import PARTIAL, replacing, sha256
+from shard_data.manifest import Shard
 
 FILE = "unfinished.jsonl"
+_SHARD = TypeAdapter(Shard)
 
 
 class Journal:
@@ -21,11 +26,13 @@ class Journal:
     def __init__(self, folder: Path):
         self.folder = folder
         self.path = folder / FILE
-        lines = _lines(self.path)
-        head = lines[0] if lines and "plan" in lines[0] else {"plan": None, "ours": []}
-        self.plan: dict[str, Any] | None = head["plan"]
-        self.ours: list[str] = [Path(name).name for name in head["ours"]]  # never a file outside of the folder
-        self.finished: dict[str, dict[str, Any]] = {entry["file"]: entry for entry in lines[1:]}
+        head, *lines = _lines(self.path) or [None]
+        head = head if isinstance(head, dict) else {}
+        self.plan: dict[str, Any] | None = head.get("plan")
+        names = head.get("ours")
+        # Never a file outside of the folder.
+        self.ours = [Path(name).name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+        self.finished: dict[str, Shard] = {entry["file"]: entry for entry in _entries(lines)}
 
     def begin(self, plan: dict[str, Any], ours: list[str]) -> None:
         """Start or resume `plan`. Finished shards are kept if the plan is unchanged and their hashes match."""
@@ -65,11 +72,17 @@ def _line(value: dict[str, Any]) -> bytes:
     return (json.dumps(value) + "\n").encode()
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _entries(lines: list[Any]) -> Iterator[Shard]:
+    for line in lines:
+        with contextlib.suppress(ValidationError):
+            yield _SHARD.validate_python(line)
+
+
+def _lines(path: Path) -> list[Any]:
     if not path.exists():
         return []
     lines = []
     for line in path.read_bytes().splitlines(keepends=True):
-        with contextlib.suppress(ValueError):  # a kill can truncate the last line; its shard is written again
+        with contextlib.suppress(ValueError, RecursionError):  # truncated by a kill: written again
             lines.append(json.loads(line))
     return lines

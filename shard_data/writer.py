@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from shard_data import info, plan
 from shard_data import manifest as manifests
-from shard_data.errors import AlreadyComplete, DataError, Incomplete
+from shard_data.errors import AlreadyComplete, Damaged, DataError, Incomplete
 from shard_data.file_lock import FileLock, LockHeld
 from shard_data.journal import Journal
 from shard_data.manifest import Manifest
@@ -130,7 +130,7 @@ def _open_folder(writer: ShardWriter, content: dict[str, Any], tasks: Sequence[T
     journal = Journal(folder)
     ours = list(journal.ours)
     if (folder / manifests.FILE).exists():
-        ours += [shard[name] for shard in manifests.all_shards(manifests.load(folder)) for name in ("file", "index")]
+        ours += _files_of_set(folder)
     foreign = [name for name in files if name not in ours and (folder / name).exists()]
     if foreign:
         raise DataError(
@@ -141,6 +141,16 @@ def _open_folder(writer: ShardWriter, content: dict[str, Any], tasks: Sequence[T
     (folder / manifests.FILE).unlink(missing_ok=True)
     journal.sweep()
     return journal
+
+
+def _files_of_set(folder: Path) -> list[str]:
+    try:
+        return [shard[name] for shard in manifests.all_shards(manifests.load(folder)) for name in ("file", "index")]
+    except Damaged:
+        raise DataError(
+            f"{folder / manifests.FILE}: damaged, so it is unknown which files belong to the set; "
+            "delete the folder, or choose another --out"
+        ) from None
 
 
 def _write_shards(writer: ShardWriter, tasks: list[Task], journal: Journal, workers: int, progress: bool) -> Entries:

@@ -35,6 +35,17 @@ def test_a_complete_set_is_only_replaced_with_overwrite(tmp_path, capsys):
     assert set(contents(tmp_path)) == {"manifest.json", "train-000000.tar", "train-000000.index.npy", "notes.txt"}
 
 
+def test_a_set_with_a_damaged_manifest_is_not_overwritten(tmp_path, capsys):
+    convert(SMALL_FACES, tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    before = contents(tmp_path)
+    assert main(["toy_faces", "--out", str(tmp_path), "--train", "3", "--overwrite"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "manifest.json" in line
+    assert "delete the folder" in line or "choose another" in line
+    assert contents(tmp_path) == before
+
+
 def test_files_of_others_are_never_overwritten(tmp_path):
     (tmp_path / "val-000000.tar").write_bytes(b"somebody's own shard")
     with pytest.raises(DataError, match=r"val-000000\.tar: would be overwritten"):

@@ -1,6 +1,7 @@
 """Conversions that are interrupted, killed or run out of disk: the same command finishes them, to the same bytes."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -77,6 +78,31 @@ def test_files_truncated_by_a_crash_are_written_again(uninterrupted, tmp_path_fa
     damaged.write_bytes(damaged.read_bytes()[:-700])
     convert(SMALL_FACES, folder, shard_size=4)
     assert contents(folder) == uninterrupted
+
+
+JOURNALS = {
+    "no JSON": b"\xff\x00 text\n",
+    "a number": b"5\n5\n",
+    "no list of files": b'{"plan": {}, "ours": 7}\n',
+    "numbers as files": b'{"plan": {}, "ours": [7, null]}\n[]\nnull\n',
+    "shards without names": b'{"plan": null, "ours": []}\n{"file": 7}\n{"file": "train-000000.tar"}\n',
+    "deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("case", JOURNALS)
+def test_a_journal_of_any_content_is_only_a_conversion_from_the_start(uninterrupted, tmp_path, case):
+    (tmp_path / "unfinished.jsonl").write_bytes(JOURNALS[case])
+    convert(SMALL_FACES, tmp_path, shard_size=4)
+    assert contents(tmp_path) == uninterrupted
+
+
+def test_a_journal_cannot_delete_files_outside_of_its_folder(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "unfinished.jsonl").write_text(json.dumps({"plan": None, "ours": ["../mine.txt"]}) + "\n")
+    convert(SMALL_FACES, tmp_path / "out")
+    assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
 def test_another_conversion_into_an_unfinished_folder_leaves_nothing_of_the_first(uninterrupted, tmp_path):
