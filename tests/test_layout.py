@@ -136,9 +136,14 @@ def test_nothing_shadows_the_standard_library():
     assert names & set(sys.stdlib_module_names) == set()
 
 
+PICKLES = {ROOT / "pipeline/data/workers.py": {"pickle"}}
+"""What goes from a process to its parent, through a socket that nobody else has."""
+
+
 def test_no_way_to_run_code_from_a_file():
     for path in [*sources("pipeline"), *sources("shard_data")]:
-        assert imports(path) & {"pickle", "dill", "cloudpickle", "shelve", "marshal"} == set(), path
+        pickles = imports(path) & {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
+        assert pickles == PICKLES.get(path, set()), path
         text = path.read_text()
         assert not re.search(r"(?<!\.)torch\.load\(", text), path
         assert "allow_pickle=True" not in text, path

@@ -1,26 +1,22 @@
-"""From shards to batches: PyTorch's DataLoader over whole micro-batches.
+"""From shards to batches.
 
 A micro-batch is read, preprocessed and handed over as one item, and which samples it holds is decided by its number
 alone. So the number of workers cannot change what the model sees, and starting at any micro-batch costs nothing.
 """
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Binarize, Preprocess
 from pipeline.data.shards import TarShards, UnreadableShard
-from pipeline.data.unreadable import SkippedSample, drop_damaged, replace_damaged
+from pipeline.data.unreadable import SkippedSample, drop_unreadable, replace_unreadable
+from pipeline.data.workers import iterate, iterate_in_workers
 from pipeline.schema import Section
 from shard_data.manifest import Image
 
@@ -28,7 +24,7 @@ OnError = Literal["raise", "skip"]
 
 
 class DataConfig(Section):
-    """Which images, and how they are made ready for the model."""
+    """Which images, and how they are preprocessed for the model."""
 
     root: str | None = None
     """Folder of the shard set, or the http(s):// address of such a folder; `--data DIR` sets it."""
@@ -36,17 +32,18 @@ class DataConfig(Section):
     """Folder into which a set at an address is fetched, once per node. Default: the environment variable
     NVAE_CACHE_DIR, or ~/.cache/nvae-pipeline."""
     verify: bool = True
-    """Compare each tar with its sha256 when a process first opens it, at 0.5 to 2 GB/s; otherwise changed pixels of
+    """Compare each tar with its sha256 when a process first opens it, at 0.5 to 2 GB/s. Without it, changed pixels of
     `.npy` images are not noticed."""
     on_error: OnError = "raise"
-    """What becomes of samples that cannot be read. raise: the run ends, on every process with the same message. skip:
-    it goes on without them, listed in skipped_samples.jsonl; in training others take their places. Changed pixels of
-    `.npy` images are not noticed then, since the hash of a tar does not tell which sample to leave out."""
+    """What happens when a sample is unreadable. raise: the run ends with an error. skip: it continues without the
+    sample, which is listed in skipped_samples.jsonl; in training another sample takes its place. Changed pixels of
+    `.npy` images are not noticed then, since the hash of a tar does not say which sample changed. Faults of the system,
+    such as an I/O error or too many open files, are retried for 7 s and then end the run in both cases."""
     source: str | None = None
-    """What makes this set when written after `python -m shard_data`; DIR stands for the originals. A set that needs
-    none is made where it is missing."""
+    """The arguments of `python -m shard_data` that make this set; DIR stands for the folder of the originals. A set
+    that needs no originals is made where it is missing."""
     train_split: str = "train"
-    """Split that is trained on."""
+    """The split to train on."""
     holdout: int | float = Field(default=0, ge=0)
     """Images of the training split that are held out as split `val`, for a set that has none: a number, or a fraction
     below 1. Which ones depends on train.seed and the set. They are not trained on; validate on them with
@@ -54,19 +51,20 @@ class DataConfig(Section):
     size: int = Field(default=32, ge=1, le=2**13)
     """Height and width, in pixels, that the stored images must have, before padding."""
     channels: int = Field(default=3, ge=1, le=16)
-    """Colour channels that the stored images must have."""
+    """Color channels that the stored images must have."""
     flip: bool = False
     """Mirror training images left and right with probability 1/2."""
     binarize: Binarize = "none"
-    """dynamic: each value becomes 255 with probability grey / 255 and else 0, sampled again in every epoch; or none."""
+    """dynamic: each value v becomes 255 with probability v / 255, otherwise 0, sampled again in every epoch."""
     pad: int = Field(default=0, ge=0, le=2**10)
     """Black pixels added on each side."""
     bits: int = Field(default=8, ge=1, le=8)
-    """Bits per colour channel that the model sees."""
+    """Bits per color channel that the model sees."""
     window: int = Field(default=32, ge=1, le=256)
-    """Shards shuffled together: more mix better, fewer need less memory for the page cache (32 MiB each, about)."""
+    """Number of shards that are shuffled together. More shards mix better; fewer need less memory for the page cache
+    (about 32 MiB each)."""
     workers: int = Field(default=2, ge=0)
-    """Reading processes per training process; 0 reads in the training process. Does not change the batches."""
+    """Processes that read data, per training process; 0 reads in the training process. Does not change the batches."""
     trace: bool = False
     """Write the epoch and the sample keys of every global batch to data_trace.jsonl."""
 
@@ -79,9 +77,7 @@ class DataConfig(Section):
 
 
 class Batch(NamedTuple):
-    """b samples of one rank, on the CPU; the images are pinned where the loader was asked to. A NamedTuple, which
-    DataLoader can pin and transfer.
-    """
+    """b samples of one rank, on the CPU; the images are in pinned memory where `pin_memory` was set."""
 
     images: Tensor
     """(b, C, H, W) uint8, padded."""
@@ -96,36 +92,39 @@ class Batch(NamedTuple):
     attributes: Tensor
     """(b, A) int8: 1 present, 0 absent, -1 unknown; A = 0 in a set without attributes."""
     skipped: Sequence[SkippedSample] = ()
-    """What could not be read of this batch; its columns are without it."""
+    """The samples that could not be read. In evaluation the columns are without them."""
 
 
 class Batches:
-    """Items `numbers` of a data set of whole batches, read ahead by a DataLoader; each iteration begins anew.
+    """Items `numbers` of a source of whole batches; each iteration starts from the first one."""
 
-    A damaged shard ends the iteration with its own error, whichever worker met it. Workers hand the error over as an
-    item: DataLoader would wrap a raised one in the worker's traceback, in a reference cycle that keeps workers alive.
-    """
-
-    def __init__(self, dataset: Dataset, numbers: range, workers: int, pin_memory: bool):
-        self._loader = DataLoader(
-            dataset,
-            batch_size=None,  # an item is a batch already
-            sampler=numbers,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            collate_fn=_as_it_is,
-            worker_init_fn=_start_worker,
-            prefetch_factor=4 if workers else None,
-        )
+    def __init__(
+        self,
+        source: "_WholeBatches",
+        numbers: range,
+        workers: int = 0,
+        pin_memory: bool = False,
+        timeout: float | None = None,
+    ):
+        """`timeout`: see `workers.iterate` and `workers.iterate_in_workers`."""
+        self._source = source
+        self._numbers = numbers
+        self._workers = workers
+        self._pin_memory = pin_memory
+        self._timeout = timeout
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self._numbers)
 
     def __iter__(self) -> Iterator[Batch]:
-        for item in start_workers(self._loader):
-            if isinstance(item, UnreadableShard):
-                raise item
-            yield Batch(item.images, *map(torch.from_numpy, item[1:6]), item.skipped)
+        source, numbers, timeout = self._source, self._numbers, self._timeout
+        if self._workers:
+            items = iterate_in_workers(source, numbers, self._workers, timeout)
+        else:
+            items = iterate(source, numbers, timeout)
+        for arrays, skipped in items:
+            images, *columns = map(torch.from_numpy, arrays)
+            yield Batch(images.pin_memory() if self._pin_memory else images, *columns, skipped)
 
 
 def check_data(config: DataConfig, image: Image, place: str) -> None:
@@ -134,12 +133,12 @@ def check_data(config: DataConfig, image: Image, place: str) -> None:
     if (height, width) != (config.size, config.size):
         raise ValueError(
             f"data.size is {config.size}, but {place} holds images of {height}x{width}; "
-            f"use a recipe for that size, or make the shards again with --size {config.size}"
+            f"use a recipe for that size, or convert the data set again with --size {config.size}"
         )
     if channels != config.channels:
         raise ValueError(
             f"data.channels is {config.channels}, but {place} holds images of {channels} channels; "
-            f"use a recipe for that data set, or name another set with --data"
+            f"use a recipe for that data set, or another set with --data"
         )
 
 
@@ -156,16 +155,18 @@ def build_train_loader(
     workers: int = 0,
     pin_memory: bool = False,
     on_error: OnError = "raise",
+    timeout: float | None = None,
 ) -> Batches:
     """This rank's share of the global micro-batches start, start + 1 ... stop - 1: one Batch each.
 
     Micro-batch m holds the positions [m * micro_batch, (m + 1) * micro_batch); rank r takes the r-th of `world_size`
-    equal, contiguous shares. Raises ValueError when the shares would be unequal.
+    equal, contiguous shares. `timeout`: seconds without a byte read after which the loader counts as stuck and ends the
+    run. Raises ValueError when the shares would be unequal.
     """
     if micro_batch % world_size:
         raise ValueError(f"a global micro-batch of {micro_batch} does not divide among {world_size} processes")
-    dataset = _TrainBatches(shards, preprocess, on_error, order, micro_batch, rank, world_size)
-    return Batches(dataset, range(start, stop), workers, pin_memory)
+    source = _TrainBatches(shards, preprocess, on_error, order, micro_batch, rank, world_size)
+    return Batches(source, range(start, stop), workers, pin_memory, _own_timeout(timeout, workers, world_size))
 
 
 def build_eval_loader(
@@ -178,38 +179,42 @@ def build_eval_loader(
     workers: int = 0,
     pin_memory: bool = False,
     on_error: OnError = "raise",
+    timeout: float | None = None,
 ) -> Batches:
     """The first `limit` samples (default: all) in natural order, each on one rank; positions are indices, epochs 0.
 
     `batch_size` is global: a rank gets about batch_size / world_size samples at a time. Ragged tails are kept, so ranks
-    may get different numbers of samples and of batches, and none at all when there are more ranks than samples: reduce
-    sums and counts. With `on_error` "skip" a batch of which nothing can be read is empty.
+    may get different numbers of samples and batches, and none when there are more ranks than samples: reduce sums and
+    counts. With `on_error` "skip", a batch without a readable sample is empty.
     """
     count = len(shards) if limit is None else min(limit, len(shards))
     mine = range(count * rank // world_size, count * (rank + 1) // world_size)
-    dataset = _EvalBatches(shards, preprocess, on_error, mine, max(1, batch_size // world_size))
-    return Batches(dataset, range(len(dataset)), workers, pin_memory)
+    source = _EvalBatches(shards, preprocess, on_error, mine, max(1, batch_size // world_size))
+    return Batches(source, range(len(source)), workers, pin_memory, _own_timeout(timeout, workers, world_size))
 
 
-class _WholeBatches(Dataset):
-    """Items are whole batches. What an item cannot give is handed over as an error, for `Batches` to raise.
+def _own_timeout(timeout: float | None, workers: int, world_size: int) -> float | None:
+    """Where several ranks read without workers, the watchdog ends a rank that hangs, and reports its position."""
+    return timeout if workers or world_size == 1 else None
 
-    All columns but the images are still NumPy's: a tensor from a worker takes a file of shared memory and a handshake,
-    five of which cost as much as reading 500 small images.
-    """
+
+class _Item(NamedTuple):
+    """A batch in NumPy's arrays, as it comes from a worker."""
+
+    arrays: tuple[np.ndarray, ...]
+    """Images, positions, epochs, indices, labels, attributes."""
+    skipped: Sequence[SkippedSample] = ()
+
+
+class _WholeBatches:
+    """Whole batches by their number: a `workers.Source`."""
 
     def __init__(self, shards: TarShards, preprocess: Preprocess, on_error: OnError):
         self.shards = shards
         self.preprocess = preprocess
         self.on_error = on_error
 
-    def __getitem__(self, number: int) -> Batch | UnreadableShard:
-        try:
-            return self._item(number)
-        except UnreadableShard as error:
-            return UnreadableShard(str(error))  # without the traceback, which does not travel
-
-    def _item(self, number: int) -> Batch:
+    def __getitem__(self, number: int) -> _Item:
         positions, epochs, indices = self._plan(number)
         try:
             return self._read(positions, epochs, indices)
@@ -218,9 +223,12 @@ class _WholeBatches(Dataset):
                 raise
             return self._read_around(positions, epochs, indices)
 
-    def _read(self, positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> Batch:
-        images = torch.from_numpy(self.preprocess(self.shards.images(indices), epochs, indices))
-        return Batch(images, positions, epochs, indices, self.shards.labels(indices), self.shards.attributes(indices))
+    def _read(
+        self, positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray, skipped: Sequence[SkippedSample] = ()
+    ) -> _Item:
+        images = self.preprocess(self.shards.images(indices), epochs, indices)
+        labels, attributes = self.shards.labels(indices), self.shards.attributes(indices)
+        return _Item((images, positions, epochs, indices, labels, attributes), skipped)
 
 
 class _TrainBatches(_WholeBatches):
@@ -245,9 +253,9 @@ class _TrainBatches(_WholeBatches):
         positions = np.asarray(self.share) + number * self.micro_batch
         return positions, *self.order.at(positions)
 
-    def _read_around(self, positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> Batch:
-        indices, skipped = replace_damaged(self.shards, self.order.seed, positions, epochs, indices)
-        return self._read(positions, epochs, indices)._replace(skipped=skipped)
+    def _read_around(self, positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> _Item:
+        indices, skipped = replace_unreadable(self.shards, self.order.seed, positions, epochs, indices)
+        return self._read(positions, epochs, indices, skipped)
 
 
 class _EvalBatches(_WholeBatches):
@@ -265,47 +273,6 @@ class _EvalBatches(_WholeBatches):
         indices = np.asarray(self.mine[number * self.batch : (number + 1) * self.batch])
         return indices, np.zeros_like(indices), indices
 
-    def _read_around(self, _positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> Batch:
-        kept, skipped = drop_damaged(self.shards, indices)
-        return self._read(kept, epochs[: len(kept)], kept)._replace(skipped=skipped)
-
-
-def _as_it_is(item):
-    return item
-
-
-def start_workers(loader: DataLoader) -> Iterator[Any]:
-    """An iterator over the loader, whose workers are born with the signals blocked that `_start_worker` is to settle:
-    none of their threads can be reached by one before that.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        return iter(loader)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker(_worker: int) -> None:
-    """Ctrl-C reaches the whole process group, and SLURM's signals every process of a job: the training process decides
-    what they mean. Its workers end when it tells them to, or when it has died.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigtimedwait"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_follow, args=[multiprocessing.parent_process().pid], daemon=True).start()
-    torch.set_num_threads(1)
-
-
-def _follow(parent: int) -> None:
-    """SIGTERM counts only from a worker's own process, which at its exit sends it and waits, as long as that takes.
-
-    PyTorch too looks whether that process lives, but not whether it died while its worker was starting.
-    """
-    while os.getppid() == parent:
-        sent = signal.sigtimedwait({signal.SIGTERM}, 1.0)
-        if sent is not None and sent.si_pid == parent:
-            break
-    os._exit(0)
+    def _read_around(self, _positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> _Item:
+        kept, skipped = drop_unreadable(self.shards, indices)
+        return self._read(kept, epochs[: len(kept)], kept, skipped)

@@ -1,8 +1,8 @@
-"""Which sample stands at which position of the training stream: integers only.
+"""Which sample is at which position of the training stream.
 
-Positions count samples from the start of training and run on over epochs, so nothing is dropped or padded at an epoch's
-end. The order is a pure function of (shard sizes, seed, window): it knows no rank, no worker and no state, so it is the
-same for every world size and worker count, and resuming is a matter of one integer.
+Positions count samples from the start of training and continue over epochs, so nothing is dropped or padded at the end
+of an epoch. The order is a pure function of (shard sizes, seed, window). It is the same for every number of ranks and
+workers, and resuming needs one integer.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,14 @@ class Order:
     """Position -> (epoch, slot in the epoch) -> sample index.
 
     An epoch is a random order of the shards, cut into windows of `window` shards each, and then a random order of the
-    samples inside each window. `window` trades mixing for memory: samples of a window are drawn together, so only the
-    window's shards need to be in the page cache; a window of all shards is a uniform shuffle of the whole set. As the
-    windows' members change from epoch to epoch, a few shards already mix well, unless the set lies sorted by class:
-    that wants a window of many shards.
+    samples inside each window. `window` trades mixing for memory: only the shards of a window need to be in the page
+    cache at a time; a window of all shards is a uniform shuffle of the whole set. The shards of a window change from
+    epoch to epoch, so a few shards already mix well, unless the set is sorted by class, which needs a large window.
 
-    Cost on one core: a window's samples are sorted once per process when it is first asked for, 0.12 s per million, and
-    8 B per sample are kept of the last four windows (32 while sorting). Thus 1e6 samples in one window take 0.12 s and
-    8 MB per epoch; 1e8 samples in shards of 2,000, 32 to a window, take 8 ms and 0.5 MB per window, and all of them in
-    one window would take 15 s and 800 MB.
+    Cost on one core: each process sorts the samples of a window when it first needs it, 0.12 s per million, and keeps
+    8 B per sample of the last four windows (32 while sorting). Thus 1e6 samples in one window take 0.12 s and 8 MB per
+    epoch; 1e8 samples in shards of 2,000, 32 in a window, take 8 ms and 0.5 MB per window, and all of them in one
+    window would take 15 s and 800 MB.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, window: int):
@@ -37,7 +36,7 @@ class Order:
             raise ValueError("an order needs at least one shard, and at least one sample in each shard")
         if window < 1:
             raise ValueError(
-                f"window is {window}: it counts the shards that are shuffled together and must be at least 1"
+                f"window is {window}, the number of shards that are shuffled together; it must be at least 1"
             )
         self.seed = seed
         self.window = window

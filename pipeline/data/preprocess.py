@@ -1,6 +1,6 @@
 """Between the shard and the model: flip, binarize and pad on the CPU, scaling to [0, 1] on the device.
 
-Chance depends on (seed, epoch, index) alone, so a sample is treated alike on every rank, in every worker and after a
+Random choices depend on (seed, epoch, index) alone, so a sample is the same on every rank, in every worker and after a
 resume.
 """
 
@@ -15,16 +15,16 @@ from pipeline.data.random_hash import GOLDEN_GAMMA, Stream, hash64, mix64
 
 Binarize = Literal["none", "dynamic"]
 
-MAX_DRAW = np.uint32(2**32 - 2)
-GREY_STEP = np.uint32((2**32 - 1) // 255)  # nothing is lost: 255 divides 2^32 - 1
+MAX_RANDOM = np.uint32(2**32 - 2)
+THRESHOLD_STEP = np.uint32((2**32 - 1) // 255)  # nothing is lost: 255 divides 2^32 - 1
 
 
 class Preprocess:
     """Images as stored -> images as the model gets them, before scaling.
 
-    `flip`: mirror left and right with probability 1/2. `binarize`: "dynamic" makes a pixel 255 with probability
-    grey/255 and else 0, drawn anew in each epoch (Burda et al. 2016, "Importance weighted autoencoders", section 5).
-    `pad`: black pixels on each side. Evaluation asks for epoch 0 always, and so sees the same pixels each time.
+    `flip`: mirror left and right with probability 1/2. `binarize`: "dynamic" makes a value v 255 with probability
+    v / 255 and otherwise 0, sampled again in each epoch (Burda et al. 2016, "Importance weighted autoencoders",
+    section 5). `pad`: black pixels on each side. Evaluation always uses epoch 0, so it sees the same pixels each time.
     """
 
     def __init__(self, seed: int, flip: bool = False, binarize: Binarize = "none", pad: int = 0):
@@ -47,22 +47,23 @@ class Preprocess:
         return out
 
     def _binarized(self, images: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """One 32-bit draw per value of the image, two from each hash of the sample's own SplitMix64 sequence."""
+        """Uses 32 random bits per value, two values from each number of the sample's own SplitMix64 sequence."""
         size = prod(images.shape[1:])
         states = hash64(self.seed, Stream.BINARIZE, epochs, indices)[:, None]  # (n, 1)
         steps = np.arange(1, (size + 1) // 2 + 1, dtype=np.uint64) * GOLDEN_GAMMA
-        draws = mix64(states + steps).astype("<u8", copy=False).view("<u4")[:, :size]  # (n, H W C)
-        on = turns_on(draws, images.reshape(len(images), size))
+        random = mix64(states + steps).astype("<u8", copy=False).view("<u4")[:, :size]  # (n, H W C)
+        on = turns_on(random, images.reshape(len(images), size))
         return (on * np.uint8(255)).reshape(images.shape)
 
 
-def turns_on(draws: np.ndarray, grey: np.ndarray) -> np.ndarray:
-    """Whether pixels of this grey (uint8) turn white under these draws (uint32): with probability grey / 255.
+def turns_on(random: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Whether pixels of these values (uint8) turn white for these random integers (uint32): with probability
+    value / 255.
 
-    A draw u in 0 .. 2^32 - 2 (2^32 - 1 counts as the one before it) is compared with grey (2^32 - 1) / 255,
-    a whole number: grey 0 never turns on, 255 always, and the probability of any other is off by less than 2^-32.
+    An integer in 0 .. 2^32 - 2 (2^32 - 1 counts as the one before it) is compared with value (2^32 - 1) / 255, which is
+    an integer. So 0 never turns white, 255 always does, and the error of any other probability is below 2^-32.
     """
-    return np.minimum(draws, MAX_DRAW) < grey * GREY_STEP
+    return np.minimum(random, MAX_RANDOM) < values * THRESHOLD_STEP
 
 
 def to_model_input(images: Tensor, bits: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -71,5 +72,5 @@ def to_model_input(images: Tensor, bits: int = 8, dtype: torch.dtype = torch.flo
     The reference's x <- floor(x 255 / 2^(8 - bits)) / (2^bits - 1) of x in [0, 1] gives the same values.
     """
     levels = images >> (8 - bits) if bits < 8 else images
-    # A divisor on the device: CUDA multiplies by the reciprocal of a plain number, which rounds otherwise.
+    # A tensor as divisor: CUDA multiplies by the reciprocal of a Python number, which rounds differently.
     return levels.to(dtype) / torch.full((), 2**bits - 1, dtype=dtype, device=images.device)

@@ -1,9 +1,8 @@
-"""Random numbers as a pure function of integers: the one source of chance in the data pipeline.
+"""Random numbers as a pure function of integers, for everything random in the data pipeline.
 
-Written out here rather than taken from a library because the order of samples has to stay the same for ever, and NumPy
-promises that only for single bit generators, not for its permutations. The mixing function is the finaliser of
-SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014; variant 13 of
-Stafford's constants).
+This is not a library's generator because the order of samples must never change, and NumPy promises that only for
+single bit generators, not for its permutations. The mixing function is the finalizer of SplitMix64 (Steele, Lea and
+Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014; variant 13 of Stafford's constants).
 """
 
 from enum import IntEnum
@@ -25,7 +24,7 @@ class Stream(IntEnum):
 
 
 def mix64(state: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser, a bijection of 64-bit integers: uint64 array -> uint64 array of the same shape."""
+    """SplitMix64's finalizer, a bijection of 64-bit integers: uint64 array -> uint64 array of the same shape."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))
@@ -38,6 +37,6 @@ def hash64(*words: int | np.ndarray) -> np.ndarray:
     """
     state = np.zeros(1, np.uint64)
     for word in words:
-        # At least one dimension: NumPy warns when scalars overflow and lets arrays wrap, which is what is meant here.
+        # At least one dimension: NumPy warns when scalars overflow and lets arrays wrap, which is intended here.
         state = mix64((state + GOLDEN_GAMMA) ^ np.atleast_1d(word).astype(np.uint64))
     return state

@@ -1,4 +1,4 @@
-"""What the trainer and the evaluator need of a data set. `pipeline.run.data.RunData` implements it for a recipe."""
+"""The interface of a data set for the trainer and the evaluator. `pipeline.run.data.RunData` implements it."""
 
 from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
@@ -24,7 +24,7 @@ class TrainingData(Protocol):
         """This rank's share of the held-out images, in their natural order."""
 
     def model_inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """What the model takes of a batch, on the device: (b, C, H, W) in [0, 1], and the condition (b, K) or None."""
+        """The model's inputs on the device: images (b, C, H, W) in [0, 1], and the condition (b, K) or None."""
 
     def report_unreadable(
         self,
@@ -33,8 +33,8 @@ class TrainingData(Protocol):
         error: UnreadableShard | None,
         split: Literal["train", "held_out"] = "train",
     ) -> int:
-        """The number of samples that were skipped over all ranks; every rank calls it, at the same time.
+        """The number of skipped samples over all ranks. Every rank calls it at the same time.
 
-        `skipped` and `error` are what this rank met. `step` is the step of the model, for the list in the run's folder.
-        Raises the error of the first rank that has one on every rank.
+        `skipped` and `error` are those of this rank. `step` is written to the list in the run folder. Raises the error
+        of the lowest rank that has one, on every rank.
         """

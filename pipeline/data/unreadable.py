@@ -1,9 +1,9 @@
-"""Reading around damage, where `data.on_error=skip` asks for it: batches without the samples that cannot be read.
+"""Batches without unreadable samples, for `data.on_error=skip`.
 
-In training another sample takes the place of a damaged one, so that batches keep their size: batch norm, KL balancing
-and gradient averaging see an ordinary batch. Which one depends on (seed, epoch, index) and on what can be read, not on
-ranks and workers, so runs stay reproducible and the same for every number of processes. In evaluation the sample is
-left out, and means are over the rest.
+In training, another sample replaces an unreadable one: batches keep their size, and batch norm, KL balancing and
+gradient averaging see an ordinary batch. Which one depends on (seed, epoch, index) and on what can be read, not on
+ranks and workers. So runs stay reproducible, and equal for every number of processes. In evaluation the sample is
+skipped, and means are over the rest.
 """
 
 from typing import NamedTuple
@@ -13,25 +13,25 @@ import numpy as np
 from pipeline.data.random_hash import Stream, hash64
 from pipeline.data.shards import TarShards, UnreadableShard
 
-MAX_DRAWS = 100
-"""Samples drawn in the place of a damaged one before the set is given up."""
+MAX_CANDIDATES = 100
+"""Samples tried in the place of an unreadable one before the run ends."""
 
 
 class SkippedSample(NamedTuple):
     """A sample that could not be read."""
 
     position: int
-    """In the training stream; in evaluation the index."""
+    """In the training stream; in evaluation, the index."""
     index: int
     """Number of the sample in its split."""
     problem: str
-    """Names shard, sample and offset."""
+    """The reason, with shard, sample and offset."""
     replaced_by: int | None
-    """Index of the sample that took its place; None in evaluation."""
+    """Index of the sample that replaces it; None in evaluation."""
 
 
 def problem(shards: TarShards, index: int) -> str | None:
-    """Why this sample cannot be read; None where it can."""
+    """Why this sample is unreadable; None where it is readable."""
     try:
         for read in (shards.images, shards.labels, shards.attributes):
             read([index])
@@ -40,24 +40,24 @@ def problem(shards: TarShards, index: int) -> str | None:
     return None
 
 
-def replace_damaged(
+def replace_unreadable(
     shards: TarShards, seed: int, positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray
 ) -> tuple[np.ndarray, list[SkippedSample]]:
-    """The indices (n,) with others in the place of damaged ones, and what was left out.
+    """The indices (n,) with others in the place of unreadable ones, and the skipped samples.
 
-    Raises UnreadableShard when too many of the set are damaged to find others.
+    Raises UnreadableShard when no readable sample is found.
     """
     indices, skipped = indices.copy(), []
     for place, index in enumerate(indices.tolist()):
         found = problem(shards, index)
         if found is not None:
-            indices[place] = _another(shards, seed, int(epochs[place]), index, found)
+            indices[place] = _replacement(shards, seed, int(epochs[place]), index, found)
             skipped.append(SkippedSample(int(positions[place]), index, found, int(indices[place])))
     return indices, skipped
 
 
-def drop_damaged(shards: TarShards, indices: np.ndarray) -> tuple[np.ndarray, list[SkippedSample]]:
-    """The readable ones of the indices (n,), and what was left out."""
+def drop_unreadable(shards: TarShards, indices: np.ndarray) -> tuple[np.ndarray, list[SkippedSample]]:
+    """The readable ones of the indices (n,), and the skipped samples."""
     problems = [problem(shards, index) for index in indices.tolist()]
     skipped = [
         SkippedSample(index, index, found, None)
@@ -67,9 +67,9 @@ def drop_damaged(shards: TarShards, indices: np.ndarray) -> tuple[np.ndarray, li
     return indices[[found is None for found in problems]], skipped
 
 
-def _another(shards: TarShards, seed: int, epoch: int, index: int, found: str) -> int:
-    draws = hash64(seed, Stream.REPLACE, epoch, index, np.arange(MAX_DRAWS)) % np.uint64(len(shards))
-    for candidate in draws.tolist():
+def _replacement(shards: TarShards, seed: int, epoch: int, index: int, found: str) -> int:
+    candidates = hash64(seed, Stream.REPLACE, epoch, index, np.arange(MAX_CANDIDATES)) % np.uint64(len(shards))
+    for candidate in candidates.tolist():
         if problem(shards, candidate) is None:
             return candidate
-    raise UnreadableShard(f"{found} ({MAX_DRAWS} samples drawn in its place were damaged as well)")
+    raise UnreadableShard(f"{found} ({MAX_CANDIDATES} samples tried in its place are unreadable as well)")

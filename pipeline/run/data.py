@@ -84,6 +84,7 @@ class RunData:
             workers=self.recipe.data.workers,
             pin_memory=self.runtime.device.type == "cuda",
             on_error=self.recipe.data.on_error,
+            timeout=self.recipe.train.collective_timeout,
         )
 
     def held_out_batches(self) -> Iterable[Batch]:
@@ -97,6 +98,7 @@ class RunData:
             world_size=self.runtime.world_size,
             limit=config.images,
             on_error=self.recipe.data.on_error,
+            timeout=self.recipe.train.collective_timeout,
         )
         return tqdm(loader, **self._bar)
 

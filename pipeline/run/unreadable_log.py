@@ -1,4 +1,4 @@
-"""Samples that cannot be read, settled on all processes alike: all stop with one message, or all go on without them."""
+"""Unreadable samples, reported on every rank: all ranks raise the same error, or all continue without the samples."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ log = logging.getLogger("pipeline")
 
 
 class UnreadableLog:
-    """Counts what was left out, and lists it in the run's folder: one line per sample, when it is first met.
+    """Counts the skipped samples, and lists them in the run folder: one line per sample, when it is first skipped.
 
     A line: {"step", "split", "index", "position", "replaced_by", "problem"}; `problem` names shard, sample and offset.
     """
@@ -26,7 +26,7 @@ class UnreadableLog:
         self._listed: set[tuple[str, int]] = set()
 
     def open(self, folder: Path, last_step: int) -> None:
-        """Begin or continue the list. Lines after `last_step`, of steps which will be taken again, are cut off."""
+        """Starts or continues the list. Removes lines after `last_step`, whose steps will be repeated."""
         self._path = folder / FILE
         cut_records(self._path, last_step)
         if self._path.exists():
@@ -36,9 +36,9 @@ class UnreadableLog:
     def report(
         self, step: int, split: str, skipped: Sequence[SkippedSample], error: UnreadableShard | None = None
     ) -> int:
-        """How many samples were left out over all processes; every process calls it, at the same time.
+        """The number of skipped samples over all ranks. Every rank calls it at the same time.
 
-        Raises on every process the error of the first that has one.
+        Raises the error of the lowest rank that has one, on every rank.
         """
         if self.runtime.all_agree(error is None and not skipped):
             return 0
@@ -58,7 +58,7 @@ class UnreadableLog:
         if not new or not self.runtime.is_main:
             return
         first = next(iter(new.values())).problem
-        log.warning("step %d, %s: %d more samples cannot be read and are left out: %s", step, split, len(new), first)
+        log.warning("step %d, %s: %d more samples are unreadable and skipped: %s", step, split, len(new), first)
         if self._path is not None:
             lines = [json.dumps({"step": step, "split": split} | sample._asdict()) for sample in new.values()]
             with self._path.open("a") as file:

@@ -88,7 +88,7 @@ def test_other_splits_and_recipes_without_it_are_whole(root):
 
 
 def test_indices_outside_a_part_are_refused(root):
-    with pytest.raises(IndexError, match=r"12\.\.12 asked of split 'val' with 12"):
+    with pytest.raises(IndexError, match=r"12\.\.12 are outside split 'val' with 12"):
         opened(root, "val").images([12])
     with pytest.raises(IndexError):
         Subset(root, "train", np.array([41]), "x")

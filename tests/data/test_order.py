@@ -1,4 +1,4 @@
-"""The order of samples: exactly once per epoch, for ever the same, and known to nobody but (sizes, seed, window)."""
+"""The order of samples: each once per epoch, never changing, and a function of (sizes, seed, window) alone."""
 
 import pickle
 from collections import Counter
@@ -21,7 +21,7 @@ WINDOWS = st.integers(1, 14)
 
 
 def reference_mix(z: int) -> int:
-    """SplitMix64's finaliser in plain integers."""
+    """SplitMix64's finalizer in plain integers."""
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
     return z ^ (z >> 31)
@@ -93,7 +93,7 @@ def test_the_order_is_frozen():
 @settings(deadline=None)
 @given(SIZES, SEEDS, WINDOWS, st.lists(st.integers(0, 400), min_size=1, max_size=60))
 def test_any_positions_in_any_sequence_agree_with_the_whole_stream(sizes, seed, window, positions):
-    """Straddling epochs, repeats, backward jumps: what was asked before does not matter."""
+    """Straddling epochs, repeats, backward jumps: earlier calls do not matter."""
     stream = Order(sizes, seed, window).at(np.arange(401))
     order = Order(sizes, seed, window)
     for some in (positions, positions[::-1], positions[:1]):
@@ -105,9 +105,9 @@ def test_any_positions_in_any_sequence_agree_with_the_whole_stream(sizes, seed, 
 
 @settings(deadline=None)
 @given(SIZES, SEEDS, WINDOWS, st.integers(1, 40), st.integers(0, 9))
-def test_resuming_at_any_step_gives_the_tail_of_the_straight_run(sizes, seed, window, batch, step):
-    straight = Order(sizes, seed, window)
-    batches = [straight.at(np.arange(s * batch, (s + 1) * batch))[1].tolist() for s in range(10)]
+def test_resuming_at_any_step_gives_the_rest_of_the_uninterrupted_run(sizes, seed, window, batch, step):
+    uninterrupted = Order(sizes, seed, window)
+    batches = [uninterrupted.at(np.arange(s * batch, (s + 1) * batch))[1].tolist() for s in range(10)]
     resumed = pickle.loads(pickle.dumps(Order(sizes, seed, window)))  # noqa: S301 - our own object, as a worker gets it
     tail = [resumed.at(np.arange(s * batch, (s + 1) * batch))[1].tolist() for s in range(step, 10)]
     assert tail == batches[step:]
@@ -116,7 +116,7 @@ def test_resuming_at_any_step_gives_the_tail_of_the_straight_run(sizes, seed, wi
 @settings(deadline=None)
 @given(SIZES, SEEDS, WINDOWS, st.integers(1, 9), st.integers(1, 5))
 def test_shares_of_any_world_make_up_the_same_stream_exactly_once(sizes, seed, window, world, per_rank):
-    """Contiguous shares, read by objects that know nothing of each other; three epochs hold each sample three times."""
+    """Contiguous shares, read by separate objects; three epochs hold each sample three times."""
     batch = world * per_rank
     ranks = [Order(sizes, seed, window) for _ in range(world)]
     total = 3 * sum(sizes)
@@ -162,7 +162,7 @@ def test_a_window_over_all_shards_is_a_uniform_shuffle():
 
 
 def test_an_epoch_of_a_hundred_million_samples_opens_one_window_only():
-    """What a window costs does not grow with the set: only the windows asked for are made."""
+    """What a window costs does not grow with the set: only the windows that are used are made."""
     order = Order([2000] * 50_000, seed=0, window=32)
     epochs, indices = order.at(np.arange(2**40, 2**40 + 512))
     assert epochs.tolist() == [2**40 // 10**8] * 512
@@ -176,7 +176,7 @@ def test_an_epoch_of_a_hundred_million_samples_opens_one_window_only():
     ("sizes", "window", "message"),
     [([], 1, "at least one shard"), ([3, 0], 1, "at least one sample"), ([3], 0, "window is 0")],
 )
-def test_bad_arguments_are_refused(sizes, window, message):
+def test_wrong_arguments_are_refused(sizes, window, message):
     with pytest.raises(ValueError, match=message):
         Order(sizes, 0, window)
 
@@ -186,7 +186,7 @@ def test_negative_positions_are_refused():
         Order([3], 0, 1).at([0, -1])
 
 
-def test_recent_keeps_the_last_used_and_travels_empty():
+def test_the_cache_keeps_the_last_used_values_and_its_copy_is_empty():
     made = []
     recent = LRUCache(2)
     for key in "aabacab":

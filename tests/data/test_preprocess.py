@@ -64,14 +64,14 @@ def test_a_sample_does_not_depend_on_its_batch(seed, samples, cut):
     np.testing.assert_array_equal(preprocess(images[::-1], epochs[::-1], indices[::-1])[::-1], whole)
 
 
-def test_binarizing_hits_each_grey_with_its_probability():
-    """65,536 draws of each of the 256 greys: frequencies within five deviations, 0 never and 255 always."""
-    greys = np.arange(256)
-    images = np.broadcast_to(greys.astype(np.uint8)[None, :, None, None], (4096, 256, 16, 1))
+def test_binarizing_has_the_right_probability_for_each_value():
+    """65,536 samples of each of the 256 values: frequencies within five deviations, 0 never and 255 always."""
+    values = np.arange(256)
+    images = np.broadcast_to(values.astype(np.uint8)[None, :, None, None], (4096, 256, 16, 1))
     on = run(Preprocess(seed=7, binarize="dynamic"), images)
     assert set(np.unique(on).tolist()) == {0, 255}
     frequency = (on == 255).mean(axis=(0, 1, 3))
-    probability = greys / 255
+    probability = values / 255
     deviation = np.sqrt(probability * (1 - probability) / 65536)
     assert frequency[0] == 0
     assert frequency[255] == 1
@@ -81,12 +81,12 @@ def test_binarizing_hits_each_grey_with_its_probability():
 
 def test_binarizing_compares_with_the_exact_threshold():
     top = 2**32 - 1
-    for grey in range(256):
-        threshold = grey * top // 255
-        assert threshold * 255 == grey * top
+    for value in range(256):
+        threshold = value * top // 255
+        assert threshold * 255 == value * top
         draws = np.array([0, max(threshold, 1) - 1, min(threshold, top), top], np.uint32)
-        on = turns_on(draws, np.full(4, grey, np.uint8)).tolist()
-        assert on == [grey > 0, grey > 0, grey == 255, grey == 255]
+        on = turns_on(draws, np.full(4, value, np.uint8)).tolist()
+        assert on == [value > 0, value > 0, value == 255, value == 255]
 
 
 def test_binarizing_equals_plain_integers():
@@ -103,15 +103,15 @@ def test_binarizing_equals_plain_integers():
     image = images_like(1, 3, 5, 1)
     hashes = [mix((state + step * GAMMA) & MASK) for step in range(1, 9)]
     draws = [half for number in hashes for half in (number & 0xFFFFFFFF, number >> 32)][:15]
-    expected = [255 * (draw * 255 < int(grey) * (2**32 - 1)) for draw, grey in zip(draws, image.ravel(), strict=True)]
+    expected = [255 * (draw * 255 < int(value) * (2**32 - 1)) for draw, value in zip(draws, image.ravel(), strict=True)]
     out = Preprocess(-9, binarize="dynamic")(image, np.array([3]), np.array([6]))
     assert out.ravel().tolist() == expected
 
 
 def test_pixels_and_samples_and_epochs_are_independent():
     """Correlations of fair coins between neighbours in every direction stay within five deviations of zero."""
-    grey = np.full((2000, 8, 8, 3), 127, np.uint8)
-    signs = [run(Preprocess(seed=2, binarize="dynamic"), grey, epoch) / 127.5 - 1 for epoch in (0, 1)]
+    gray = np.full((2000, 8, 8, 3), 127, np.uint8)
+    signs = [run(Preprocess(seed=2, binarize="dynamic"), gray, epoch) / 127.5 - 1 for epoch in (0, 1)]
     first = signs[0] - signs[0].mean()
     for axis in range(4):
         for distance in (1, 2):
@@ -122,8 +122,8 @@ def test_pixels_and_samples_and_epochs_are_independent():
 
 def test_draws_are_frozen():
     """Literal numbers: a change here changes validation figures and every run that is resumed."""
-    grey = np.full((4, 2, 4, 1), 128, np.uint8)
-    on = run(Preprocess(seed=1, binarize="dynamic"), grey, epoch=2) // 255
+    gray = np.full((4, 2, 4, 1), 128, np.uint8)
+    on = run(Preprocess(seed=1, binarize="dynamic"), gray, epoch=2) // 255
     assert ["".join(map(str, image.ravel())) for image in on] == ["10000011", "11001010", "01000010", "10110101"]
     ramp = np.arange(40, dtype=np.uint8).reshape(20, 1, 2, 1)
     flipped = run(Preprocess(seed=1, flip=True), ramp, epoch=2)[:, 0, 0, 0] % 2

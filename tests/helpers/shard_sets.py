@@ -1,4 +1,6 @@
-"""Writes shard sets by docs/architecture.md, without shard_data: the reader is tested against the format."""
+"""Writes shard sets by docs/architecture.md, without shard_data, so that the reader is tested against the format, and
+makes them unreadable.
+"""
 
 import hashlib
 import io
@@ -8,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from pipeline.data.shards import TarShards, UnreadableShard
 
 
 @dataclass
@@ -84,6 +89,52 @@ def rewrite_index(root: Path, stem: str, change, split: str = "train") -> None:
                 shard["index_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
 
     edit_manifest(root, update)
+
+
+def setting(*path, value):
+    """A change for `edit_manifest`: this value at this path."""
+
+    def change(manifest):
+        place = manifest
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+
+    return change
+
+
+def set_field(index: np.ndarray, row: int, field: str, value) -> np.ndarray:
+    """The index with this value changed, for `rewrite_index`."""
+    index[field][row] = value
+    return index
+
+
+def flip_byte(path: Path, place: int, mask: int = 0xFF) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= mask
+    path.write_bytes(content)
+
+
+def place_of(root: Path, index: int) -> tuple[Path, str, int]:
+    """(tar, key, offset of the image) of a sample of the small sets, from the index files."""
+    for number, size in enumerate((10, 8, 5)):
+        if index < size:
+            row = np.load(root / f"train-{number:06d}.index.npy")[index]
+            return root / f"train-{number:06d}.tar", row["key"].decode(), int(row["offset"])
+        index -= size
+    raise AssertionError
+
+
+def assert_unreadable(root: Path, index: int, message: str, asked=range(23)) -> None:
+    """Reading raises UnreadableShard naming tar, key and offset of sample `index`, also the second time."""
+    tar, key, offset = place_of(root, index)
+    shards = TarShards(root, "train")
+    for _ in range(2):
+        with pytest.raises(UnreadableShard, match=message) as caught:
+            shards.images(asked)
+        text = str(caught.value)
+        assert f"{tar}: sample '{key}' at offset {offset}: " in text
+        assert f"python -m shard_data verify {root}" in text
 
 
 def _write_split(root: Path, split: str, samples: Samples, shard_sizes: list[int], encoding: str, names) -> dict:

@@ -62,11 +62,11 @@ def skipped(folder: Path) -> list[dict]:
 RECORD_ERRORS = """
 import os, sys
 from pathlib import Path
-from pipeline import train
-def fail(error, code, fail=train.fail):
-    (Path(os.environ["ERRORS"]) / os.environ["RANK"]).write_text(f"{code} {type(error).__name__} {error}")
-    return fail(error, code)
-train.fail = fail
+from pipeline import cli, train
+def report_error(error, report_error=cli.report_error):
+    (Path(os.environ["ERRORS"]) / os.environ["RANK"]).write_text(f"{type(error).__name__} {error}")
+    report_error(error)
+cli.report_error = report_error
 sys.exit(train.main())
 """
 
@@ -82,8 +82,8 @@ def assert_all_end(recipe: Path, place: str, *overrides: str) -> None:
     assert result.returncode == 1
     errors = [(folder / "errors" / rank).read_text() for rank in "01"]
     assert errors[0] == errors[1]
-    assert re.search(rf"^2 UnreadableShard .*{place}", errors[0])
-    assert result.stderr.count(errors[0].removeprefix("2 UnreadableShard ")) == 1
+    assert re.search(rf"^UnreadableShard .*{place}", errors[0])
+    assert result.stderr.count(errors[0].removeprefix("UnreadableShard ")) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])
