@@ -199,6 +199,13 @@ def test_info_shows_splits_and_attributes(whole, capsys):
     assert any(line.split() == ["Smiling", f"{100 * share:.1f}"] for line in text.splitlines())
 
 
+def test_info_of_a_set_that_lists_no_omissions(copy):
+    content = manifest.load(copy)
+    del content["omitted"]
+    (copy / "manifest.json").write_text(json.dumps(content))
+    assert "toy_faces: 16 x 16 x 3" in describe(copy)
+
+
 @pytest.mark.parametrize("name", ["train-000000.tar", "train-000000.index.npy"])
 @pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
 def test_info_of_a_damaged_set_names_the_file(copy, tmp_path, name, spoil, capsys):
