@@ -140,7 +140,9 @@ def parse_yaml(text: str, where: str) -> Any:
 def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError where the file is missing or is not a mapping."""
     if not path.is_file():
-        raise ConfigError(f"{path}: no such recipe file")
+        what = "not a regular file" if path.exists() else "no such recipe file"
+        recipes = [str(other) for other in path.parent.glob("*.yaml")]
+        raise ConfigError(f"{path}: {what}{_did_you_mean(str(path), recipes, cutoff=0.8)}")
     with path.open("rb") as file:
         content = file.read(MAX_RECIPE_BYTES + 1)
     if len(content) > MAX_RECIPE_BYTES:
@@ -150,7 +152,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a text file in UTF-8; not a recipe") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of sections, this is {type(data).__name__}")
+        raise ConfigError(f"{path}: not a recipe: it holds no sections, for instance train: {{steps: 1000}}")
     return data
 
 
@@ -383,9 +385,9 @@ def _suggestion(path: list[str], root: type[Section], holder: type[Section] | No
     return _did_you_mean(key, names) or (f"; known keys: {', '.join(names)}" if names else "")
 
 
-def _did_you_mean(word: str, names: list[str]) -> str:
+def _did_you_mean(word: str, names: list[str], cutoff: float = 0.5) -> str:
     """Names the one that a mistyped word is most similar to, if any is."""
-    similar = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.5)
+    similar = difflib.get_close_matches(word.lower(), names, n=1, cutoff=cutoff)
     return f"; did you mean {similar[0]!r}?" if similar else ""
 
 

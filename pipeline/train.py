@@ -9,6 +9,7 @@ Run the same command again to continue an interrupted run.
 import argparse
 import re
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 
 # A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
@@ -81,7 +82,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parsed, rest = parser.parse_known_args(arguments)
     unknown = [argument for argument in rest if not re.match(r"(--)?\w+\.[\w.]+=", argument)]
     if unknown:
-        parser.error(f"unknown argument {unknown[0]}; settings are written section.key=value")
+        options = re.findall(r"--[a-z-]+", parser.format_usage())
+        similar = get_close_matches(unknown[0].partition("=")[0], options, n=1, cutoff=0.7)
+        hint = (
+            f"did you mean {similar[0]}?" if similar else "settings are written section.key=value, such as optim.lr=0.1"
+        )
+        parser.error(f"unknown argument {unknown[0]}; {hint}")
     if not (parsed.model or parsed.config):
         parser.error("one of --model NAME and --config FILE is needed, for instance --model nvae")
     parsed.overrides += rest

@@ -217,6 +217,22 @@ def test_help_names_every_option(capsys):
     assert [option for option in options if option not in text] == []
 
 
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("--dryrun", "did you mean --dry-run?"),
+        ("--rundir=x", "did you mean --run-dir?"),
+        ("--lr=1", "such as optim.lr="),
+    ],
+)
+def test_an_unknown_option_is_answered_by_the_most_similar(argument, hint, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--model", "nvae", argument])
+    assert ended.value.code == 2
+    assert f"unknown argument {argument}; " in (error := capsys.readouterr().err)
+    assert hint in error
+
+
 @pytest.mark.parametrize("arguments", [[], ["--mod", "nvae"]])
 def test_without_a_whole_option_that_names_the_recipe_usage_is_shown(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
