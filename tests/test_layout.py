@@ -165,3 +165,47 @@ def test_test_files_are_not_imported(path):
     """What several of them need is in tests/helpers. A child process may import the file that starts it."""
     parts = [part for name in imports(path) if name.startswith("tests.") for part in name.split(".")]
     assert [part for part in parts if part == "conftest" or part.startswith("test_")] == []
+
+
+AVOIDED = re.compile(
+    r"\b(told|asked|anew|in patience|crew|witness(es)?|verdicts?|borne|bears|mend(s|ed)?|remed(y|ies)|left out|goes on"
+    r"|straight run|step's edge|unlosable|hard to kill|shared fate|\w*colours?|behaviours?|neighbours?"
+    r"|licences?|\w*(optimi|normali|initiali|regulari|binari|minimi|maximi|synchroni|randomi|recogni)s"
+    r"(e|ed|es|er|ers|ing|ation))\b",
+    re.IGNORECASE,
+)
+"""Words that the project does not use: quaint ones, and British spellings. Plain English is what others search for."""
+
+FORMER_NAMES = {"binarise": {"pipeline/config.py", "docs/migration.md", "docs/settings.md"}}
+"""Settings of earlier versions, and the files that name them."""
+
+STILL_TO_REWORD = (
+    "docs/tools.md",
+    "pipeline/edit.py",
+    "pipeline/evaluate.py",
+    "pipeline/evaluation/",
+    "pipeline/inference/",
+    "pipeline/sample.py",
+    "shard_data/downloads.py",
+    "shard_data/sources/",
+)
+
+
+def texts() -> list[str]:
+    """Code and documents that are read by users and contributors."""
+    roots = ["pipeline", "shard_data", "benchmarks", "slurm", "docs", "accelerate_configs"]
+    files = [
+        path for root in roots for path in (ROOT / root).rglob("*") if path.suffix in {".py", ".md", ".sh", ".yaml"}
+    ]
+    return sorted(str(path.relative_to(ROOT)) for path in [*files, *ROOT.glob("*.md"), ROOT / "Makefile"])
+
+
+def test_plain_words_are_used():
+    """In names, messages, comments and documents; the underscores of a name separate its words."""
+    found = []
+    for name in (name for name in texts() if not name.startswith(STILL_TO_REWORD)):
+        for number, line in enumerate((ROOT / name).read_text().splitlines(), start=1):
+            words = {match[0].lower() for match in AVOIDED.finditer(line.replace("_", " "))}
+            words = {word for word in words if name not in FORMER_NAMES.get(word, ())}
+            found += [f"{name}:{number}: {word}" for word in sorted(words)]
+    assert sorted(found) == []

@@ -85,7 +85,7 @@ def fetch_manifest(address: str) -> bytes:
 def fetch_set(address: str, manifest: bytes, splits: Sequence[str], cache: Path, progress: bool = False) -> Path:
     """Fetch the missing files of these splits. Returns the folder of the set, in `cache`.
 
-    The folder is named after the manifest's bytes, so that a set which changes at its address is fetched anew. Any
+    The folder is named after the manifest's bytes, so that a set which changes at its address is fetched again. Any
     number of processes may call it at once. `progress` shows a bar. Raises FetchError, or OSError where the cache
     cannot be written.
     """
