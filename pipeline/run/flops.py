@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: what share of the device's peak the training steps reach."""
+"""Model FLOPs utilization: the share of the device's peak that training reaches."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.models.base import VAE
 
 BF16_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
-"""Dense bfloat16 FLOP/s with float32 accumulation by the makers' data sheets, by a part of the device's name."""
+"""Dense bfloat16 FLOP/s with float32 accumulation, from the makers' data sheets, by a part of the device's name."""
 
 
 def step_flops(model: VAE, batch_size: int) -> int:
@@ -23,7 +23,7 @@ def step_flops(model: VAE, batch_size: int) -> int:
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """The device's peak in FLOP/s; None where it is not known."""
+    """The device's peak in FLOP/s; None if unknown."""
     if precision != "bf16":
         return None
     return next((peak for part, peak in BF16_PEAKS.items() if part in device_name), None)

@@ -11,6 +11,7 @@ from pipeline.distributed.runtime import Runtime
 from pipeline.recipe import Recipe
 from pipeline.run.session import Session
 from pipeline.storage.checkpoint import Checkpoint, Checkpoints
+from pipeline.training.progress import Progress
 
 log = logging.getLogger("pipeline")
 
@@ -81,8 +82,10 @@ def restore(session: Session, checkpoint: Checkpoint, resume: str = "auto") -> N
     """Continues a session from a checkpoint.
 
     Raises ResumeRefused where the run's own checkpoint was made with other settings or data, unless `resume` is
-    `changed`. A checkpoint of another run starts this one, with the settings of this one.
+    `changed`, and where its state does not fit the changed settings. A checkpoint of another run starts this one, with
+    the settings of this one.
     """
+    progress = read_progress(checkpoint)
     allowed, other = changed_settings(checkpoint.facts["settings"], session.settings)
     saved, found = checkpoint.facts["data_fingerprint"], session.data.train.fingerprint
     if saved != found:
@@ -99,16 +102,43 @@ def restore(session: Session, checkpoint: Checkpoint, resume: str = "auto") -> N
             "the checkpoint was trained on images that would now be held out: a run cannot change data.holdout, nor "
             f"train.seed where it is set; give the old values, or --run-dir {unused_name(session.folder)}"
         )
+    load_state(session, checkpoint, progress, allowed + other)
     for change in allowed:
         log.info("changed since the checkpoint: %s", change)
     for change in other:
         log.warning("changed since the checkpoint: %s", change)
-    trainer = session.trainer
     if any(change.partition(":")[0] in LENGTH for change in allowed):
-        log.info("the schedules of the learning rate and of beta now span %d steps", trainer.total_steps)
-    trainer.resume(checkpoint.facts["progress"], checkpoint.tensors)
-    session.saved_step = trainer.step
-    log.info("resumed from %s at step %d", checkpoint.path, trainer.step)
+        log.info("the schedules of the learning rate and of beta now span %d steps", session.trainer.total_steps)
+    session.saved_step = session.trainer.step
+    log.info("resumed from %s at step %d", checkpoint.path, session.trainer.step)
+
+
+def read_progress(checkpoint: Checkpoint) -> Progress:
+    """Raises ValueError where the checkpoint is not one of a training run."""
+    facts = checkpoint.facts
+    if "classifier" in facts:
+        raise ValueError(f"{checkpoint.path} is a classifier; --resume takes a checkpoint or a run folder of train.py")
+    if not isinstance(facts.get("settings"), dict) or not isinstance(facts.get("data_fingerprint"), str):
+        raise ValueError(f"{checkpoint.path} states no settings or no data: it is not a checkpoint of a training run")
+    try:
+        return Progress.read(facts.get("progress"), checkpoint.step)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path} cannot be resumed: {error}") from None
+
+
+def load_state(session: Session, checkpoint: Checkpoint, progress: Progress, changes: list[str]) -> None:
+    """Raises ResumeRefused where the state does not fit and settings have changed, ValueError where they have not."""
+    try:
+        session.trainer.resume(progress, checkpoint.tensors)
+    except ValueError as error:
+        if not changes:
+            raise
+        problem = ", ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise ResumeRefused(
+            f"{checkpoint.path} cannot be continued with these changes ({'; '.join(changes)}): {problem}. Give the old "
+            f"settings, or start a new run from its weights: --init {checkpoint.path} --run-dir "
+            f"{unused_name(session.folder)}"
+        ) from None
 
 
 def changed_settings(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[list[str], list[str]]:

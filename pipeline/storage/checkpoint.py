@@ -17,7 +17,7 @@ import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pydantic
 
@@ -46,17 +46,29 @@ class CheckpointConfig(Section):
     """When checkpoints are written and which are kept."""
 
     every: int = pydantic.Field(1000, ge=0)
-    """Steps between checkpoints; also after the last step. 0: never."""
+    """Steps between checkpoints; also after the last step. 0: only where a signal stops the run."""
     keep: int | None = pydantic.Field(3, ge=1)
     """How many of the latest are kept, besides the best by validation; null: all."""
+    milestones: int = pydantic.Field(0, ge=0)
+    """Checkpoints of every so many steps are kept as well; a multiple of `every`. 0: none."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.milestones and (not self.every or self.milestones % self.every):
+            raise ValueError(
+                f"checkpoint.milestones={self.milestones} is not a multiple of checkpoint.every={self.every}, so that "
+                "some of these steps would have no checkpoint"
+            )
+        return self
 
 
 class Checkpoints:
     """The checkpoints of one run: `save`, `latest`, `best`, `load`.
 
-    `keep`: how many of the latest are kept, besides the best one; None or 0 keeps all. `run_id`: stated in every
-    checkpoint that is written; checkpoints that state another id are not used, unless `load` is given their path.
-    `check`: called before each change in the folder; it raises where this process may no longer write there.
+    `keep`: how many of the latest are kept, besides the best one and those whose step is a multiple of `milestones`;
+    None or 0 keeps all. `run_id`: stated in every checkpoint that is written; checkpoints that state another id are not
+    used, unless `load` is given their path. `check`: called before each change in the folder; it raises where this
+    process may no longer write there.
     """
 
     def __init__(
@@ -65,9 +77,11 @@ class Checkpoints:
         keep: int | None = None,
         run_id: str | None = None,
         check: Callable[[], None] = lambda: None,
+        milestones: int = 0,
     ):
         self.folder = Path(folder)
         self.keep = keep
+        self.milestones = milestones
         self.run_id = run_id
         self.check = check
 
@@ -245,7 +259,8 @@ class Checkpoints:
             return
         scores = self._own_scores(each for each in self.steps() if each <= step)
         scored = [each for each, score in scores.items() if score is not None]
-        kept = {*list(scores)[-self.keep :], min(scored, key=scores.__getitem__, default=None)}
+        milestones = [each for each in scores if self.milestones and each and each % self.milestones == 0]
+        kept = {*list(scores)[-self.keep :], min(scored, key=scores.__getitem__, default=None), *milestones}
         for old in scores.keys() - kept:
             try:
                 self._delete(self.path(old))

@@ -109,17 +109,25 @@ class ActiveUnits:
 
 
 class Throughput:
-    """Speed of the training loop on this process's clock, in seconds; `clock` is injectable for tests."""
+    """Speed of the training loop on this process's clock, in seconds; `clock` is injectable for tests.
+
+    An interval lasts from one report to the next, without pauses. A report inside a pause ends the interval where the
+    pause began, and the next interval begins where the pause ends.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
         self._seconds_per_step = math.nan
-        self._restart()
+        self._pause_start: float | None = None
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Begin an interval."""
         self._start = self._clock()
         self._waited = self._paused = 0.0
         self._steps = self._images = 0
+        if self._pause_start is not None:
+            self._pause_start = self._start
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -131,9 +139,10 @@ class Throughput:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Use around work that is not training: validation, pictures, checkpoints."""
-        start = self._clock()
+        self._pause_start = self._clock()
         yield
-        self._paused += self._clock() - start
+        self._paused += self._clock() - self._pause_start
+        self._pause_start = None
 
     def count(self, images: int) -> None:
         """Count one optimizer step of `images` images (of all processes)."""
@@ -142,7 +151,8 @@ class Throughput:
 
     def report(self) -> dict[str, float]:
         """Since the last report: images per second, milliseconds per step, share [0, 1] of time waiting for data."""
-        seconds = self._clock() - self._start - self._paused
+        end = self._clock() if self._pause_start is None else self._pause_start
+        seconds = end - self._start - self._paused
         if not self._steps or seconds <= 0:
             return {}
         self._seconds_per_step = seconds / self._steps
@@ -151,7 +161,7 @@ class Throughput:
             "perf/step_ms": 1000 * self._seconds_per_step,
             "perf/data_wait": self._waited / seconds,
         }
-        self._restart()
+        self.restart()
         return figures
 
     def seconds_left(self, steps: int) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class EMA:
     """A moving average of the parameters and floating-point buffers of `model`; other buffers are copied.
 
-    At optimizer step s the decay is min(decay, (1 + s) / (10 + s)), so that the random start is forgotten quickly.
+    At optimizer step s the decay is min(decay, (1 + s) / (10 + s)), so that the random initial weights fade quickly.
     The averaged tensors have the layout, device and precision of the model's, and are named as in its `state_dict`.
     """
 
@@ -22,7 +22,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after optimizer step `step`, counted from 0."""
+        """Updates the average with the weights after optimizer step `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         live = model.state_dict()
         floating = [name for name, tensor in self._average.items() if tensor.is_floating_point()]
@@ -32,9 +32,9 @@ class EMA:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Within this context `model` holds the averaged weights; afterwards it has its own again, bit for bit.
+        """Inside this context `model` has the averaged weights; afterwards it has its own again, bit for bit.
 
-        What happens to the model's weights or buffers inside the context is lost.
+        Changes of the model's weights or buffers inside the context are lost.
         """
         own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         _copy(self._average, model.state_dict())
@@ -44,11 +44,11 @@ class EMA:
             _copy(own, model.state_dict())
 
     def state(self) -> dict[str, Tensor]:
-        """The averaged weights, by their names in the model: what a checkpoint stores. Not a copy."""
+        """The averaged weights by their names in the model, as a checkpoint stores them. Not a copy."""
         return dict(self._average)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave. Raises ValueError if the names or shapes are those of another model."""
+        """Loads what `state` returned. Raises ValueError if the names or shapes are those of another model."""
         for name in self._average.keys() ^ state.keys():
             raise ValueError(f"moving average: {name!r} is in only one of the checkpoint and the model")
         for name, tensor in state.items():
@@ -60,6 +60,6 @@ class EMA:
 
 @torch.no_grad()
 def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    """Copy values into the target's tensors: storage, layout and references to them stay."""
+    """Copies values into the target's tensors, which keep their storage and layout."""
     for name, tensor in target.items():
         tensor.copy_(source[name])

@@ -23,31 +23,32 @@ class ObjectiveConfig(Section):
     """What is minimized."""
 
     beta: float = Field(1.0, ge=0)
-    """Weight of the KL when it is fully on."""
+    """Weight of the KL after the warm-up."""
     schedule: Schedule = "warmup"
-    """How the KL weight comes to `beta`. warmup: linearly, as kl_warmup_* say; constant: at once; cyclical: from 0 to
-    `beta` again and again (Fu et al. 2019); low_to_high: linearly from `beta_low` to `beta` over the whole run."""
+    """How the KL weight reaches `beta`. warmup: linearly, by the settings kl_warmup_*; constant: from the start;
+    cyclical: from 0 to `beta` in each of `num_cycles` cycles (Fu et al. 2019); low_to_high: linearly from `beta_low` to
+    `beta` over the whole run."""
     num_cycles: int = Field(4, ge=1)
     """Cycles of `cyclical` over the run; in the first half of each the weight rises, then it stays at `beta`."""
     beta_low: float = Field(0.0, ge=0)
-    """Where `low_to_high` begins."""
+    """Initial weight of `low_to_high`."""
     kl_warmup_portion: float = Field(0.3, ge=0, le=1)
     """Share of the training steps over which the KL weight rises linearly to `beta`; 0: constant from the start."""
     kl_warmup_delay: float = Field(1e-4, ge=0, le=1)
     """Share of the training steps before that rise begins."""
     kl_warmup_floor: float = Field(1e-4, ge=0, le=1)
-    """Smallest share of `beta`, used until the rise has reached it."""
+    """Smallest share of `beta`, used until the linear rise reaches it."""
     kl_balancing: Balancing = "square"
-    """How strongly KL balancing favours the high-resolution groups during the warm-up; `none` switches it off."""
+    """How strongly KL balancing favors the high-resolution groups during the warm-up; `none` switches it off."""
     free_bits: float = Field(0.0, ge=0)
-    """Nats per latent group that cost nothing: a group whose mean KL is not above this has no KL gradient. 0: off."""
+    """Nats per latent group without a penalty: a group whose mean KL is at most this has no KL gradient. 0: off."""
 
 
 class Objective:
     """Turns a model's output into the scalar to minimize, in nats per image.
 
     `mean_over_ranks` averages a tensor over the processes; for a single process it is the identity. KL balancing and
-    free bits decide by averages over the whole batch, so that one process and many agree.
+    free bits use averages over the whole batch, so the result does not depend on the number of processes.
     """
 
     def __init__(
@@ -95,14 +96,14 @@ class Objective:
         return self.beta(step) * kl.sum(dim=1)
 
     def _weighted_kl(self, kl: Tensor, balancing: bool) -> Tensor:
-        constant = kl.detach()  # weights and decisions take no gradient
+        constant = kl.detach()  # no gradient through weights and decisions
         means = torch.stack([constant.mean(dim=0), constant.abs().mean(dim=0)])  # (2, G)
         mean_kl, mean_abs_kl = self.mean_over_ranks(means)  # one collective for both
         if self.config.free_bits:
-            spared = mean_kl <= self.config.free_bits  # false for NaN, which must reach the loss
-            kl = kl.masked_fill(spared, self.config.free_bits)
+            free = mean_kl <= self.config.free_bits  # false for NaN, which must reach the loss
+            kl = kl.masked_fill(free, self.config.free_bits)
         if balancing:
-            self._alpha = self._alpha.to(kl)  # moves once
+            self._alpha = self._alpha.to(kl)  # copies only the first time
             kl = balancing_weights(mean_abs_kl, self._alpha) * kl
         return kl
 
@@ -127,7 +128,7 @@ def kl_warmup(step: int, total_steps: int, config: ObjectiveConfig) -> float:
 def resolution_factors(groups: Sequence[LatentGroup], rule: Balancing) -> list[float]:
     """The alpha of KL balancing for each group: larger means a lighter KL weight. The smallest is 1.
 
-    Groups of one resolution form a scale; scale i counts from 0 in drawing order (lowest resolution first).
+    Groups of one resolution form a scale; scales are counted from 0 in the order of sampling (lowest resolution first).
     """
     group_count = Counter(group.shape[1:] for group in groups)
     scale = {resolution: i for i, resolution in enumerate(group_count)}
@@ -143,9 +144,9 @@ def resolution_factors(groups: Sequence[LatentGroup], rule: Balancing) -> list[f
 
 
 def balancing_weights(mean_abs_kl: Tensor, alpha: Tensor) -> Tensor:
-    """KL weight per group, (G,) with mean 1: what carries little is charged little, so that no group dies early.
+    """KL weight per group, (G,) with mean 1. A small KL gets a small weight, so that no group is pruned early.
 
-    `mean_abs_kl` (G,) is the batch mean of |KL| in nats; 0.01 nats are added so that a dead group keeps some weight.
+    `mean_abs_kl` (G,) is the batch mean of |KL| in nats; 0.01 nats are added so that an inactive group keeps a weight.
     """
     weights = (mean_abs_kl + 0.01) / alpha
     return weights / weights.mean()

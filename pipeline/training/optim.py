@@ -1,4 +1,4 @@
-"""Optimizers, and the learning rate as a pure function of the optimizer step."""
+"""Optimizers, and the learning rate as a function of the optimizer step."""
 
 import math
 from typing import Literal, Self
@@ -20,12 +20,12 @@ class OptimConfig(Section):
     lr_min: float = Field(1e-4, ge=0)
     """Learning rate at the end of the cosine."""
     schedule: Literal["cosine", "cosine_per_epoch", "constant", "step"] = "cosine"
-    """`cosine` falls every step, `cosine_per_epoch` as in the NVAE reference release, `step` by `decay_factor` every
-    `decay_epochs`. All begin with the warm-up."""
+    """`cosine` decays at every step, `cosine_per_epoch` as in the NVAE reference release, `step` by `decay_factor` each
+    `decay_epochs`. All start with the warm-up."""
     decay_epochs: float = Field(30.0, gt=0)
-    """Epochs between the falls of the schedule `step`."""
+    """Epochs between two decays of the schedule `step`."""
     decay_factor: float = Field(0.5, gt=0, le=1)
-    """What the schedule `step` multiplies the learning rate by."""
+    """Factor by which the schedule `step` multiplies the learning rate."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up. Give this or `warmup_epochs`."""
     warmup_epochs: float = Field(0.0, ge=0)
@@ -39,7 +39,7 @@ class OptimConfig(Section):
     weight_decay: float = Field(3e-4, ge=0)
     """L2 coefficient, on every parameter."""
     clip: float = Field(0.0, ge=0)
-    """Largest global norm of the gradient; longer gradients are shortened to it. 0: off."""
+    """Largest global norm of the gradient; larger gradients are scaled down to it. 0: off."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -51,7 +51,7 @@ class OptimConfig(Section):
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer over all parameters, one group in registration order. The caller sets its `lr` each step."""
+    """The optimizer over all parameters, one group in registration order. The caller sets its `lr` at each step."""
     classes = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
     # One pass over the state (fused; Adamax has none), or a few kernels for thousands of small tensors (foreach).
     how = {"foreach": True} if config.name == "adamax" else {"fused": True}
@@ -88,31 +88,31 @@ class LearningRate:
         return self.config.lr * self._warmup(step)
 
     def _step(self, step: int) -> float:
-        falls = math.floor(step / (self.config.decay_epochs * self.steps_per_epoch))
-        return self._constant(step) * self.config.decay_factor**falls
+        decays = math.floor(step / (self.config.decay_epochs * self.steps_per_epoch))
+        return self._constant(step) * self.config.decay_factor**decays
 
     def _cosine(self, step: int) -> float:
         if step < self.warmup_steps:
             return self.config.lr * self._warmup(step)
-        return self._fall(self.config.lr, (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1))
+        return self._decay(self.config.lr, (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1))
 
     def _warmup(self, step: int) -> float:
-        """Linear warm-up that does not waste its first step on a learning rate of zero."""
+        """Linear warm-up whose first step does not have a learning rate of zero."""
         return min((step + 1) / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
 
     def _cosine_per_epoch(self, step: int) -> float:
-        """The reference release's rule: zero at step 0, held for one epoch after the warm-up, then a cosine by epochs.
+        """As in the reference release: zero at step 0, an epoch at the peak after the warm-up, then a cosine by epochs.
 
-        The cosine falls from the last warm-up value rather than from `lr`; the last epoch is trained at `lr_min`.
+        The cosine starts at the last warm-up value instead of `lr`; the last epoch is trained at `lr_min`.
         """
         if step < self.warmup_steps:
             return self.config.lr * step / self.warmup_steps
         peak = self.config.lr * (1 - 1 / self.warmup_steps) if self.warmup_steps else self.config.lr
-        held = math.floor(self.warmup_epochs)  # index of the epoch that holds the peak
+        held = math.floor(self.warmup_epochs)  # index of the epoch at the peak
         epoch, last = math.floor(step / self.steps_per_epoch), round(self.total_steps / self.steps_per_epoch) - 1
-        return self._fall(peak, (epoch - held) / max(last - held, 1)) if epoch > held else peak
+        return self._decay(peak, (epoch - held) / max(last - held, 1)) if epoch > held else peak
 
-    def _fall(self, peak: float, progress: float) -> float:
+    def _decay(self, peak: float, progress: float) -> float:
         """Half a cosine from `peak` at progress 0 to `lr_min` at progress 1 and after."""
         lr_min = self.config.lr_min
         return lr_min + (peak - lr_min) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2

@@ -1,7 +1,7 @@
 """How far a run is: the integers that a checkpoint holds beside its tensors."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 from pipeline.distributed.runtime import raised_on_all_ranks
 
@@ -14,19 +14,35 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass
 class Progress:
-    """Steps that were taken, and what was skipped."""
+    """Steps taken, and what was skipped."""
 
     step: int = 0
-    """Optimizer steps taken; also the number of the next one."""
+    """Optimizer steps taken; also the index of the next one."""
     skipped_steps: int = 0
     """Steps without effect, because loss or gradient was not finite."""
     skipped_in_a_row: int = 0
-    """Of these, the last ones without a finite step between them."""
+    """Those since the last finite step."""
     skipped_samples: int = 0
     """Samples that could not be read and were replaced."""
 
+    @classmethod
+    def read(cls, facts: object, step: int) -> "Progress":
+        """The progress that a checkpoint of `step` states. Raises ValueError where that cannot be: a wrong type, a
+        missing or negative number, or more skipped steps than steps.
+        """
+        known = {field.name for field in fields(cls)}
+        if not isinstance(facts, dict) or not facts.keys() >= known:
+            raise ValueError(f"its progress {shortened(facts)} does not state {', '.join(sorted(known))}")
+        progress = cls(**{name: facts[name] for name in known})
+        counts = asdict(progress).values()
+        if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+            raise ValueError(f"its progress {shortened(facts)} is not made of counts")
+        if not progress.skipped_in_a_row <= progress.skipped_steps <= progress.step == step:
+            raise ValueError(f"its progress {shortened(facts)} is impossible at step {step}")
+        return progress
+
     def count_step(self, finite: bool, max_skipped_in_a_row: int) -> None:
-        """A step was taken. Raises TrainingDiverged, on every rank, where too many in a row were skipped."""
+        """Counts a step. Raises TrainingDiverged on every rank where too many in a row were skipped."""
         self.step += 1
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if finite:
@@ -43,3 +59,9 @@ class Progress:
                 "such steps in a row are tolerated."
             )
             raise raised_on_all_ranks(TrainingDiverged(advice))
+
+
+def shortened(value: object) -> str:
+    """A value of a file, for an error message."""
+    text = ascii(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -19,33 +19,33 @@ from pipeline.models.noise import sample_seed
 from pipeline.nn.layers import effective_weights, find_convs
 from pipeline.schema import Section
 
-SMALLEST_NORM = 1e-3  # a vector shorter than this is not blown up to unit length
+SMALLEST_NORM = 1e-3  # shorter vectors are not scaled to unit length
 
 
 class RegularizerConfig(Section):
-    """How strongly the network is kept smooth."""
+    """Penalties that keep the network smooth."""
 
     strength: float = Field(1e-2, ge=0)
     """Coefficient of the spectral and batch-norm penalties; 0: off."""
     initial_strength: float | None = Field(None, gt=0)
-    """Coefficient at the start, which goes to `strength` geometrically during the KL warm-up. Unset: constant."""
+    """Coefficient at the start, which changes to `strength` geometrically during the KL warm-up. Unset: constant."""
     power_iterations: int = Field(4, ge=1)
-    """Power iterations per training step, going on from the last step's vectors."""
+    """Power iterations per training step, starting from the last step's vectors."""
     first_power_iterations: int = Field(40, ge=1)
-    """Power iterations of the very first step, which starts from random vectors."""
+    """Power iterations of the first step, which starts from random vectors."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.initial_strength and not self.strength:
-            raise ValueError("initial_strength is set but strength is 0: unset the one or raise the other")
+            raise ValueError("initial_strength is set but strength is 0: unset the first or raise the second")
         return self
 
 
 class Regularizers:
-    """The penalty that a training step adds to its loss, and the singular vectors that it carries from step to step.
+    """The penalty that a training step adds to its loss, and the singular vectors that are kept from step to step.
 
-    A call leaves the carried vectors alone: `commit` makes those of the last call permanent, `discard` drops them. So a
-    skipped step changes nothing, and a repeated call gives the same penalty. Every process computes the same.
+    A call does not change the kept vectors: `commit` keeps those of the last call, `discard` drops them. So a skipped
+    step changes nothing, and a repeated call returns the same penalty. All processes compute the same.
     """
 
     def __init__(self, config: RegularizerConfig, model: nn.Module, seed: int):
@@ -61,7 +61,7 @@ class Regularizers:
     def __call__(self, warmup: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The penalty (a scalar with gradient) and statistics (detached scalars), for a KL warm-up in [0, 1].
 
-        To be called once per optimizer step, outside the forward pass.
+        Call it once per optimizer step, outside the forward pass.
         """
         if not self.config.strength:
             return self._reference.new_zeros(()), {}
@@ -78,11 +78,11 @@ class Regularizers:
     def spectral(self) -> Tensor:
         """Sum over convolutions of the largest singular value of the effective weight, as a matrix (C_out, rest).
 
-        The value is a lower bound by power iteration; the gradient takes the singular vectors as constants.
+        The value is a lower bound by power iteration; its gradient treats the singular vectors as constants.
         """
         iterations = self.config.power_iterations if self._vectors else self.config.first_power_iterations
         total = self._reference.new_zeros(())
-        # bfloat16 has too few digits for a power iteration.
+        # bfloat16 is too imprecise for a power iteration.
         with torch.autocast(self._reference.device.type, enabled=False):
             for name, matrices in self._matrices().items():
                 u = self._vectors[name] if self._vectors else self._first_vectors(name, matrices)
@@ -101,15 +101,15 @@ class Regularizers:
         return torch.cat(largest).sum() if largest else self._reference.new_zeros(())
 
     def commit(self) -> None:
-        """Carry the singular vectors of the last call on to the next step."""
+        """Keeps the singular vectors of the last call for the next step."""
         self._vectors, self._pending = self._pending or self._vectors, {}
 
     def discard(self) -> None:
-        """Forget the singular vectors of the last call: the step was skipped."""
+        """Drops the singular vectors of the last call, because the step was skipped."""
         self._pending = {}
 
     def state(self) -> dict[str, Tensor]:
-        """The carried vectors (n, R) by matrix shape "RxC", for a checkpoint. Empty before the first commit."""
+        """The kept vectors (n, R) by matrix shape "RxC", for a checkpoint. Empty before the first commit."""
         return dict(self._vectors)
 
     def expected_state(self) -> dict[str, Tensor]:
@@ -117,7 +117,7 @@ class Regularizers:
         return {name: stack[:, :, 0] for name, stack in self._matrices().items()} if self.config.strength else {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave. Raises ValueError if the vectors are those of another model."""
+        """Loads what `state` returned. Raises ValueError if the vectors are those of another model."""
         matrices = self._matrices() if state else {}
         expected = {name: tuple(stack.shape[:2]) for name, stack in matrices.items()}
         found = {name: tuple(vectors.shape) for name, vectors in state.items()}

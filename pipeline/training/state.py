@@ -21,7 +21,7 @@ OPTIMIZER_SLOTS = {
 
 
 class TrainingState:
-    """Model, optimizer, regularizers and moving average, seen as named tensors."""
+    """Model, optimizer, regularizers and moving average, as named tensors."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, regularizers: Regularizers, ema: EMA | None):
         self.model = model
@@ -32,18 +32,16 @@ class TrainingState:
         self._kept = [buffer.clone() for buffer in self._buffers]
 
     def remember_buffers(self) -> None:
-        """Keeps batch norm's running statistics as they are now: a forward pass moves them before the step is known
-        to be sound.
-        """
+        """Copies batch norm's running statistics: a forward pass changes them before the step is known to be finite."""
         _copy_all(self._kept, self._buffers)
 
     def undo_forward(self) -> None:
-        """Puts back what the forward passes since `remember_buffers` changed. Parameters have not moved yet."""
+        """Restores what the forward passes since `remember_buffers` changed. Parameters have not changed yet."""
         _copy_all(self._buffers, self._kept)
         self.regularizers.discard()
 
     def apply_update(self, step: int) -> None:
-        """Moves parameters by the gradients at hand, and with them the moving average and the power iteration."""
+        """Updates the parameters by their gradients, the moving average, and the vectors of the power iteration."""
         self.optimizer.step()
         self.regularizers.commit()
         if self.ema is not None:
@@ -128,7 +126,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
 
 
 def _laid_out_like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """Fused updates walk a weight and its moments in memory order, so these must lie in memory as the weight does."""
+    """A fused update reads a weight and its moments in memory order, so all need the same memory layout."""
     return torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor
 
 

@@ -1,4 +1,4 @@
-"""Figures of training steps, which count only if the step turns out to be finite."""
+"""Statistics of training steps, which count only if the step is finite."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -9,7 +9,7 @@ from pipeline.tracking.meters import ActiveUnits, Meter
 
 
 class StepStatistics:
-    """Means over an interval of steps. The figures of one step are kept back until `commit` or `discard`."""
+    """Means over an interval of steps. The statistics of a step count after `commit`, and are dropped by `discard`."""
 
     def __init__(self, device: torch.device, group_names: Iterable[str]):
         self._meter = Meter(device)
@@ -25,7 +25,7 @@ class StepStatistics:
         self._kl_units.append([units.detach() for units in kl_units])  # detached, so that the graph is freed
 
     def commit(self) -> None:
-        """The step was finite: its figures enter the means."""
+        """The step was finite: its statistics enter the means."""
         for scalars in self._scalars:
             self._meter.add_all(scalars, 1)
         for kl_units in self._kl_units:
@@ -33,7 +33,7 @@ class StepStatistics:
         self.discard()
 
     def discard(self) -> None:
-        """Forgets the figures of the current step."""
+        """Drops the statistics of the current step."""
         self._scalars: list[dict[str, Tensor]] = []
         self._kl_units: list[list[Tensor]] = []
 

@@ -7,17 +7,17 @@ from pipeline.schema import Section
 
 
 class TrainConfig(Section):
-    """How long, how large, how precisely."""
+    """Length, batch size, precision and processes."""
 
     steps: int | None = Field(None, gt=0)
-    """Optimizer steps of the whole run; or give `epochs`."""
+    """Optimizer steps of the whole run. Give this or `epochs`."""
     epochs: float | None = Field(None, gt=0)
-    """Passes over the training split, instead of `steps`."""
+    """Passes over the training split. Give this or `steps`."""
     batch_size: int = Field(32, gt=0, lt=2**31)
     """Images per optimizer step over all processes."""
     micro_batch: int | None = Field(None, gt=0)
     """Images per forward pass over all processes; gradients accumulate up to `batch_size`. Default: the whole batch.
-    Batch norm's statistics span one micro-batch over all processes, so runs are equal at equal micro-batch."""
+    Batch norm's statistics are those of one micro-batch over all processes, so the result depends on this number."""
     seed: int = Field(1, ge=0, lt=2**63)
     """Of initial weights, data order, augmentation and latent noise."""
     precision: Precision = "fp32"
@@ -31,14 +31,14 @@ class TrainConfig(Section):
     cpu_threads: int | None = Field(None, gt=0)
     """Threads of each process on CPU. Default: this machine's cores shared by its processes."""
     expect_processes: int | None = Field(None, gt=0)
-    """Refuse to train with any other number of processes."""
+    """Required number of processes; training with another number is refused."""
     collective_timeout: float = Field(120.0, gt=0)
-    """Seconds that processes wait for one that does not come; then all end, and the missing one is named."""
+    """Seconds that processes wait for a rank in a collective; then all end, and the message names that rank."""
     progress_timeout: float = Field(600.0, gt=0)
     """Seconds that work which other processes wait for (hashing, fetching, making shards, reading or writing a
-    checkpoint) may make no progress; then all end, and the work is named. Slow work that advances is never ended."""
+    checkpoint) may make no progress; then all end, and the message names the work."""
     max_skipped_steps: int = Field(20, gt=0)
-    """So many steps in a row with a non-finite loss or gradient end the run."""
+    """Number of consecutive steps with a non-finite loss or gradient that ends the run."""
 
     @property
     def images_per_pass(self) -> int:

@@ -1,7 +1,7 @@
 """The training loop. It takes built objects, depends on no particular model, and touches no file itself.
 
 The unit of time is the optimizer step. Learning rate, beta, noise, data order and cadences are functions of it, so a
-resumed run needs a few integers and the tensors of `TrainingState`, and continues exactly as if it had never stopped.
+resumed run needs a few integers and the tensors of `TrainingState`, and continues exactly like an uninterrupted one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,14 +24,14 @@ from pipeline.tracking.meters import Throughput, bits_per_dimension, gpu_memory
 from pipeline.training.objective import Objective
 from pipeline.training.optim import LearningRate
 from pipeline.training.progress import Progress
-from pipeline.training.state import TrainingState
+from pipeline.training.state import Tensors, TrainingState
 from pipeline.training.step_statistics import StepStatistics
 from pipeline.training.train_config import TrainConfig
 
 
 @dataclass
 class Cadence:
-    """Something that is done every so many steps and after the last one."""
+    """Work that is done every `every` steps and after the last one."""
 
     every: int
     work: Callable[[int], None]
@@ -141,6 +141,7 @@ class Trainer:
         TrainingDiverged; other exceptions of the callbacks pass through.
         """
         stream = iter(self.data.batches(self.step))
+        self.throughput.restart()
         with self._progress_bar() as bar:
             while self.step < self.total_steps:
                 with self.throughput.waiting():
@@ -218,7 +219,9 @@ class Trainer:
         """The integers that a checkpoint needs beside its tensors."""
         return asdict(self.progress) | {"samples_seen": self.samples_seen}
 
-    def resume(self, counters: dict[str, int], tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Continues from what `counters` and `TrainingState.tensors` gave."""
-        self.state.load(tensors, updates=counters["step"] - counters["skipped_steps"])
-        self.progress = Progress(**{name: value for name, value in counters.items() if name != "samples_seen"})
+    def resume(self, progress: Progress, tensors: Tensors) -> None:
+        """Continues from what `Progress.read` and `TrainingState.tensors` gave. Raises ValueError as
+        `TrainingState.load` does.
+        """
+        self.state.load(tensors, updates=progress.step - progress.skipped_steps)
+        self.progress = progress

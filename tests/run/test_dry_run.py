@@ -26,11 +26,11 @@ def test_groups_and_data_are_listed(dry_run, tiny_set):
 
 def test_epochs_are_resolved_to_steps(dry_run):
     """41 images in batches of 8: 3 epochs are 15.4 steps, one is 5.1."""
-    words = "train.steps=null", "train.epochs=3", "optim.warmup_steps=0", "optim.warmup_epochs=1"
-    lines = dry_run(*words)
+    overrides = "train.steps=null", "train.epochs=3", "optim.warmup_steps=0", "optim.warmup_epochs=1"
+    lines = dry_run(*overrides)
     assert "length 15 steps = 2.927 epochs, 8 images per step" in lines
     assert "warm-up 5 steps = 0.9756 epochs" in lines
-    unknown = dry_run(*words, "data.root=nowhere", "data.source=mnist --source DIR")
+    unknown = dry_run(*overrides, "data.root=nowhere", "data.source=mnist --source DIR")
     assert "length 3 epochs (steps depend on the data), 8 images per step" in unknown
     (data,) = (line for line in unknown if line.startswith("data nowhere is not there"))
     assert data.endswith("make it with: python -m shard_data mnist --source DIR --out nowhere")

@@ -1,11 +1,16 @@
-"""Interrupted and resumed equals straight, bit for bit; what may not be resumed is refused with the reason."""
+"""A resumed run equals an uninterrupted one bit for bit; what may not be resumed is refused with the reason."""
 
 import json
+import math
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline.evaluation.likelihood_bounds import Evaluator
 from pipeline.recipe import Recipe
 from pipeline.run.resume import ResumeRefused, changed_settings, choose_checkpoint, restore
 from pipeline.run.session import Session
@@ -16,10 +21,10 @@ from pipeline.training.trainer import Trainer
 
 @pytest.fixture
 def train(make_recipe, make_runtime):
-    """(folder, words, stop, resume) -> the session after training in `folder`; `stop` interrupts it after that step."""
+    """(folder, overrides, stop, resume) -> the session after training in `folder`, interrupted after step `stop`."""
 
-    def run(folder: Path, *words: str, stop: int | None = None, resume: str = "auto") -> Session:
-        recipe: Recipe = make_recipe(*words)
+    def run(folder: Path, *overrides: str, stop: int | None = None, resume: str = "auto") -> Session:
+        recipe: Recipe = make_recipe(*overrides)
         session = Session(recipe, make_runtime(recipe.train.precision), folder)
         checkpoint = choose_checkpoint(session.checkpoints, resume)
         if checkpoint is not None:
@@ -66,24 +71,24 @@ def lines(path: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
-def test_resumed_equals_straight_bit_for_bit(train, tmp_path, stop):
+def test_resumed_equals_uninterrupted_bit_for_bit(train, tmp_path, stop):
     """Six steps over 41 images cross an epoch's end; checkpoints are at 2, 4 and 6, so most stops lose a step that is
     taken again.
     """
-    words = ("data.trace=true", "tracking.log_every=1")
-    train(tmp_path / "straight", *words)
-    stopped = train(tmp_path / "parts", *words, stop=stop)
+    overrides = ("data.trace=true", "tracking.log_every=1")
+    train(tmp_path / "uninterrupted", *overrides)
+    stopped = train(tmp_path / "parts", *overrides, stop=stop)
     assert stopped.trainer.step == stop
-    resumed = train(tmp_path / "parts", *words)
+    resumed = train(tmp_path / "parts", *overrides)
     assert resumed.trainer.step == 6
-    expected, found = final_bytes(tmp_path / "straight"), final_bytes(tmp_path / "parts")
+    expected, found = final_bytes(tmp_path / "uninterrupted"), final_bytes(tmp_path / "parts")
     assert set(expected) == {f"{stem}.safetensors" for stem in ("model", "ema", "optimizer", "regularizers")}
     assert {name for name in expected if expected[name] != found[name]} == set()
-    assert lines(tmp_path / "straight/data_trace.jsonl") == lines(tmp_path / "parts/data_trace.jsonl")
+    assert lines(tmp_path / "uninterrupted/data_trace.jsonl") == lines(tmp_path / "parts/data_trace.jsonl")
     assert [line["step"] for line in lines(tmp_path / "parts/data_trace.jsonl")] == list(range(6))
 
 
-def test_the_trace_tells_each_sample_once_per_epoch(train, tmp_path):
+def test_the_trace_has_each_sample_once_per_epoch(train, tmp_path):
     train(tmp_path, "data.trace=true", "train.steps=11")
     seen = [
         (epoch, key)
@@ -109,7 +114,7 @@ def test_workers_do_not_change_the_run(train, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("overrides", "named"),
     [
         (["model.latent_channels=3"], "model.latent_channels: 2 -> 3"),
         (["train.batch_size=4"], "train.batch_size: 8 -> 4"),
@@ -122,13 +127,96 @@ def test_workers_do_not_change_the_run(train, tmp_path):
         (["train.ema_decay=0.0"], "train.ema_decay: 0.9 -> 0.0"),
     ],
 )
-def test_another_run_is_refused(train, tmp_path, words, named):
+def test_another_run_is_refused(train, tmp_path, overrides, named):
     train(tmp_path / "run", stop=2)
     with pytest.raises(ResumeRefused, match="other settings") as error:
-        train(tmp_path / "run", *words)
+        train(tmp_path / "run", *overrides)
     assert named in str(error.value)
     assert f"--run-dir {tmp_path}/run-2" in str(error.value)
     assert "--resume changed" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "word", ["optim.name=adamw", "regularizers.strength=0", "train.ema_decay=0", "model.latent_channels=3"]
+)
+def test_changed_settings_that_the_state_does_not_fit_are_refused_in_one_line(train, tmp_path, word):
+    """Another optimizer, regularizers off, no average, another shape. `--init` is the way that the message names."""
+    train(tmp_path / "run", stop=2)
+    before = contents(tmp_path / "run")
+    with pytest.raises(ResumeRefused, match=r"does not fit|this run needs") as error:
+        train(tmp_path / "run", word, resume="changed")
+    assert word.partition("=")[0] in str(error.value)
+    assert f"--init {tmp_path}/run/checkpoints/step_00000002 --run-dir {tmp_path}/run-2" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert contents(tmp_path / "run") == before
+
+
+def test_regularizers_that_are_switched_on_are_refused_in_one_line(train, tmp_path):
+    train(tmp_path / "run", "regularizers.strength=0", stop=2)
+    with pytest.raises(ResumeRefused, match=r"regularizers.strength: 0.0 -> 0.01.*--init"):
+        train(tmp_path / "run", resume="changed")
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_checkpoint_with_forged_facts_is_refused_in_one_line(train, tmp_path):
+    """As `Checkpoints.save` would write them: every hash is right."""
+    session = train(tmp_path / "run", stop=2)
+    good = session.checkpoints.latest()
+    forged = {
+        "progress": [None, [], {"step": "2"}, good.facts["progress"] | {"skipped_steps": -1}],
+        "settings": [None, "nvae", 7],
+        "data_fingerprint": [None, 5],
+        "classifier": [{}],
+    }
+    for name, values in forged.items():
+        for value in values:
+            checkpoint = replace(good, facts=good.facts | {name: value})
+            with pytest.raises(ValueError, match=re.escape(str(good.path))) as error:
+                restore(session, checkpoint)
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("what", ["classifier", "checkpoints", "picture"])
+def test_a_path_of_something_else_is_refused_in_one_line(train, tmp_path, what):
+    folder = tmp_path / what
+    if what == "classifier":
+        shutil.copytree(Path(__file__).parents[1] / "old_runs/classifier", folder)
+    else:
+        folder.mkdir()
+        (folder / "file").write_text("")
+    with pytest.raises(ValueError, match=rf"{folder}") as error:
+        train(tmp_path / "run", resume=str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_nan_in_validation_alone_does_not_end_training(train, tmp_path, monkeypatch):
+    """The second of three validations: its record stays valid JSON, and its checkpoint is not the best."""
+    evaluate = Evaluator.run
+
+    def poisoned(self, model, step):
+        if step != 4:
+            return evaluate(self, model, step)
+        with torch.no_grad():
+            own = [parameter.clone() for parameter in model.parameters()]
+            next(model.parameters()).fill_(torch.nan)
+            figures = evaluate(self, model, step)
+            for parameter, value in zip(model.parameters(), own, strict=True):
+                parameter.copy_(value)
+        return figures
+
+    monkeypatch.setattr(Evaluator, "run", poisoned)
+    session = train(tmp_path, "validation.every=2", "validation.split=val", "data.holdout=5", "checkpoint.keep=null")
+    assert session.finished
+    assert session.trainer.progress.skipped_steps == 0
+    text = (tmp_path / "metrics.jsonl").read_text()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    scores = {record["step"]: float(record["val/elbo"]) for record in records if "val/elbo" in record}
+    assert [step for step, elbo in scores.items() if math.isnan(elbo)] == [4]
+    assert session.checkpoints.best().step == max((2, 6), key=scores.__getitem__)
+    assert session.checkpoints.load(session.checkpoints.path(4)).score is None
 
 
 def test_what_may_change_is_logged(train, tmp_path, monkeypatch):
@@ -174,7 +262,7 @@ def test_other_data_are_refused(train, tmp_path, make_recipe):
         train(tmp_path / "run", f"data.root={other}")
 
 
-def test_a_damaged_checkpoint_is_passed_over(train, tmp_path):
+def test_an_unreadable_checkpoint_is_skipped(train, tmp_path):
     train(tmp_path)
     newest = tmp_path / "checkpoints/step_00000006/model.safetensors"
     content = bytearray(newest.read_bytes())

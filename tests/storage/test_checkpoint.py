@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.storage import checkpoint, checkpoint_folder
-from pipeline.storage.checkpoint import Checkpoints
+from pipeline.storage.checkpoint import CheckpointConfig, Checkpoints
 from pipeline.storage.checkpoint_folder import UnreadableCheckpoint, read_folder, read_meta, snapshot
 from tests.helpers.checkpoints import FACTS, assert_same, damage, same_bits, small
 
@@ -245,6 +245,21 @@ def test_the_last_and_the_best_are_kept(tmp_path_factory, scores, keep):
         assert {checkpoints.best().step} == best if best else checkpoints.best() is None
         assert checkpoints.latest().step == step
     assert set(os.listdir(checkpoints.folder)) == {checkpoints.path(step).name for step in present}
+
+
+def test_milestones_stay(tmp_path):
+    """Beside the last and the best, which is of step 3; step 0 is none."""
+    checkpoints = Checkpoints(tmp_path, keep=2, milestones=4)
+    for step in range(11):
+        checkpoints.save(step, small(step), {}, score=1.0 if step == 3 else 2.0)
+    assert checkpoints.steps() == [3, 4, 8, 9, 10]
+
+
+def test_milestones_have_checkpoints():
+    assert CheckpointConfig(every=10, milestones=30).milestones == 30
+    for every in (0, 20):
+        with pytest.raises(ValueError, match=rf"milestones=30 is not a multiple of checkpoint.every={every}"):
+            CheckpointConfig(every=every, milestones=30)
 
 
 def test_after_a_return_to_an_older_one_the_new_ones_are_kept(tmp_path):

@@ -32,7 +32,7 @@ def test_names_come_sorted_and_together_or_alone():
     assert list(meter.reduce().items()) == [("a", 2.0), ("b", 3.0), ("c", 3.0)]
 
 
-def test_reduce_restarts_and_declared_names_stay():
+def test_reduce_resets_and_declared_names_stay():
     meter = Meter(names=["val/elbo"])
     assert list(meter.reduce()) == ["val/elbo"]
     meter.add("val/elbo", 6.0, 3)
@@ -117,7 +117,7 @@ class Clock:
         return self.now
 
 
-def test_throughput_leaves_out_pauses_and_tells_waiting():
+def test_throughput_excludes_pauses_and_reports_waiting():
     clock = Clock()
     speed = Throughput(clock)
     assert speed.report() == {}
@@ -134,6 +134,27 @@ def test_throughput_leaves_out_pauses_and_tells_waiting():
     clock.now += 1.0
     speed.count(64)
     assert speed.report() == {"perf/images_per_second": 64.0, "perf/step_ms": 1000.0, "perf/data_wait": 0.0}
+
+
+def test_a_report_inside_a_pause_counts_training_alone():
+    """Steps of 2 s; validation before the report and pictures after it, in the same pause. Every report is the same."""
+    clock = Clock()
+    speed = Throughput(clock)
+    clock.now += 300  # restoring a checkpoint
+    speed.restart()
+    for _ in range(3):
+        for _ in range(2):
+            with speed.waiting():
+                clock.now += 0.5
+            clock.now += 1.5
+            speed.count(64)
+        with speed.paused():
+            clock.now += 1000
+            assert speed.report() == {"perf/images_per_second": 32.0, "perf/step_ms": 2000.0, "perf/data_wait": 0.25}
+            clock.now += 50
+        with speed.paused():
+            clock.now += 7
+    assert speed.report() == {}
 
 
 def test_the_end_of_the_data_passes_through_waiting():

@@ -108,18 +108,18 @@ def test_what_happens_to_the_model_does_not_reach_the_average():
     assert_same_bits(ema.state(), before)
 
 
-def test_going_on_from_a_state_equals_going_straight_on():
+def test_resuming_from_a_state_equals_continuing():
     models = [small_model(), small_model()]
-    straight, stopped = EMA(models[0], 0.9), EMA(models[1], 0.9)
+    uninterrupted, stopped = EMA(models[0], 0.9), EMA(models[1], 0.9)
     for step in range(6):
         if step == 3:
             saved = {name: tensor.clone() for name, tensor in stopped.state().items()}
             stopped = EMA(small_model(seed=5), 0.9)
             stopped.load_state(saved)
-        for model, ema in zip(models, (straight, stopped), strict=True):
+        for model, ema in zip(models, (uninterrupted, stopped), strict=True):
             disturb(model, step)
             ema.update(model, step)
-    assert_same_bits(straight.state(), stopped.state())
+    assert_same_bits(uninterrupted.state(), stopped.state())
 
 
 def test_layout_is_kept():

@@ -68,8 +68,8 @@ def test_batched_update_equals_one_by_one(name):
 
 
 @pytest.mark.parametrize("name", ["adamax", "adam", "adamw"])
-def test_weights_in_channels_last_order_are_updated_alike(name):
-    """A fused update walks memory: weight, gradient and moments must lie alike, whatever the kernel's shape."""
+def test_weights_in_channels_last_order_are_updated_equally(name):
+    """A fused update reads memory in order: weight, gradient and moments must have one layout for any kernel."""
     networks = []
     for _ in range(2):
         torch.manual_seed(1)

@@ -216,7 +216,7 @@ def test_a_skipped_step_leaves_the_vectors_bit_for_bit():
 
 
 @pytest.mark.parametrize("steps_before", [0, 1, 3])
-def test_going_on_from_a_state_equals_going_straight_on(steps_before):
+def test_resuming_from_a_state_equals_continuing(steps_before):
     """Also before the first step: the state is empty then, and both begin with the many first iterations."""
 
     def steps(regularizers: Regularizers, count: int) -> list[Tensor]:
@@ -227,12 +227,12 @@ def test_going_on_from_a_state_equals_going_straight_on(steps_before):
         return penalties
 
     settings = {"power_iterations": 1, "first_power_iterations": 3}
-    straight, stopped, resumed = (build(SmallNet(), **settings) for _ in range(3))
+    uninterrupted, stopped, resumed = (build(SmallNet(), **settings) for _ in range(3))
     steps(stopped, steps_before)
-    steps(straight, steps_before)
+    steps(uninterrupted, steps_before)
     resumed.load_state(copied(stopped))
-    assert all(map(torch.equal, steps(straight, 3), steps(resumed, 3)))
-    assert_same_bits(straight.state(), resumed.state())
+    assert all(map(torch.equal, steps(uninterrupted, 3), steps(resumed, 3)))
+    assert_same_bits(uninterrupted.state(), resumed.state())
 
 
 def test_a_state_of_another_model_is_refused():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pipeline.storage.checkpoint import Checkpoints
+from pipeline.training.progress import Progress
 from tests.helpers.model_cases import CASES, make_recipe, make_trainer, write_data
 
 
@@ -12,9 +13,9 @@ def labelled(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-def trained(root, runtime, *words, case="nvae", steps=2):
+def trained(root, runtime, *overrides, case="nvae", steps=2):
     """A trainer after some steps, with a moving average."""
-    trainer = make_trainer(make_recipe(case, root, "train.ema_decay=0.9", *words), runtime)
+    trainer = make_trainer(make_recipe(case, root, "train.ema_decay=0.9", *overrides), runtime)
     stream = iter(trainer.data.batches(0))
     for step in range(steps):
         assert trainer.train_step(step, [next(stream)])
@@ -42,8 +43,8 @@ def test_the_expected_tensors_are_those_that_training_makes(case, labelled, make
 @pytest.mark.parametrize("name", ["adamax", "adam", "adamw"])
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 def test_each_optimizer_has_the_expected_tensors(labelled, make_runtime, name, precision):
-    words = (f"optim.name={name}", f"train.precision={precision}", "regularizers.strength=0.1")
-    state = trained(labelled, make_runtime(precision), *words).state
+    overrides = (f"optim.name={name}", f"train.precision={precision}", "regularizers.strength=0.1")
+    state = trained(labelled, make_runtime(precision), *overrides).state
     assert facts_of(state.tensors()) == facts_of(state.expected(updates=2))
 
 
@@ -138,7 +139,7 @@ def test_a_forged_checkpoint_is_refused_before_anything_is_loaded(trainer, label
     other = trained(labelled, make_runtime("fp32"), "train.seed=9", steps=1)
     before = copied(other.state.tensors())
     with pytest.raises(ValueError, match=f"(?s){file}.safetensors does not fit this run:.*{name}.*{problem}"):
-        other.resume(found.facts["progress"], found.tensors)
+        other.resume(Progress.read(found.facts["progress"], 2), found.tensors)
     after = other.state.tensors()
     assert all(torch.equal(before[stem][each], after[stem][each]) for stem in before for each in before[stem])
     assert other.step == 1
@@ -147,7 +148,7 @@ def test_a_forged_checkpoint_is_refused_before_anything_is_loaded(trainer, label
 def test_a_checkpoint_without_an_update_has_no_optimizer_state(trainer, labelled, make_runtime):
     """A run whose first steps were all skipped has none; one that states none but has some is refused."""
     fresh = trained(labelled, make_runtime("fp32"), steps=0)
-    progress = fresh.counters() | {"step": 3, "skipped_steps": 3, "skipped_in_a_row": 3}
+    progress = Progress(step=3, skipped_steps=3, skipped_in_a_row=3)
     other = trained(labelled, make_runtime("fp32"), "train.seed=9", steps=0)
     other.resume(progress, copied(fresh.state.tensors()))
     assert (other.step, other.state.tensors()["optimizer"]) == (3, {})
@@ -160,4 +161,4 @@ def test_few_of_many_tensors_are_named(trainer):
     count = len(tensors["model"])
     tensors["model"] = {}
     with pytest.raises(ValueError, match=f"and {count - 5} more$"):
-        trainer.resume(trainer.counters(), tensors)
+        trainer.resume(trainer.progress, tensors)

@@ -1,4 +1,4 @@
-"""The training step: what a sound step does, and that an unsound one does nothing."""
+"""The training step: what a finite step does, and that a non-finite one changes nothing."""
 
 from itertools import islice
 
@@ -9,16 +9,17 @@ from torch import Tensor
 from pipeline.recipe import Recipe
 from pipeline.run.build import build_trainer
 from pipeline.run.data import RunData
+from pipeline.tracking.meters import Throughput
 from pipeline.training.progress import TrainingDiverged
 from pipeline.training.trainer import Cadence, Trainer
 
 
 @pytest.fixture
 def make_trainer(make_recipe, make_runtime):
-    """(words) -> a trainer of the tiny recipe."""
+    """(overrides) -> a trainer of the tiny recipe."""
 
-    def make(*words: str, precision: str = "fp32") -> Trainer:
-        recipe: Recipe = make_recipe(*words, f"train.precision={precision}")
+    def make(*overrides: str, precision: str = "fp32") -> Trainer:
+        recipe: Recipe = make_recipe(*overrides, f"train.precision={precision}")
         runtime = make_runtime(precision)
         return build_trainer(recipe, runtime, RunData(recipe, runtime))
 
@@ -78,7 +79,7 @@ class Wrapped:
         return getattr(self.inner, name)
 
 
-def test_a_sound_step_moves_everything(make_trainer):
+def test_a_finite_step_moves_everything(make_trainer):
     trainer = make_trainer()
     assert take_step(trainer, 0)
     before = snapshot(trainer)
@@ -91,7 +92,7 @@ def test_a_sound_step_moves_everything(make_trainer):
 
 @pytest.mark.parametrize("where", ["data", "activation", "loss", "gradient"])
 @pytest.mark.parametrize("micro_batch", [8, 4])
-def test_an_unsound_step_changes_no_bit(make_trainer, where, micro_batch):
+def test_a_non_finite_step_changes_no_bit(make_trainer, where, micro_batch):
     trainer = make_trainer(f"train.micro_batch={micro_batch}")
     assert take_step(trainer, 0)
     before = snapshot(trainer)
@@ -101,7 +102,7 @@ def test_an_unsound_step_changes_no_bit(make_trainer, where, micro_batch):
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
-def test_training_goes_on_after_an_unsound_step(make_trainer):
+def test_training_continues_after_a_non_finite_step(make_trainer):
     """Step 2 of 6 is skipped; the other five count, the figures of the interval are finite, and the data position
     advances.
     """
@@ -126,7 +127,7 @@ def spoil_steps(trainer: Trainer, steps: set[int]) -> None:
     trainer.data.model_inputs = spoiled
 
 
-def test_too_many_unsound_steps_end_the_run_with_advice(make_trainer):
+def test_too_many_non_finite_steps_end_the_run_with_advice(make_trainer):
     trainer = make_trainer("train.max_skipped_steps=3", "train.steps=20")
     spoil_steps(trainer, {1, 4, 5, 6, 7})
     with pytest.raises(TrainingDiverged, match=r"3 steps in a row .* optim.lr.* optim.clip"):
@@ -197,6 +198,28 @@ def test_bf16_stays_close_to_float32(make_trainer):
         assert {tensor.dtype for tensor in trainer.model.state_dict().values()} == {torch.float32, torch.int64}
     assert elbo["bf16"] == pytest.approx(elbo["fp32"], rel=0.02)
     assert elbo["bf16"] != elbo["fp32"]
+
+
+def test_speed_is_that_of_training_alone(make_trainer, monkeypatch):
+    """Steps of 2 s with a validation, pictures and what came before training between them, on a clock of the test."""
+    trainer = make_trainer("train.steps=12")
+    now = [100.0]
+
+    def spend(seconds: float) -> bool:
+        now[0] += seconds
+        return True
+
+    monkeypatch.setattr(trainer, "throughput", Throughput(lambda: now[0]))
+    monkeypatch.setattr(trainer, "train_step", lambda step, batches: spend(2.0))
+    spend(500.0)
+    records = []
+    cadences = [
+        Cadence(4, lambda step: spend(1000.0)),
+        Cadence(2, lambda step: records.append(trainer.throughput.report())),
+        Cadence(6, lambda step: spend(50.0)),
+    ]
+    trainer.fit(cadences)
+    assert records == [{"perf/images_per_second": 4.0, "perf/step_ms": 2000.0, "perf/data_wait": 0.0}] * 6
 
 
 def test_cadences_are_due_every_so_often_and_at_the_end():

@@ -38,7 +38,7 @@ SPECTRAL = (
     "regularizers.power_iterations=1",
 )
 CASES = {"mlp_vae": (MLP, ("regularizers.strength=0",), (1.0,)), "nvae": (None, SPECTRAL, (1.0, 2.0, 2.0))}
-"""name: (model section, words, alpha of KL balancing for each group: 4^scale / groups of the scale, over the least)."""
+"""name: (model section, overrides, alpha of KL balancing per group: 4^scale / groups of the scale, over the least)."""
 DRAWS = {
     "mlp_vae": [[0.3612230, -0.8041482], [-0.3761723, 1.0690200], [2.0302157, 0.8342944]],
     "nvae": [[1.0683092, -0.1649007], [0.1980596, -2.1078379], [0.0522874, -2.4036391]],
@@ -52,9 +52,9 @@ def _leave_no_state():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def make_recipe(root: Path, model: dict | None, *words: str) -> Recipe:
+def make_recipe(root: Path, model: dict | None, *overrides: str) -> Recipe:
     settings = tiny_settings(root)
-    return build(Recipe, overlay(settings | {"model": dict(model or settings["model"])}, words))
+    return build(Recipe, overlay(settings | {"model": dict(model or settings["model"])}, overrides))
 
 
 def train(
@@ -111,10 +111,10 @@ class Pair(NamedTuple):
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tiny_set, tmp_path_factory) -> Pair:
     """Five steps of three micro-batches, in float64. The epoch ends within the fourth step. A validation after the
-    second, of which the plain loop knows nothing, changes none.
+    second, which the plain loop does not have, changes none.
     """
-    model, words, alpha = CASES[request.param]
-    recipe = make_recipe(tiny_set, model, *plain_training.SETTINGS, *QUIET, "validation.every=2", *words)
+    model, overrides, alpha = CASES[request.param]
+    recipe = make_recipe(tiny_set, model, *plain_training.SETTINGS, *QUIET, "validation.every=2", *overrides)
     folder, drawn = tmp_path_factory.mktemp(request.param), []
 
     def listen(session: Session) -> None:
@@ -187,9 +187,9 @@ def test_every_step_exercises_what_is_compared(pair):
 @pytest.fixture(scope="module")
 def validated(tiny_set, tmp_path_factory) -> tuple[Recipe, Path]:
     """A run of an NVAE that was validated at steps 2 and 4, on 13 images held out of training, and saved at 1 to 4."""
-    words = ("train.steps=4", "validation.every=2", "validation.importance_samples=0", "train.ema_decay=0.8")
+    overrides = ("train.steps=4", "validation.every=2", "validation.importance_samples=0", "train.ema_decay=0.8")
     held_out = ("data.holdout=13", "validation.split=val")
-    recipe = make_recipe(tiny_set, None, *plain_training.SETTINGS, *QUIET, *words, *held_out)
+    recipe = make_recipe(tiny_set, None, *plain_training.SETTINGS, *QUIET, *overrides, *held_out)
     folder = tmp_path_factory.mktemp("validated")
     train(recipe, folder)
     return recipe, folder
@@ -228,8 +228,8 @@ def test_a_score_belongs_to_the_averaged_weights(validated, step):
 def test_evaluating_a_run_gives_the_elbo_of_its_validation(validated, make_runtime, tmp_path):
     _, folder = validated
     out = tmp_path / "out.json"
-    words = [str(folder), "--out", str(out), "--precision", "fp64", "--batch-size", "5", "--split", "val"]
-    evaluate(build_parser().parse_args(words), make_runtime("fp64"))
+    overrides = [str(folder), "--out", str(out), "--precision", "fp64", "--batch-size", "5", "--split", "val"]
+    evaluate(build_parser().parse_args(overrides), make_runtime("fp64"))
     figures = json.loads(out.read_text())["figures"]
     for name in ("elbo", "kl", "log_px", "bpd"):
         assert figures[name] == pytest.approx(records(folder)[4][f"val/{name}"], rel=1e-10), name
@@ -238,9 +238,9 @@ def test_evaluating_a_run_gives_the_elbo_of_its_validation(validated, make_runti
 def test_the_best_checkpoint_by_validation_stays(tiny_set, tmp_path):
     """Of five, where one is to be kept: the last, and the one of the highest bound."""
     elbos = iter([-30.0, -10.0, -20.0, -11.0, -40.0])
-    words = ("train.steps=5", "validation.every=1", "checkpoint.keep=1", "regularizers.strength=0")
+    overrides = ("train.steps=5", "validation.every=1", "checkpoint.keep=1", "regularizers.strength=0")
     held_out = ("data.holdout=5", "validation.split=val")
-    recipe = make_recipe(tiny_set, MLP, *plain_training.SETTINGS, *QUIET, *words, *held_out)
+    recipe = make_recipe(tiny_set, MLP, *plain_training.SETTINGS, *QUIET, *overrides, *held_out)
 
     def fake(session: Session) -> None:
         session.evaluator.run = lambda model, step: {"val/elbo": next(elbos)}
@@ -255,8 +255,8 @@ def test_the_best_checkpoint_by_validation_stays(tiny_set, tmp_path):
 
 def test_skips_in_a_row_are_counted_over_a_resume(tiny_set, tmp_path):
     """Two before the stop and one after it are three in a row; what is counted comes back as it was."""
-    words = ("train.max_skipped_steps=3", "train.steps=9", "regularizers.strength=0")
-    recipe = make_recipe(tiny_set, MLP, *plain_training.SETTINGS, *QUIET, *words)
+    overrides = ("train.max_skipped_steps=3", "train.steps=9", "regularizers.strength=0")
+    recipe = make_recipe(tiny_set, MLP, *plain_training.SETTINGS, *QUIET, *overrides)
 
     def spoil(session: Session, first: int) -> None:
         trainer, data, inputs = session.trainer, session.data, session.data.model_inputs
