@@ -26,7 +26,7 @@ def run_tool(work: Callable[[], int | None], interrupted: str = "", failures: Fa
     0, or what `work` returns: done. 2: a user error, reported in one message. 130: interrupted by Ctrl-C; the message
     continues with `interrupted`. `failures`: exit codes of further errors that are reported in one message.
     """
-    start_logging(None, launched_rank() == 0)
+    start_logging(launched_rank() == 0)
     codes = {ValueError: 2, OSError: 2, **failures}
     try:
         return work() or 0

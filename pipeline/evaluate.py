@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 measured, 2 something the user can mend, 130 interrupted by Ctrl-C."""
     parsed = build_parser().parse_args(arguments)
-    start_logging(None, launched_rank() == 0)
+    start_logging(launched_rank() == 0)
     try:
         run(parsed)
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Prints the state of a run as one word, for scripts: none, running, preempted, finished or failed."""
+"""Prints a run's state as one word, for scripts: none, running, preempted, interrupted, finished or failed."""
 
 import argparse
 import sys

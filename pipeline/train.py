@@ -20,7 +20,7 @@ from pipeline.distributed.logs import launched_rank  # noqa: E402
 from pipeline.distributed.preemption import StopRequest  # noqa: E402
 from pipeline.distributed.runtime import Runtime  # noqa: E402
 from pipeline.recipe import RECIPES, load_recipe, recipe_path  # noqa: E402
-from pipeline.run.attempt import FAILURES, run_attempt  # noqa: E402
+from pipeline.run.attempt import FAILURES, INTERRUPTED, run_attempt  # noqa: E402
 from pipeline.run.dry_run import describe  # noqa: E402
 
 
@@ -59,6 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
         "run folder",
     )
     parser.add_argument(
+        "--init",
+        metavar="PATH",
+        help="start a new run from the weights of a checkpoint folder, or of the last checkpoint of a run folder: "
+        "training begins at step 0, and the model may differ in some layers. A run that has checkpoints continues "
+        "from them",
+    )
+    parser.add_argument(
         "--wait",
         metavar="SECONDS",
         type=float,
@@ -90,6 +97,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"unknown argument {unknown[0]}; {hint}")
     if not (parsed.model or parsed.config):
         parser.error("one of --model NAME and --config FILE is needed, for instance --model nvae")
+    if parsed.init and parsed.resume not in ("auto", "changed", "never"):
+        parser.error("--init starts from weights alone and --resume PATH from the whole state; give one of them")
     parsed.overrides += rest
     return parsed
 
@@ -99,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     2 a user error; 130 interrupted by Ctrl-C; 80, 81, 82: see watchdog.
     """
     parsed = parse(arguments)
-    return run_tool(lambda: run(parsed), "run the same command again to continue from the last checkpoint", FAILURES)
+    return run_tool(lambda: run(parsed), "run the same command again", FAILURES)
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -115,9 +124,11 @@ def run(parsed: argparse.Namespace) -> int:
         timeouts = train.collective_timeout, train.progress_timeout
         runtime = Runtime(train.precision, train.cpu_threads, train.expect_processes, *timeouts)
         runtime.watchdog.stacks = folder / "stacks"
+        runtime.watchdog.was_interrupted = lambda: stop.interrupted
         with runtime.closing():
-            run_attempt(folder, recipe, runtime, stop, parsed.resume, parsed.wait, may_make_data=parsed.data is None)
-    return 0
+            may_make_data = parsed.data is None
+            state = run_attempt(folder, recipe, runtime, stop, parsed.resume, parsed.init, parsed.wait, may_make_data)
+    return INTERRUPTED if state == "interrupted" else 0
 
 
 if __name__ == "__main__":

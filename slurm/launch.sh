@@ -206,6 +206,7 @@ print(status.state, status.step)' "$run_dir")
             say "finished: step $step"
             exit 0 ;;
         failed) say "failed: $run_dir/status.json says why; not requeued"; exit $(($1 > 0 ? $1 : 1)) ;;
+        interrupted) give_up "interrupted at step $step by SIGINT" ;;
         *) requeue_or_give_up "$1" "$state" "$step" ;;
     esac
 }

@@ -192,3 +192,9 @@ def test_a_finished_or_failed_run_is_not_requeued(tmp_path):
     failed = attempt(tmp_path, 0, "failed 3")
     assert failed.returncode == 1
     assert "not requeued" in failed.stderr
+
+
+def test_an_interrupted_run_is_not_requeued(tmp_path):
+    count, last = attempts_until_the_end(tmp_path, ["killed 2", "interrupted 3", "killed 4"])
+    assert (count, last.returncode) == (2, 75), last.stderr
+    assert "unfinished, not requeued: interrupted at step 3 by SIGINT" in last.stderr

@@ -1,10 +1,8 @@
-"""Log messages of the package: to the terminal, and to a file of the run."""
+"""Log messages of the package on the terminal."""
 
 import logging
 import os
 import time
-from collections.abc import Iterable
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -53,12 +51,8 @@ def report_error(error: Exception) -> None:
     error.is_reported = True
 
 
-def start_logging(log_file: Path | None, is_main: bool, earlier: Iterable[logging.LogRecord] = ()) -> None:
-    """Sends messages of the package to the terminal and, where given, to `log_file`.
-
-    The terminal shows all messages of the main process, and the warnings and errors of the others. `earlier`: records
-    that the terminal has shown and the file lacks.
-    """
+def start_logging(is_main: bool) -> None:
+    """Sends messages of the package to the terminal: all of the main process, warnings and errors of the others."""
     log.setLevel(logging.INFO)
     log.propagate = False
     for handler in list(log.handlers):
@@ -68,9 +62,3 @@ def start_logging(log_file: Path | None, is_main: bool, earlier: Iterable[loggin
     terminal.setLevel(logging.INFO if is_main else logging.WARNING)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(terminal)
-    if log_file is not None:
-        file = logging.FileHandler(log_file)
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        for record in earlier:
-            file.handle(record)
-        log.addHandler(file)

@@ -2,21 +2,22 @@
 
 import hashlib
 import logging
-from logging.handlers import MemoryHandler
+import os
 from pathlib import Path
 
 import torch
 
 from pipeline.distributed.agreement import code_version
-from pipeline.distributed.logs import start_logging
+from pipeline.distributed.log_file import LogFile
 from pipeline.distributed.preemption import StopRequest
 from pipeline.distributed.runtime import Runtime
 from pipeline.recipe import Recipe
+from pipeline.run.initialize import initialize
 from pipeline.run.prepare_data import prepare_data
 from pipeline.run.resume import ResumeRefused, find_checkpoint, restore, unused_name
 from pipeline.run.session import Session
 from pipeline.storage.run_lock import RunFolderLost, RunLock
-from pipeline.storage.status import StatusFile
+from pipeline.storage.status import State, StatusFile
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.progress import TrainingDiverged
 
@@ -24,6 +25,8 @@ log = logging.getLogger("pipeline")
 
 FAILURES = {TrainingDiverged: 1, RunFolderLost: 2}
 """Exit codes of the errors, besides ValueError and OSError, that end an attempt."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as a shell reports it."""
 
 
 def run_attempt(
@@ -32,23 +35,25 @@ def run_attempt(
     runtime: Runtime,
     stop: StopRequest,
     resume: str = "auto",
+    init: str | None = None,
     wait: float = 60.0,
     may_make_data: bool = True,
-) -> None:
-    """Trains in a run folder that no other process uses, and writes to status.json how that ended.
+) -> State:
+    """Trains in a run folder that no other process uses. Returns how that ended, which status.json says too.
 
-    `wait`: seconds to wait for the processes of an earlier attempt. Raises ValueError for a user error, ResumeRefused
-    among them, TrainingDiverged and RunFolderLost.
+    `resume`, `init`: as on the command line of `train.py`. `wait`: seconds to wait for the processes of an earlier
+    attempt. Raises ValueError for a user error, ResumeRefused among them, TrainingDiverged and RunFolderLost.
     """
     runtime.run_on_all(lambda: check_batch(recipe, runtime.world_size), "checking the batch size")
     lock = runtime.run_on_main(lambda: RunLock(folder, wait), f"locking {folder}")  # the main process holds it
     try:
-        session = open_session(folder, recipe, runtime, resume, may_make_data, lock)
+        session = open_session(folder, recipe, runtime, resume, init, may_make_data, lock)
         was_finished = runtime.from_main(session.status.status.state) == "finished"
         completed = True
         if not (session.finished and was_finished):  # killed after its last step, it still has to close its records
-            completed = train_with_tracker(session, recipe, runtime, stop)
-        report_end(session, runtime, stop, completed)
+            with stop.finishing_steps(lambda: end_at_once(session, runtime.is_main)):
+                completed = train_with_tracker(session, recipe, runtime, stop)
+        return report_end(session, runtime, stop, completed)
     except ResumeRefused:
         raise
     except (ValueError, TrainingDiverged) as error:  # not OSError: a disk may be there again at the next attempt
@@ -61,14 +66,21 @@ def run_attempt(
 
 
 def open_session(
-    folder: Path, recipe: Recipe, runtime: Runtime, resume: str, may_make_data: bool, lock: RunLock | None
+    folder: Path,
+    recipe: Recipe,
+    runtime: Runtime,
+    resume: str,
+    init: str | None,
+    may_make_data: bool,
+    lock: RunLock | None,
 ) -> Session:
-    """The run as its last checkpoint left it, with its log file open.
+    """The run at its last checkpoint or at its start, with its log file open. A refusal writes nothing in the folder.
 
     Raises ValueError where the processes do not agree on what they run, and ResumeRefused.
     """
-    early = MemoryHandler(capacity=100_000, flushLevel=logging.CRITICAL + 1)  # a refusal leaves log.txt as it is
-    log.addHandler(early)
+    log_file = LogFile()
+    if runtime.is_main:
+        log.addHandler(log_file)
     log.info("%s on %s in %s", recipe.model.name, runtime.describe(), folder)
     runtime.check_agreement(
         {
@@ -84,7 +96,11 @@ def open_session(
     checkpoint = find_checkpoint(runtime, session.checkpoints, resume)
     if checkpoint is not None:
         runtime.run_on_all(lambda: restore(session, checkpoint, resume), "restoring a checkpoint")
-    start_logging(folder / "log.txt" if runtime.is_main else None, runtime.is_main, earlier=list(early.buffer))
+    elif init is not None:
+        source = find_checkpoint(runtime, session.checkpoints, init)
+        runtime.run_on_all(lambda: initialize(session, source), "loading weights")
+    if runtime.is_main:
+        log_file.open(folder / "log.txt")
     return session
 
 
@@ -106,8 +122,18 @@ def train_with_tracker(session: Session, recipe: Recipe, runtime: Runtime, stop:
         return session.run(opened, should_stop=lambda: stop.reason is not None)
 
 
-def report_end(session: Session, runtime: Runtime, stop: StopRequest, completed: bool) -> None:
-    """Logs, and writes to status.json, whether the run is finished or was stopped by a signal."""
+def end_at_once(session: Session, is_main: bool) -> None:
+    """Ends this process after a second Ctrl-C, whatever its main thread does."""
+    if is_main:
+        session.status.end("interrupted", "SIGINT")
+        step = session.status.status.step
+        where = f"from the checkpoint of step {step}" if step else "from the beginning: there is no checkpoint yet"
+        log.error("interrupted; the same command continues %s", where)
+    os._exit(INTERRUPTED)
+
+
+def report_end(session: Session, runtime: Runtime, stop: StopRequest, completed: bool) -> State:
+    """Logs, and writes to status.json, whether the run is finished or was stopped by a signal. Returns the state."""
     trainer, folder = session.trainer, session.folder
     reasons = [reason for reason in runtime.gather_objects(stop.reason) if reason is not None]
     if completed:
@@ -119,11 +145,13 @@ def report_end(session: Session, runtime: Runtime, stop: StopRequest, completed:
             unused_name(folder),
         )
     else:
-        state, reason = "preempted", reasons[0]
+        interrupted = "SIGINT" in reasons
+        state, reason = ("interrupted", "SIGINT") if interrupted else ("preempted", reasons[0])
         message = "stopped by %s at step %d of %d with a checkpoint; run the same command again to continue"
-        log.info(message, reason, trainer.step, trainer.total_steps)
+        log.info(message, "Ctrl-C" if interrupted else reason, trainer.step, trainer.total_steps)
     if runtime.is_main:
         session.status.end(state, reason)
+    return state
 
 
 def fingerprint_of(recipe: Recipe) -> str:

@@ -1,4 +1,4 @@
-"""data_trace.jsonl: the samples of each step, as they were read."""
+"""data_trace.jsonl: the samples that each step trained on, as they were read."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,16 @@ from pipeline.data.loader import Batch
 from pipeline.data.shards import TarShards
 from pipeline.distributed.runtime import Runtime
 from pipeline.storage.metrics_file import cut_records
+from pipeline.storage.optional_files import OptionalFiles, append_lines
 
 
 class Trace:
     """One line per optimizer step: {"step": s, "epochs": [...], "keys": [...]} of the global batch, in its order."""
 
-    def __init__(self, folder: Path, start: int, shards: TarShards, runtime: Runtime):
-        """Lines from step `start` on are removed: those steps are repeated."""
+    def __init__(self, folder: Path, start: int, shards: TarShards, runtime: Runtime, files: OptionalFiles):
+        """Removes lines of steps from `start` on, which are about to be repeated."""
         self.path = folder / "data_trace.jsonl"
+        self.files = files
         self.shards = shards
         self.runtime = runtime
         if runtime.is_main:
@@ -29,5 +31,5 @@ class Trace:
         if self.runtime.is_main:
             keys = self.shards.keys([index for _, _, index in rows])
             line = {"step": step, "positions": [r[0] for r in rows], "epochs": [r[1] for r in rows], "keys": keys}
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            with self.files.writing("lines of data_trace.jsonl", self.path):
+                append_lines(self.path, json.dumps(line) + "\n")

@@ -1,4 +1,4 @@
-"""One training run: its folder, and what is done at which cadence."""
+"""One training run in its folder, and the work of its cadences."""
 
 import logging
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from pipeline.run.flops import peak_flops, step_flops
 from pipeline.storage.atomic import replacing
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.storage.checkpoint_writer import CheckpointWriter
+from pipeline.storage.optional_files import OptionalFiles
 from pipeline.storage.run_id import find_run_id, write_run_id
 from pipeline.storage.status import StatusFile
 from pipeline.tracking.tracker import Tracker
@@ -30,7 +31,7 @@ from pipeline.training.trainer import Cadence
 log = logging.getLogger("pipeline")
 
 SHOWN = ("train/loss", "train/elbo", "train/bpd", "train/kl", "train/lr", "perf/images_per_second")
-"""The figures of `metrics.jsonl` that the terminal shows too."""
+"""The metrics that the terminal shows too."""
 
 
 class Session:
@@ -43,8 +44,9 @@ class Session:
         self.folder = folder
         self.data = RunData(recipe, runtime)
         self.trainer = build_trainer(recipe, runtime, self.data)
+        config = recipe.checkpoint
         self.checkpoints = Checkpoints(
-            folder / "checkpoints", recipe.checkpoint.keep, find_run_id(folder), check_folder
+            folder / "checkpoints", config.keep, find_run_id(folder), check_folder, config.milestones
         )
         self.pictures = Pictures(recipe.samples, recipe.train.seed, runtime.device, runtime.dtype, runtime.autocast)
         self.evaluator = Evaluator(recipe.validation, self.data, runtime, recipe.train.seed)
@@ -53,13 +55,14 @@ class Session:
         self.peak_flops = peak_flops(runtime.device_name, recipe.train.precision)
         self.tracker: Tracker | None = None
         self.status = StatusFile(folder)
+        self.files = OptionalFiles()
         self.writer: CheckpointWriter | None = (
             None  # on the main process, while training: every rank has the same state
         )
         self.saved_step: int | None = None
         self.stall_ms = 0.0
 
-    # ------------------------------------------------------------------------------------------------- beginning
+    # ------------------------------------------------------------------------------------------------- training
 
     @property
     def finished(self) -> bool:
@@ -78,9 +81,7 @@ class Session:
         """
         self.tracker = tracker
         if self.runtime.is_main:
-            write_run_id(self.folder, self.checkpoints.run_id)
-            with replacing(self.folder / "config.yaml") as file:
-                file.write(dump(self.recipe).encode())
+            self._write_facts()
         recipe = self.recipe
         if recipe.validation.every and not self.keeps_best:
             log.info(
@@ -93,7 +94,7 @@ class Session:
         cadences = [
             Cadence(recipe.validation.every, self.validate),
             Cadence(recipe.tracking.log_every, self.report),
-            Cadence(recipe.samples.every, self.draw),
+            Cadence(recipe.samples.every, self.sample),
             Cadence(recipe.checkpoint.every, self.save),
         ]
         if not self.runtime.is_main:
@@ -101,10 +102,20 @@ class Session:
         with CheckpointWriter(self.checkpoints, self._report_unsaved, on_written=self.status.saved) as self.writer:
             return self._train(cadences, should_stop)
 
+    def _write_facts(self) -> None:
+        """The run's id and settings. Both are in every checkpoint too."""
+        with self.files.writing("copies of the run's id", self.folder / "run_id"):
+            write_run_id(self.folder, self.checkpoints.run_id)
+        path = self.folder / "config.yaml"
+        with self.files.writing("copies of the settings", path), replacing(path) as file:
+            file.write(dump(self.recipe).encode())
+
     def _train(self, cadences: list[Cadence], should_stop: Callable[[], bool]) -> bool:
         observers = {}
         if self.recipe.data.trace:
-            observers["on_batches"] = Trace(self.folder, self.trainer.step, self.data.train, self.runtime).add
+            observers["on_batches"] = Trace(
+                self.folder, self.trainer.step, self.data.train, self.runtime, self.files
+            ).add
         completed = self.trainer.fit(cadences, should_stop, **observers)
         if not completed:
             self.save(self.trainer.step)
@@ -123,7 +134,7 @@ class Session:
     # -------------------------------------------------------------------------------------------------- cadences
 
     def report(self, step: int) -> None:
-        """Means over the interval, to metrics.jsonl, W&B and the terminal."""
+        """Logs means over the interval to metrics.jsonl, W&B and the terminal."""
         self.checkpoints.check()
         scalars = self.trainer.interval_scalars()
         if self.peak_flops and "perf/images_per_second" in scalars:
@@ -143,7 +154,7 @@ class Session:
         return timedelta(seconds=round(images / images_per_second))
 
     def validate(self, step: int) -> None:
-        """Held-out figures of the averaged weights, where there are any."""
+        """Metrics of the held-out split, with the averaged weights if there are any."""
         self.checkpoints.check()
         with self.trainer.averaged_weights():
             figures = self.evaluator.run(self.trainer.model, step)
@@ -153,10 +164,10 @@ class Session:
             "step %d validation: %s", step, "  ".join(f"{name[4:]} {value:.4f}" for name, value in figures.items())
         )
 
-    def draw(self, step: int) -> None:
+    def sample(self, step: int) -> None:
         """Prior samples and reconstructions, as PNG files and in W&B.
 
-        Every rank draws (batch norm may have to talk); one writes.
+        Every rank samples, since batch norm may need all of them; the main process writes.
         """
         self.checkpoints.check()
         samples = self.recipe.samples
@@ -164,8 +175,8 @@ class Session:
         grid = plan_grid(samples.count, self.recipe.condition, condition)
         shown = slice(samples.reconstructions)
         with self.trainer.averaged_weights():
-            drawn = self.pictures.samples(self.trainer.model, grid)
-            grids = {name: image_grid(images, columns=grid.columns) for name, images in drawn.items()}
+            sampled = self.pictures.samples(self.trainer.model, grid)
+            grids = {name: image_grid(images, columns=grid.columns) for name, images in sampled.items()}
             if samples.reconstructions:
                 shown_condition = None if condition is None else condition[shown]
                 reconstructed = self.pictures.reconstructions(self.trainer.model, x[shown], shown_condition)
@@ -173,7 +184,9 @@ class Session:
         if self.runtime.is_main:
             for name, grid in grids.items():
                 folder, _, suffix = name.partition("/")
-                save_png(self.folder / folder / f"step_{step:08d}{'_' + suffix if suffix else ''}.png", grid)
+                path = self.folder / folder / f"step_{step:08d}{'_' + suffix if suffix else ''}.png"
+                with self.files.writing("pictures", path):
+                    save_png(path, grid)
         self.tracker.log(step, {}, grids)
 
     def save(self, step: int) -> None:

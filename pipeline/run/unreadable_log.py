@@ -9,6 +9,7 @@ from pipeline.data.shards import UnreadableShard
 from pipeline.data.unreadable import SkippedSample
 from pipeline.distributed.runtime import Runtime, raised_on_all_ranks
 from pipeline.storage.metrics_file import cut_records
+from pipeline.storage.optional_files import OptionalFiles, append_lines
 
 FILE = "skipped_samples.jsonl"
 log = logging.getLogger("pipeline")
@@ -24,6 +25,7 @@ class UnreadableLog:
         self.runtime = runtime
         self._path: Path | None = None
         self._listed: set[tuple[str, int]] = set()
+        self._files = OptionalFiles()
 
     def open(self, folder: Path, last_step: int) -> None:
         """Starts or continues the list. Removes lines after `last_step`, whose steps will be repeated."""
@@ -61,5 +63,5 @@ class UnreadableLog:
         log.warning("step %d, %s: %d more samples are unreadable and skipped: %s", step, split, len(new), first)
         if self._path is not None:
             lines = [json.dumps({"step": step, "split": split} | sample._asdict()) for sample in new.values()]
-            with self._path.open("a") as file:
-                file.write("".join(f"{line}\n" for line in lines))
+            with self._files.writing("lines of skipped_samples.jsonl", self._path):
+                append_lines(self._path, "".join(f"{line}\n" for line in lines))

@@ -12,7 +12,8 @@ from typing import BinaryIO
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes its name in one rename when all of it is on disk, and vanishes if writing fails.
 
-    One process of a host writes a file at a time; hosts that share the folder do not disturb each other.
+    Raises OSError, which names `path`. One process of a host writes a file at a time; hosts that share the folder do
+    not disturb each other.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{socket.gethostname()}.partial")
@@ -22,5 +23,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -59,6 +59,7 @@ class CheckpointWriter:
         self._job: _Job | None = None
         self._running: Future[OSError | None] | None = None
         self._fault: OSError | None = None  # why the newest job is not on the disk
+        self._gave_up = False  # `finish` has raised it: the end of the context does not try for another minute
 
     def save(self, step: int, tensors: Snapshot, facts: Mapping[str, Any], score: float | None = None) -> float:
         """Take the state as it is now and have it written; arguments as for `Checkpoints.save`.
@@ -88,12 +89,15 @@ class CheckpointWriter:
             time.sleep(seconds)
             self._fault = self._attempt(self._job)
         if self._fault is not None:
+            self._gave_up = True
             raise self._fault
 
     def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._gave_up:
+            return
         try:
             self.finish()
         except OSError as error:  # is in the log; what ended training must not be hidden by it

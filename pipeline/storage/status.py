@@ -5,6 +5,7 @@
     none        no attempt has started
     running     an attempt is running; if none is, it was killed: run the same command again
     preempted   stopped by a signal between two steps, with a checkpoint: run the same command again
+    interrupted stopped by Ctrl-C: run the same command again
     finished    trained to the last step
     failed      ended by an error that has to be fixed first; `reason` says which
 """
@@ -20,7 +21,7 @@ from typing import Literal, get_args
 from pipeline.storage.atomic import replacing
 from shard_data.files import read_bounded
 
-State = Literal["none", "running", "preempted", "finished", "failed"]
+State = Literal["none", "running", "preempted", "interrupted", "finished", "failed"]
 FILE = "status.json"
 MAX_BYTES = 2**20
 log = logging.getLogger("pipeline")
@@ -69,6 +70,7 @@ class StatusFile:
     def __init__(self, folder: Path):
         self.folder = folder
         self.status = read_status(folder)
+        self._failing = False
 
     def begin(self, step: int, total_steps: int) -> int:
         """Notes that an attempt begins at this step. Returns its number, from 1 on."""
@@ -88,5 +90,8 @@ class StatusFile:
         try:
             with replacing(self.folder / FILE) as file:
                 file.write((json.dumps(dataclasses.asdict(self.status), indent=1) + "\n").encode())
+            self._failing = False
         except OSError as error:
-            log.warning("%s could not be written: %s", self.folder / FILE, error.strerror)
+            if not self._failing:
+                log.warning("%s could not be written: %s", self.folder / FILE, error.strerror)
+            self._failing = True

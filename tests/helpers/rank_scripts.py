@@ -12,7 +12,7 @@ import torch
 from pipeline.distributed.logs import start_logging
 from pipeline.distributed.runtime import Runtime
 folder = Path(sys.argv[1])
-start_logging(None, os.environ.get("RANK", "0") == "0")
+start_logging(os.environ.get("RANK", "0") == "0")
 runtime = Runtime(collective_timeout=3.0, progress_timeout=PROGRESS_TIMEOUT)
 runtime.watchdog.stacks = folder / "stacks"
 def train(at_step=lambda step: None):

@@ -1,11 +1,13 @@
 """How runs end: stopped by a signal, killed, or on a full disk; and that the same command resumes them."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from pipeline.storage.metrics_file import read_records
 from pipeline.storage.status import read_status
 from tests.helpers.launching import ROOT, TRAIN, clean_environment, launch_command, ranks_of, wait_until
 from tests.helpers.recipes import write_tiny_recipe, write_tiny_set
-from tests.helpers.run_folders import differences, metrics
+from tests.helpers.run_folders import differences, metrics, read_lines
 from tests.helpers.wandb_server import WandbServer
 
 
@@ -183,19 +185,42 @@ def test_a_disk_that_fills_up_in_training_does_not_end_it(recipe_file, uninterru
     process = start(1, recipe_file, run_dir)
     await_step(run_dir, 3)
     ballast = small_disk / "ballast"
-    with ballast.open("wb") as file:
-        try:
-            while True:
-                file.write(b"x" * 65536)
-                file.flush()
-        except OSError:
-            pass
+    fill(ballast)
     await_log(run_dir, "could not be written")
     ballast.unlink()
     output = finish(process)
     assert "could not be written" in output
     assert read_status(run_dir).state == "finished"
     assert [line for line in differences(uninterrupted, run_dir) if "safetensors" in line] == []
+
+
+def test_a_disk_that_is_full_from_the_start_costs_no_training(recipe_file, uninterrupted, small_disk):
+    """Freed after ten steps: nothing but the trace of these steps is missing in the end."""
+    run_dir, ballast = small_disk / "run", small_disk / "ballast"
+    fill(ballast)
+    process = start(1, recipe_file, run_dir, "samples.every=5", "samples.count=4")
+    shown = []
+    while "step 10/40" not in "".join(shown[-1:]):
+        shown.append(process.stderr.readline())
+        assert shown[-1], "".join(shown)
+    ballast.unlink()
+    output = "".join(shown) + finish(process)
+    assert "Traceback" not in output
+    for file in ("config.yaml", "run_id", "log.txt", "metrics.jsonl", "data_trace.jsonl", "status.json", "samples"):
+        assert len(re.findall(rf"{small_disk}/run/{file}.*No space left", output)) == 1, (file, output)
+    assert [line for line in differences(uninterrupted, run_dir) if "data_trace" not in line] == []
+    assert read_status(run_dir).state == "finished"
+    logged = (run_dir / "log.txt").read_text()
+    assert all(f"step {step}/40" in logged for step in range(1, 41))
+    traced = [line["step"] for line in read_lines(run_dir / "data_trace.jsonl")]
+    assert traced == list(range(traced[0], 40))
+
+
+def fill(ballast: Path) -> None:
+    """Fills the disk to the last byte."""
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(b"x" * 65536):
+            pass
 
 
 def await_log(run_dir: Path, text: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from pipeline.storage import checkpoint
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.storage.checkpoint_folder import size_of, snapshot
+from pipeline.storage.checkpoint_writer import CheckpointWriter
 from tests.helpers.checkpoints import FACTS, assert_same, damage, in_child, small
 
 
@@ -314,3 +315,22 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="step 1 could not be written to .*file/checkpoints: Not a directory"):
         Checkpoints(tmp_path / "file" / "checkpoints").save(1, small(), {})
+
+
+def test_a_last_checkpoint_that_was_given_up_is_not_tried_again_on_the_way_out(checkpoints, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("pipeline.storage.checkpoint_writer.time.sleep", pauses.append)
+    monkeypatch.setattr(Checkpoints, "write", refuse)
+    with pytest.raises(OSError, match="refused"):
+        save_and_finish(CheckpointWriter(checkpoints, lambda *failure: None, retry_after=(1, 4)))
+    assert pauses == [1, 4]
+
+
+def refuse(*_):
+    raise OSError(errno.EIO, "refused")
+
+
+def save_and_finish(writer):
+    with writer:
+        writer.save(2, small(2), {})
+        writer.finish()
