@@ -64,6 +64,7 @@ def test_reconstructions_improve_at_a_small_beta_and_the_kl_falls_at_a_large_one
     second.model.load_state_dict(first.model.state_dict())
     after = train_on(second, batch, 15)
     assert error < 0.9 * average_image
+    assert before["train/kl"] > 1
     assert after["train/kl"] < 0.5 * before["train/kl"]
 
 
