@@ -96,7 +96,7 @@ runtime.run_on_main(hang, "hashing the shards")
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_work_that_others_wait_for_ends_the_run_when_it_stands_still(tmp_path, processes):
     """Not while it advances: twice for twice the timeout."""
     result = run_script(processes, write_script(tmp_path, STALLS, progress_timeout=3))
