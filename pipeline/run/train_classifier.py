@@ -92,6 +92,7 @@ class LabeledImages:
         return map(self._item, build_eval_loader(self.shards, Preprocess(self.seed), batch_size))
 
     def _item(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        advance()
         x = to_model_input(batch.images.to(self.device)).contiguous(memory_format=torch.channels_last)
         return x, self._target(batch).to(self.device)
 
@@ -122,7 +123,6 @@ def fit(config: ClassifierConfig, images: LabeledImages, steps: int, batch_size:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
     with tqdm(images.training(batch_size, steps), total=steps, desc="train", unit="step", disable=None) as bar:
         for number, (x, target) in enumerate(bar, start=1):
-            advance()
             loss = classifier.loss(x, target)
             optimizer.zero_grad()
             loss.backward()
