@@ -5,6 +5,7 @@ collective in time, all processes end (see `watchdog`). They wait for the work o
 """
 
 import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.distributed import collectives
 from pipeline.distributed.agreement import disagreement
-from pipeline.distributed.logs import report_error
+from pipeline.distributed.logs import launched_rank, report_error
 from pipeline.distributed.watchdog import Watchdog, Work, World, wait_until
 
 Precision = Literal["fp32", "bf16", "fp64"]
@@ -43,18 +44,20 @@ class Runtime:
         `collective_timeout`: seconds that processes wait for a rank in a collective before all of them end.
         `progress_timeout`: seconds that work which others wait for otherwise may make no progress.
         Raises ValueError where the launcher made fewer processes than it announced or than `expect_processes` asks for,
-        and where it was configured for GPUs on a machine that has none.
+        and where it was configured for GPUs on a machine that has none. Raises ConnectionError where a process does not
+        join.
         """
         self._work = Work()
         self.watchdog = Watchdog(self._work, progress_timeout)
         timeout = timedelta(seconds=collective_timeout + BACKEND_MARGIN)
         # With synchronized batch norm DDP has no buffers to broadcast.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if precision == "bf16" else "no",
-            cpu=not torch.cuda.is_available(),
-            kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timeout)],
-        )
+        with connecting(timeout):
+            self.accelerator = Accelerator(
+                mixed_precision="bf16" if precision == "bf16" else "no",
+                cpu=not torch.cuda.is_available(),
+                kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timeout)],
+            )
         self.precision = precision
         self.dtype = torch.float64 if precision == "fp64" else torch.float32
         self.device: torch.device = self.accelerator.device
@@ -79,7 +82,8 @@ class Runtime:
             return sum(map(collectives.num_collectives, groups))
 
         self._store = collectives.connect_store("watchdog")
-        self.watchdog.join(World(self.rank, self.world_size, self._store, timeout, joined))
+        with connecting(timedelta(seconds=timeout)):
+            self.watchdog.join(World(self.rank, self.world_size, self._store, timeout, joined))
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The model behind DDP (with more than one process) and autocast, and the optimizer, both on the device."""
@@ -240,6 +244,21 @@ class Runtime:
         threads = f", {torch.get_num_threads()} threads each" if self.device.type == "cpu" else ""
         processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
         return f"{processes} on {self.device_name}{threads}, {self.precision}"
+
+
+@contextmanager
+def connecting(timeout: timedelta) -> Iterator[None]:
+    """Raises ConnectionError where the other processes cannot be reached: one may be stopped, or gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not collectives.is_lost_connection(error):
+            raise
+        place = f"rank {launched_rank()} on {socket.gethostname()}"
+        seconds = timeout.total_seconds()
+        problem = str(error).partition("\n")[0]
+        message = f"{place} could not connect to all other processes within {seconds:g} s: {problem}"
+        raise ConnectionError(message) from error
 
 
 def cores_per_process() -> int:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.distributed.agreement import code_version, disagreement
 from pipeline.distributed.logs import launched_rank
-from pipeline.distributed.runtime import check_gpus, check_process_count, cores_per_process
+from pipeline.distributed.runtime import Runtime, check_gpus, check_process_count, cores_per_process
 from tests.helpers.launching import ROOT, run_command
 from tests.helpers.rank_scripts import run_script, script_command, write_script
 
@@ -120,6 +120,19 @@ def test_gpu_configurations_end_with_one_error(tmp_path, processes, cpus, gpus):
     result = run_command(*command, PYTHONPATH=str(ROOT))
     assert result.returncode != 0
     assert "the launcher was configured for GPUs and this machine has none" in result.stderr
+
+
+def test_a_process_that_does_not_join_at_the_start_is_reported(monkeypatch):
+    """One may be stopped. torch's own error comes with a traceback, and does not name a rank."""
+
+    def wait_in_vain(**_):
+        raise torch.distributed.DistStoreError("Timed out after 151 seconds waiting for clients\nframe #0: ...")
+
+    monkeypatch.setattr("pipeline.distributed.runtime.Accelerator", wait_in_vain)
+    with pytest.raises(
+        ConnectionError, match=r"^rank 0 on \S+ could not connect .* within 150 s: Timed out .* clients$"
+    ):
+        Runtime()
 
 
 def test_one_process_needs_no_thread(make_runtime):
