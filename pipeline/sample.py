@@ -1,13 +1,14 @@
-"""Draws samples of a trained model: pictures, arrays, or a shard set.
+"""Samples from a trained model: pictures, arrays, or a shard set.
 
 python pipeline/sample.py runs/nvae --temperature 0.7 1.0
 python pipeline/sample.py runs/mlp_cvae --classes 0-9 --per-class 10
 python pipeline/sample.py runs/attribute_vae --attributes Smiling=1,Eyeglasses=0 --data data/toy_faces32
-python pipeline/sample.py runs/mlp_cvae --per-class 500 --as-shards data/drawn_digits
+python pipeline/sample.py runs/mlp_cvae --per-class 500 --as-shards data/sampled_digits
 """
 
 import argparse
 import logging
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipeline.cli import run_python, run_tool  # noqa: E402
 from pipeline.inference import draw_samples  # noqa: E402
+from pipeline.inference.folders import output_folder  # noqa: E402
 from pipeline.inference.parse_condition import parse_classes, parse_settings  # noqa: E402
 from pipeline.inference.trained import TrainedModel, load  # noqa: E402
 
@@ -37,15 +39,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--count", metavar="N", type=int, help=f"samples (default {COUNT}); with classes see --per-class")
     add("--classes", metavar="0-9,Shirt", help="classes by number or name, a row each (default: all)")
     add("--per-class", metavar="N", type=int, help=f"samples of each class (default {PER_CLASS})")
-    add("--attributes", metavar="NAME=1,...", help="attributes that all samples have (1) or have not (0)")
-    add("--data", metavar="DIR", help="shard set whose images lend the attributes that --attributes does not name")
+    add("--attributes", metavar="NAME=1,...", help="attributes present (1) or absent (0) in all samples")
+    add("--data", metavar="DIR", help="shard set; the other attributes are those of its images (default: unknown)")
     add("--split", default="train", help="split of --data (default train)")
     add("--temperature", metavar="T", type=float, nargs="+", default=[1.0], help="scale of the priors' sigmas")
-    add("--seed", type=int, default=0, help="another seed, other samples (default 0)")
+    add("--seed", type=int, default=0, help="of the latent noise (default 0)")
     add("--readjust", metavar="N", type=int, default=0, help="batches that re-estimate batch norm first (default 0)")
-    add("--checkpoint", default="latest", help="latest (default), best by validation, or a checkpoint's folder")
+    add("--checkpoint", default="latest", help="latest (default), best by validation, a step, or a checkpoint's folder")
     add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
-    add("--out", metavar="DIR", type=Path, help="folder for pictures and arrays (default RUN/drawn)")
+    add("--out", metavar="DIR", type=Path, help="folder for pictures and arrays (default RUN/samples)")
     add("--npz", action="store_true", help="also write images and labels as arrays")
     add("--as-shards", metavar="DIR", help="write the samples, with their labels, as a shard set")
     return parser
@@ -59,53 +61,72 @@ def main(arguments: list[str] | None = None) -> int:
 
 def sample(parsed: argparse.Namespace) -> None:
     """From the command line to the files."""
-    if parsed.as_shards and len(parsed.temperature) > 1:
-        raise ValueError("--as-shards: a shard set has samples of one temperature; give one")
-    if parsed.as_shards and (Path(parsed.as_shards) / "manifest.json").exists():
-        raise ValueError(f"--as-shards: {parsed.as_shards} holds a shard set already; name another folder")
+    check_arguments(parsed)
     trained = load(parsed.run, parsed.checkpoint, parsed.device)
     plan = make_plan(trained, parsed)
     for temperature in parsed.temperature:
-        model = trained
-        if parsed.readjust:
-            model = draw_samples.readjusted(trained, plan, temperature, parsed.seed, parsed.readjust)
-        images = draw_samples.draw(model, plan, temperature, parsed.seed)
-        name = f"samples_step_{trained.step:08d}_temperature_{temperature:g}_seed_{parsed.seed}"
-        stem = (parsed.out or parsed.run / "drawn") / name
-        draw_samples.save_picture(Path(f"{stem}.png"), plan, images)
-        log.info("%d samples of %s at step %d: %s.png", plan.count, trained.recipe.model.name, trained.step, stem)
-        settings = {
-            "checkpoint": str(trained.path),
-            "temperature": temperature,
-            "seed": parsed.seed,
-            "readjust": parsed.readjust,
-        }
-        if parsed.npz:
-            draw_samples.save_npz(Path(f"{stem}.npz"), trained, plan, images, settings)
-            log.info("arrays: %s.npz", stem)
-        if parsed.as_shards:
-            with tempfile.TemporaryDirectory() as folder:
-                arrays = Path(folder) / "samples.npz"
-                draw_samples.save_npz(arrays, trained, plan, images, settings)
-                run_python(
-                    "-m", "shard_data", "npz", "--source", str(arrays), "--out", parsed.as_shards, "--name", "samples"
-                )
+        sample_at(temperature, trained, plan, parsed)
+
+
+def check_arguments(parsed: argparse.Namespace) -> None:
+    """Raises ValueError for arguments that are out of range or contradict each other."""
+    for temperature in parsed.temperature:
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"--temperature {temperature}: must be a finite number of at least 0")
+    if not 0 <= parsed.seed < 2**63:
+        raise ValueError(f"--seed {parsed.seed}: must be from 0 to 2^63 - 1")
+    if parsed.readjust < 0:
+        raise ValueError(f"--readjust {parsed.readjust}: must be at least 0")
+    if parsed.out is not None and parsed.out.exists() and not parsed.out.is_dir():
+        raise ValueError(f"--out {parsed.out}: is a file; name a folder")
+    if parsed.as_shards and len(parsed.temperature) > 1:
+        raise ValueError("--as-shards: a shard set has samples of one temperature; give one --temperature")
+    if parsed.as_shards and (Path(parsed.as_shards) / "manifest.json").exists():
+        raise ValueError(f"--as-shards: {parsed.as_shards} holds a shard set already; name another folder")
+
+
+def sample_at(temperature: float, trained: TrainedModel, plan: draw_samples.Plan, parsed: argparse.Namespace) -> None:
+    """Samples at one temperature, and writes them."""
+    model = trained
+    if parsed.readjust:
+        model = draw_samples.readjusted(trained, plan, temperature, parsed.seed, parsed.readjust)
+    images = draw_samples.sample_images(model, plan, temperature, parsed.seed)
+    name = f"samples_step_{trained.step:08d}_temperature_{temperature:g}_seed_{parsed.seed}"
+    stem = (parsed.out or output_folder(parsed.run, "samples")) / name
+    draw_samples.save_picture(Path(f"{stem}.png"), plan, images)
+    log.info("%d samples of %s at step %d: %s.png", plan.count, trained.recipe.model.name, trained.step, stem)
+    settings = {
+        "checkpoint": str(trained.path),
+        "temperature": temperature,
+        "seed": parsed.seed,
+        "readjust": parsed.readjust,
+    }
+    if parsed.npz:
+        draw_samples.save_npz(Path(f"{stem}.npz"), trained, plan, images, settings)
+        log.info("arrays: %s.npz", stem)
+    if parsed.as_shards:
+        with tempfile.TemporaryDirectory() as folder:
+            arrays = Path(folder) / "samples.npz"
+            draw_samples.save_npz(arrays, trained, plan, images, settings)
+            run_python(
+                "-m", "shard_data", "npz", "--source", str(arrays), "--out", parsed.as_shards, "--name", "samples"
+            )
 
 
 def make_plan(trained: TrainedModel, parsed: argparse.Namespace) -> draw_samples.Plan:
-    """What the command line asks for. Raises ValueError where the model cannot be asked that."""
+    """The samples of the command line. Raises ValueError for options that do not apply to the model."""
     if parsed.count is not None and parsed.count < 1:
-        raise ValueError(f"--count {parsed.count}: ask for at least one sample")
+        raise ValueError(f"--count {parsed.count}: must be at least 1")
     if trained.classes or parsed.classes or parsed.per_class:
         if parsed.count is not None or parsed.attributes or parsed.data:
-            raise ValueError("the model is told classes: give --classes and --per-class alone")
+            raise ValueError("the model is conditional on classes: give --classes and --per-class alone")
         classes = parse_classes(parsed.classes, trained.classes) if parsed.classes and trained.classes else None
         return draw_samples.plan_classes(trained, classes, PER_CLASS if parsed.per_class is None else parsed.per_class)
     count = parsed.count or COUNT
     if trained.recipe.condition is None and not (parsed.attributes or parsed.data):
         return draw_samples.plan_count(trained, count)
-    given = draw_samples.conditions_of(trained, parsed.data, parsed.split, count) if parsed.data else None
-    return draw_samples.plan_attributes(trained, parse_settings(parsed.attributes or ""), count, given)
+    others = draw_samples.sample_conditions(trained, parsed.data, parsed.split, count) if parsed.data else None
+    return draw_samples.plan_attributes(trained, parse_settings(parsed.attributes or ""), count, others)
 
 
 if __name__ == "__main__":

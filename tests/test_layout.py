@@ -98,6 +98,7 @@ def test_shard_data_imports_neither_pipeline_nor_torch():
 FORMAT = {
     "data": {"errors", "fetch", "file_lock", "files", "manifest", "progress"},
     "run": {"manifest", "progress"},
+    "inference": {"files", "manifest"},
     "storage": {"file_lock", "files", "progress"},
     "distributed": {"progress"},
     "cli": {"progress"},
@@ -176,7 +177,10 @@ AVOIDED = re.compile(
 )
 """Words that the project does not use: quaint ones, and British spellings. Plain English is what others search for."""
 
-FORMER_NAMES = {"binarise": {"pipeline/config.py", "docs/migration.md", "docs/settings.md"}}
+FORMER_NAMES = {
+    "binarise": {"pipeline/config.py", "docs/migration.md", "docs/settings.md"},
+    "recognised": {"docs/migration.md"},
+}
 """Settings of earlier versions, and the files that name them."""
 
 STILL_TO_REWORD = (

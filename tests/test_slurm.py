@@ -262,7 +262,7 @@ def test_evaluation_of_a_baseline_on_two_nodes(with_faces):
     words = "runs/conv_vae --data data/celeba64 --split test --importance-samples 2".split()
     job = with_faces.submit("--nodes=2", *ON_CPUS, "slurm/evaluate.sh", *words, by="slurm/submit.sh")
     assert job.wait() == "COMPLETED", job.log()
-    (report,) = (with_faces.folder / "runs" / "conv_vae").glob("evaluation_test_step_00000002.json")
+    (report,) = (with_faces.folder / "runs" / "conv_vae").glob("evaluations/elbo_test_step_00000002*.json")
     assert "elbo" in report.read_text()
 
 

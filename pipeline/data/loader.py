@@ -133,7 +133,7 @@ def check_data(config: DataConfig, image: Image, place: str) -> None:
     if (height, width) != (config.size, config.size):
         raise ValueError(
             f"data.size is {config.size}, but {place} holds images of {height}x{width}; "
-            f"use a recipe for that size, or convert the data set again with --size {config.size}"
+            f"name a set of {config.size}x{config.size} images with --data, or train with a recipe for that size"
         )
     if channels != config.channels:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""How well faces are edited by attribute, judged by a classifier that took no part in training the model.
+"""How well faces are edited by attribute, measured with a judge: a classifier that was not used to train the model.
 
-Each held-out face is encoded with its own attributes; then one attribute is set on all faces that lack it, or cleared
-on all that have it, its rivals with it, and the face is decoded. What the judge says of the result is compared with
-what was asked, and the other attributes with those of the original.
+Each held-out face is encoded with its own attributes. Then one attribute is set on all faces that lack it, or cleared
+on all that have it (its rivals change with it), and the face is decoded. The judge's predictions are compared with the
+target attribute, and for the other attributes with the original.
 """
 
 import math
@@ -32,9 +32,9 @@ class Faces(NamedTuple):
     condition: Tensor
     """(b, K) as the model takes it."""
     truth: Tensor
-    """(b, A) in the order of the judge's names: 1 present, 0 absent, -1 unknown or not to be seen in the image."""
+    """(b, A) in the order of the judge's names: 1 present, 0 absent, -1 unknown or hidden in the image."""
     positions: list[int]
-    """Of the latent noise: the numbers of the images in their split."""
+    """Numbers of the images in their split; the latent noise is a function of them."""
 
 
 def held_out_faces(
@@ -45,7 +45,7 @@ def held_out_faces(
 ) -> Iterator[Faces]:
     """What `edit_figures` takes, from a loader's batches of `shards`; `inputs` gives the model's input and condition.
 
-    Raises ValueError where the judge tells attributes that the set does not have.
+    Raises ValueError for a judge with attributes that the set does not have.
     """
     columns = judged_columns(shards, judge)
     for batch in batches:
@@ -57,15 +57,15 @@ def held_out_faces(
 
 
 def judged_columns(shards: TarShards, judge: Classifier) -> list[int]:
-    """The set's columns of the attributes that the judge tells. Raises ValueError where it does not have them."""
+    """The set's columns of the judge's attributes. Raises ValueError for a set without one of them."""
     known = shards.attribute_names
     return [known.index(find_name(name, known, "the classifier's attribute")) for name in judge.names]
 
 
 def hidden_by(shards: TarShards, judge: Classifier) -> Tensor:
-    """(2, A, A) bool, in the order of the judge's names: [v, a, b] says that no image whose attribute a is v shows b.
+    """(2, A, A) bool, in the order of the judge's names: [v, a, b] is true if b is hidden in all images whose a is v.
 
-    Read off the split: with a hat, bangs are hidden in every picture.
+    Computed from the split. Example: with a hat, bangs are hidden in every picture.
     """
     indices, columns = np.arange(len(shards)), judged_columns(shards, judge)
     attributes = shards.attributes(indices)[:, columns]  # (N, A)
@@ -88,19 +88,19 @@ def edit_figures(
     hides: Tensor,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> dict[str, float]:
-    """Shares in [0, 1], exact on any number of processes; NaN where nothing could be judged.
+    """Shares in [0, 1], exact on any number of processes; NaN if there was nothing to count.
 
     For EDIT `set` (on faces that lack the attribute) and `clear` (on those that have it):
-    `edit/EDIT/NAME` edits that show what was asked, `edit/EDIT` their mean over the attributes, `edit/EDIT_minimum` the
-    least of them; `edit/EDIT_others` other attributes that are as in the original, over all such edits.
-    For reference: `edit/judge_accuracy` of the judge on the real images, and `edit/reconstruction_accuracy` of the
-    judge on their reconstructions.
+    `edit/EDIT/NAME` edits in which the judge sees the target, `edit/EDIT` their mean over the attributes,
+    `edit/EDIT_minimum` the least of them; `edit/EDIT_others` other attributes that are as in the original, over all
+    such edits. For reference: `edit/judge_accuracy` of the judge on the real images, and `edit/reconstruction_accuracy`
+    of the judge on their reconstructions.
 
-    Left out are attributes that are unknown or hidden in the original or, as `hides` (see `hidden_by`) has it, in the
-    edit; and, among the others, the rivals of the attribute edited.
+    Not counted are attributes that are unknown or hidden in the original or, according to `hides` (see `hidden_by`),
+    in the edit; and, among the others, the rivals of the edited attribute.
 
-    `batches`: this rank's share (see `held_out_faces`). Latents are drawn from the posterior, by (seed, image). The
-    model is left in its mode. Raises ValueError where the judge cannot judge the model's images or attributes.
+    `batches`: this rank's share (see `held_out_faces`). Latents are posterior samples, a function of (seed, image). The
+    model keeps its mode. Raises ValueError for a judge of other images, or without the model's attributes.
     """
     figures = Edits(model, condition, judge, seed, hides)
     with evaluating(model):
@@ -110,7 +110,7 @@ def edit_figures(
 
 
 class Edits:
-    """Sums and counts of what the judge says, batch by batch."""
+    """Sums and counts of the judge's predictions, batch by batch."""
 
     def __init__(self, model: VAE, condition: AttributeCondition, judge: Classifier, seed: int, hides: Tensor):
         self.model = model
@@ -119,12 +119,12 @@ class Edits:
         reference = next(model.parameters())
         self.judge = judge.to(reference.device, reference.dtype)
         self.border = border_around(model.image_shape, judge.image_shape)
-        self.columns = columns_of(judge, condition.chosen, judge.image_shape)  # of the chosen, among the judge's
+        self.columns = columns_of(judge, condition.chosen)  # of the model's attributes, among the judge's
         self.hides = hides.to(reference.device)
         self.meter = Meter(reference.device, self._names())
 
     def _names(self) -> list[str]:
-        """Every rank brings these to the reduction, also one that had no face."""
+        """All ranks reduce these names, including ranks without a face."""
         names = [f"{edit}/{name}" for edit in EDITS for name in self.condition.chosen]
         return [*names, *(f"{edit}_others" for edit in EDITS), "judge_accuracy", "reconstruction_accuracy"]
 
@@ -132,29 +132,29 @@ class Edits:
         noise = draw_noise(self.model.groups, self.seed, "edit", faces.positions, faces.x.device, faces.x.dtype)
         latents = self.model.encode(faces.x, noise, faces.condition)
         known = is_known(faces.truth)
-        self._compare("judge_accuracy", self._seen(faces.x), faces.truth, known)
+        self._compare("judge_accuracy", self._predict(faces.x), faces.truth, known)
         reconstruction = self.model.decode(latents, faces.condition)
-        self._compare("reconstruction_accuracy", self._seen(reconstruction), faces.truth, known)
+        self._compare("reconstruction_accuracy", self._predict(reconstruction), faces.truth, known)
         for edit, value in EDITS.items():
             for name, column in zip(self.condition.chosen, self.columns, strict=True):
                 rows = (faces.truth[:, column] == 1 - value).nonzero()[:, 0]
                 if len(rows):
                     changed = self.condition.changed(faces.condition[rows], {name: value})
-                    seen = self._seen(self.model.decode([latent[rows] for latent in latents], changed))
-                    self._add_edit(edit, name, column, seen, faces.truth[rows])
+                    predicted = self._predict(self.model.decode([latent[rows] for latent in latents], changed))
+                    self._add_edit(edit, name, column, predicted, faces.truth[rows])
 
-    def _add_edit(self, edit: str, name: str, column: int, seen: Tensor, truth: Tensor) -> None:
-        """`seen`, `truth` (b, A): the judge's word on edits, and the originals' attributes."""
-        self.meter.add(f"{edit}/{name}", (seen[:, column] == EDITS[edit]).sum(), len(seen))
+    def _add_edit(self, edit: str, name: str, column: int, predicted: Tensor, truth: Tensor) -> None:
+        """`predicted`, `truth` (b, A): the judge's predictions for edits, and the originals' attributes."""
+        self.meter.add(f"{edit}/{name}", (predicted[:, column] == EDITS[edit]).sum(), len(predicted))
         others = is_known(truth) & ~self.hides[int(EDITS[edit]), column]
         others[:, [column, *(self.columns[rival] for rival in self.condition.rivals(name))]] = False
-        self._compare(f"{edit}_others", seen, truth, others)
+        self._compare(f"{edit}_others", predicted, truth, others)
 
-    def _compare(self, name: str, seen: Tensor, truth: Tensor, counted: Tensor) -> None:
-        self.meter.add(name, ((seen == truth) & counted).sum(), counted.sum())
+    def _compare(self, name: str, predicted: Tensor, truth: Tensor, counted: Tensor) -> None:
+        self.meter.add(name, ((predicted == truth) & counted).sum(), counted.sum())
 
-    def _seen(self, images: Tensor) -> Tensor:
-        """(b, A) bool: what the judge sees in images with the model's border."""
+    def _predict(self, images: Tensor) -> Tensor:
+        """(b, A) bool: the judge's predictions for images with the model's border."""
         return self.judge.present(without_border(images, self.border))
 
     def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
@@ -162,9 +162,9 @@ class Edits:
         shares = self.meter.reduce(sum_over_ranks)
         for edit in EDITS:
             by_attribute = [shares[f"{edit}/{name}"] for name in self.condition.chosen]
-            judged = [share for share in by_attribute if not math.isnan(share)]
-            shares[edit] = sum(judged) / len(judged) if judged else math.nan
-            shares[f"{edit}_minimum"] = min(judged, default=math.nan)
+            counted = [share for share in by_attribute if not math.isnan(share)]
+            shares[edit] = sum(counted) / len(counted) if counted else math.nan
+            shares[f"{edit}_minimum"] = min(counted, default=math.nan)
         return {f"edit/{name}": share for name, share in sorted(shares.items())}
 
 

@@ -1,4 +1,4 @@
-"""Pictures for people: grids of images, and PNG files of them."""
+"""Grids of images, and PNG files of them."""
 
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.storage.atomic import replacing
 
 MIN_SIDE = 64
-"""Pixels below which an image is enlarged by a whole factor: 28-pixel digits are hard to see."""
+"""Pixels. Smaller images are enlarged by a whole factor, since 28-pixel digits are hard to see."""
 
 
 def image_grid(images: Tensor, columns: int) -> np.ndarray:
@@ -39,7 +39,7 @@ def reconstruction_grid(originals: Tensor, reconstructions: Tensor, columns: int
 
 
 def save_png(path: Path | str, grid: np.ndarray) -> None:
-    """Write a uint8 array (height, width, 3); whoever looks at `path` sees a whole picture or none."""
+    """Writes a uint8 array (height, width, 3). At any time `path` holds a complete picture or does not exist."""
     with replacing(Path(path)) as file:
         Image.fromarray(grid).save(file, format="PNG")
 
@@ -78,6 +78,6 @@ def _enlarge(images: Tensor) -> Tensor:
 
 
 def _fill_row(images: Tensor, columns: int) -> Tensor:
-    """(columns, C, H, W): black images fill up the last row, so that pairs stay above each other."""
+    """(columns, C, H, W): the last row is filled up with black images, so that pairs are above each other."""
     missing = columns - len(images)
     return torch.cat([images, images.new_zeros(missing, *images.shape[1:])])

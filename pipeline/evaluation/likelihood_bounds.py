@@ -32,14 +32,14 @@ class ValidationConfig(Section):
     batch_size: int = Field(100, gt=0)
     """Images per forward pass over all processes. Does not change the figures."""
     importance_samples: int = Field(0, ge=0)
-    """Draws per image for the importance-weighted bound (Burda et al. 2016, eq. 8), `val/nll`; 0: not computed."""
+    """Latent samples per image for the importance-weighted bound (Burda et al. 2016, eq. 8), `val/nll`; 0: none."""
 
 
 class Evaluator:
     """Validation of one model on this rank's share of a split.
 
-    Sums and counts are reduced rather than means, so that a ragged tail is exact. Noise is a function of (seed, image,
-    draw): the figures of one model are the same at every validation and on any world size.
+    Sums and counts are reduced rather than means, so that a smaller last batch is exact. Noise is a function of (seed,
+    image, draw): the figures of one model are the same at every validation and on any world size.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Evaluator:
         wait_for_ranks: bool = False,
     ):
         """`by_group`: also the KL and the active units of each latent group. `wait_for_ranks`: ranks that finish early
-        wait for the others without a timeout, which long measurements need.
+        wait for the others without a timeout, as long measurements need.
         """
         self.config = config
         self.data = data
@@ -60,14 +60,15 @@ class Evaluator:
         self.seed = seed
         self.by_group = by_group
         self.wait_for_ranks = wait_for_ranks
+        self.rows_per_pass = max(1, config.batch_size // runtime.world_size)  # images times draws
 
     @torch.no_grad()
     def run(self, model: VAE, step: int) -> dict[str, float]:
-        """`val/elbo` and, with importance samples, `val/nll` in nats per image; each in bits per dimension too. By
-        group, `val/kl/GROUP` in nats and `val/active_units/GROUP`. Where images could not be read,
-        `val/skipped_samples` is their number, and the figures are those of the others.
+        """`val/elbo` and, with importance samples, `val/nll` in nats per image; each also in bits per dimension. By
+        group, `val/kl/GROUP` in nats and `val/active_units/GROUP`. If images could not be read, `val/skipped_samples`
+        is their number, and the figures are those of the others.
 
-        `step` is that of the model, for the list of unreadable samples. The model is left in its mode.
+        `step` is that of the model, for the list of unreadable samples. The model keeps its mode.
         """
         meter = Meter(self.runtime.device, self._names(model))
         active = ActiveUnits(group.name for group in model.groups)
@@ -106,12 +107,11 @@ class Evaluator:
             meter.add_all(dict(zip(_kl_names(model), first.kl.double().sum(dim=0), strict=True)), count)
             active.add(first.kl_units, count)
         if self.config.importance_samples:
-            rows = max(1, self.config.batch_size // self.runtime.world_size)  # images times draws in one pass
-            log_px = draws.log_likelihood(self.config.importance_samples, rows, first)  # (B,)
+            log_px = draws.log_likelihood(self.config.importance_samples, self.rows_per_pass, first)  # (B,)
             meter.add("nll", -log_px.sum(), count)
 
     def _names(self, model: VAE) -> list[str]:
-        """Every rank reduces these names, also one that had no image."""
+        """All ranks reduce these names, including ranks without an image."""
         by_group = _kl_names(model) if self.by_group else []
         return ["elbo", "log_px", "kl", *by_group] + (["nll"] if self.config.importance_samples else [])
 
@@ -125,7 +125,9 @@ class Evaluator:
 
 
 class Draws:
-    """The bounds of one batch of images for any number of latent draws. What no draw changes is computed once."""
+    """The bounds of one batch of images for any number of latent draws. The features, which no draw changes, are
+    computed once.
+    """
 
     def __init__(
         self,
@@ -135,7 +137,7 @@ class Draws:
         noise: Callable[[int], Sequence[Tensor]],
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        """x (B, C, H, W); `noise(i)` is that of draw i, for `model.noise_groups`."""
+        """x (B, C, H, W); `noise(i)` is the noise of draw i, for `model.noise_groups`."""
         self.model, self.x, self.condition, self.noise, self.autocast = model, x, condition, noise, autocast
         with autocast():
             self.features = model.features(x, condition)
@@ -152,7 +154,7 @@ class Draws:
         """(B,) float64 importance-weighted estimate of log p(x) from draws 0 .. draws - 1, nats.
 
         Burda et al. 2016, eq. 8. A pass has about `rows` rows: small batches take several draws at once. `first` is
-        `bound(range(1))`, where it is at hand. The memory needed does not grow with the number of draws.
+        `bound(range(1))`, if it was computed before. The memory needed does not grow with the number of draws.
         """
         per_pass = max(1, rows // len(self.x))
         total = _log_weight(self.bound(range(1)) if first is None else first)  # (B,) log of the sum of weights

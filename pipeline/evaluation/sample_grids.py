@@ -15,24 +15,24 @@ from pipeline.schema import Section
 
 
 class SamplesConfig(Section):
-    """When pictures are drawn and how."""
+    """When pictures are made, and how."""
 
     every: int = Field(1000, ge=0)
     """Steps between sample grids; also after the last step. 0: never."""
     count: int = Field(64, gt=0)
-    """Pictures in a grid of prior samples. Class-conditional models sample about so many, in rows of equal length, one
-    per class; attribute-conditional ones take the attributes from the held-out images."""
+    """Pictures in a grid of prior samples. Class-conditional models sample about this number, in rows of equal length,
+    one per class; attribute-conditional models use the attributes of held-out images."""
     temperatures: tuple[Annotated[float, Field(ge=0)], ...] = (0.7, 1.0)
     """Scale of the priors' sigmas, a grid for each."""
     reconstructions: int = Field(16, ge=0)
     """Held-out images shown above their reconstructions."""
     readjust_iterations: int = Field(0, ge=0)
     """Batches of prior samples that re-estimate batch norm's running statistics, on a copy, for each temperature before
-    drawing. The reference release's sampling tool uses 500."""
+    sampling. The reference release's sampling tool uses 500."""
 
 
 class Grid(NamedTuple):
-    """What a grid of prior samples shows: n pictures, row by row."""
+    """The n pictures of a grid of prior samples, row by row."""
 
     positions: Sequence[int]
     """Of each picture's noise; pictures of equal position share it."""
@@ -51,8 +51,8 @@ def plan_grid(count: int, condition: Condition | None, held_out: Tensor | None) 
         columns = max(1, count // classes)
         one_hot = torch.eye(classes).repeat_interleave(columns, dim=0)  # (classes * columns, classes)
         return Grid(list(range(columns)) * classes, one_hot, columns)
-    told = None if held_out is None else held_out.repeat(-(-count // len(held_out)), 1)[:count]
-    return Grid(range(count), told, 8)
+    conditions = None if held_out is None else held_out.repeat(-(-count // len(held_out)), 1)[:count]
+    return Grid(range(count), conditions, 8)
 
 
 def readjust_batch_norm(
@@ -64,7 +64,7 @@ def readjust_batch_norm(
 ) -> None:
     """Moves the decoder's running statistics towards those of prior samples at `temperature`, in place.
 
-    `noise(i)` gives the noise of iteration i. The encoder's statistics stay, since prior samples do not pass it.
+    `noise(i)` gives the noise of iteration i. The encoder's statistics do not change: prior samples do not use it.
     Leaves the model in eval mode.
     """
     model.train()
@@ -75,7 +75,9 @@ def readjust_batch_norm(
 
 
 class Pictures:
-    """Draws the same noise at every call, so that grids of successive steps show one and the same picture growing."""
+    """Grids of samples and reconstructions. The noise is the same at every call, so that grids of successive steps show
+    the same latents.
+    """
 
     def __init__(self, config: SamplesConfig, seed: int, device: torch.device, dtype: torch.dtype, autocast: Callable):
         self.config = config
@@ -86,24 +88,24 @@ class Pictures:
 
     @torch.no_grad()
     def samples(self, model: VAE, grid: Grid) -> dict[str, Tensor]:
-        """{"samples/temperature_0.7": (n, C, H, W) in [0, 1]} for each temperature. The model is left as it was."""
+        """{"samples/temperature_0.7": (n, C, H, W) in [0, 1]} for each temperature. The model is not changed."""
         condition = self._placed(grid.condition)
         noise = self._noise(model, "sample", grid.positions)
         pictures = {}
         for temperature in self.config.temperatures:
-            drawer = self._readjusted(model, temperature, condition) if self.config.readjust_iterations else model
-            with evaluating(drawer), self.autocast():
-                drawn = drawer.sample(noise, temperature, condition)
-            pictures[f"samples/temperature_{temperature:g}"] = drawn.float().cpu()
+            used = self._readjusted(model, temperature, condition) if self.config.readjust_iterations else model
+            with evaluating(used), self.autocast():
+                images = used.sample(noise, temperature, condition)
+            pictures[f"samples/temperature_{temperature:g}"] = images.float().cpu()
         return pictures
 
     @torch.no_grad()
     def reconstructions(self, model: VAE, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) in [0, 1] for images x. The model is left as it was."""
+        """(B, C, H, W) in [0, 1] for images x. The model is not changed."""
         noise = self._noise(model, "reconstruct", range(len(x)))
         with evaluating(model), self.autocast():
-            drawn = model.reconstruct(x, noise, condition)
-        return drawn.float().cpu()
+            images = model.reconstruct(x, noise, condition)
+        return images.float().cpu()
 
     def _readjusted(self, model: VAE, temperature: float, condition: Tensor | None) -> VAE:
         model = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""What sample.py draws: which conditions, the pictures of them, and the .npz that holds both.
+"""The samples of sample.py: their conditions, their pictures, and the .npz file that holds both.
 
 n samples, K columns of the condition.
 """
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.shards import TarShards
 from pipeline.evaluation.images import image_grid, save_png, to_uint8
 from pipeline.evaluation.sample_grids import readjust_batch_norm
+from pipeline.inference.folders import open_split
 from pipeline.inference.parse_condition import check_attributes
 from pipeline.inference.trained import IMAGES_PER_PASS, TrainedModel
 from pipeline.models.conditions import UNKNOWN, AttributeCondition, ClassCondition
@@ -29,7 +29,7 @@ MOST_SHOWN = 400
 
 
 class Plan(NamedTuple):
-    """The samples to draw, in their order."""
+    """The samples to make, in their order."""
 
     count: int
     condition: Tensor | None
@@ -37,47 +37,51 @@ class Plan(NamedTuple):
     columns: int
     """Of the picture."""
     labels: np.ndarray | None = None
-    """(n,) class numbers, where the model is told classes."""
+    """(n,) class numbers, of a class-conditional model."""
     attributes: np.ndarray | None = None
-    """(n, K) 1, 0, or -1 for unknown, where the model is told attributes."""
+    """(n, K) 1, 0, or -1 for unknown, of an attribute-conditional model."""
 
 
 def plan_count(trained: TrainedModel, count: int) -> Plan:
-    """`count` samples of a model that is told nothing. Raises ValueError for one that is told something."""
+    """`count` samples of a model without a condition. Raises ValueError for a conditional one."""
     return Plan(count, trained.condition(None, count), picture_columns(count))
 
 
 def plan_classes(trained: TrainedModel, classes: Sequence[int] | None, per_class: int) -> Plan:
-    """`per_class` samples of each class (default: all), class by class, so that each is a row of the picture."""
+    """`per_class` samples of each of these classes (default: all), ordered by class; each is a row of the picture."""
     if not isinstance(trained.recipe.condition, ClassCondition):
-        raise ValueError("the model was not trained with classes; leave --classes and --per-class out")
+        raise ValueError("the model was not trained with classes; leave out --classes and --per-class")
     if per_class < 1:
-        raise ValueError(f"--per-class {per_class}: ask for at least one sample of each class")
+        raise ValueError(f"--per-class {per_class}: must be at least 1")
     numbers = range(trained.recipe.condition.num_classes) if classes is None else classes
     labels = np.repeat(np.asarray(numbers, np.int64), per_class)
     return Plan(len(labels), trained.condition(torch.from_numpy(labels), len(labels)), per_class, labels=labels)
 
 
-def plan_attributes(trained: TrainedModel, asked: Mapping[str, float], count: int, given: Tensor | None = None) -> Plan:
-    """`count` samples with the attributes asked for; the others as in `given` (m, K), in turns, or unknown."""
+def plan_attributes(
+    trained: TrainedModel, target: Mapping[str, float], count: int, others: Tensor | None = None
+) -> Plan:
+    """`count` samples with the target attributes. The other attributes are those of the rows of `others` (m, K), which
+    repeat, or unknown.
+    """
     condition = trained.recipe.condition
     if not isinstance(condition, AttributeCondition):
-        raise ValueError("the model was not trained with attributes; leave --attributes and --data out")
-    check_attributes(asked, condition)
-    if given is None:
-        given = torch.full((1, condition.size), UNKNOWN)
-    rows = given.repeat(-(-count // len(given)), 1)[:count]
-    rows = condition.changed(rows, asked)
+        raise ValueError("the model was not trained with attributes; leave out --attributes and --data")
+    check_attributes(target, condition)
+    if others is None:
+        others = torch.full((1, condition.size), UNKNOWN)
+    rows = others.repeat(-(-count // len(others)), 1)[:count]
+    rows = condition.changed(rows, target)
     known = torch.where(rows == UNKNOWN, -1, (rows > UNKNOWN).to(torch.int8))  # (n, K)
-    told = trained.condition(rows, count)
-    return Plan(count, told, picture_columns(count), attributes=known.to(torch.int8).numpy())
+    conditions = trained.condition(rows, count)
+    return Plan(count, conditions, picture_columns(count), attributes=known.to(torch.int8).numpy())
 
 
-def conditions_of(trained: TrainedModel, root: str, split: str, count: int) -> Tensor:
-    """(m, K): what a model is told of the first images of a shard set, at most `count` of them."""
-    condition, shards = trained.recipe.condition, TarShards(root, split)
+def sample_conditions(trained: TrainedModel, root: str, split: str, count: int) -> Tensor:
+    """(m, K): the conditions of the first images of a shard set, at most `count` of them."""
+    condition, shards = trained.recipe.condition, open_split(root, split)
     if condition is None:
-        raise ValueError("the model was trained without a condition; leave --data out")
+        raise ValueError("the model was trained without a condition; leave out --data")
     condition.check(shards.classes or None, shards.attribute_names or None)
     first = range(min(count, len(shards)))
     labels, attributes = torch.from_numpy(shards.labels(first)), torch.from_numpy(shards.attributes(first))
@@ -89,38 +93,36 @@ def picture_columns(count: int) -> int:
     return max(8, math.isqrt(min(count, MOST_SHOWN)))
 
 
-def draw(trained: TrainedModel, plan: Plan, temperature: float, seed: int) -> np.ndarray:
+def sample_images(trained: TrainedModel, plan: Plan, temperature: float, seed: int) -> np.ndarray:
     """uint8 (n, H, W, C)."""
-    if not temperature >= 0:
-        raise ValueError(f"--temperature {temperature}: must not be negative")
     channels, height, width = trained.image_shape
     images = np.empty((plan.count, height, width, channels), np.uint8)
     for start in range(0, plan.count, IMAGES_PER_PASS):
         stop = min(start + IMAGES_PER_PASS, plan.count)
-        told = None if plan.condition is None else plan.condition[start:stop]
-        drawn = trained.sample(stop - start, temperature, seed, told, first=start)
-        images[start:stop] = to_uint8(drawn).permute(0, 2, 3, 1).numpy()
+        condition = None if plan.condition is None else plan.condition[start:stop]
+        sampled = trained.sample(stop - start, temperature, seed, condition, first=start)
+        images[start:stop] = to_uint8(sampled).permute(0, 2, 3, 1).numpy()
     return images
 
 
 def readjusted(trained: TrainedModel, plan: Plan, temperature: float, seed: int, iterations: int) -> TrainedModel:
-    """The model with batch norm's running statistics moved to those of samples at this temperature; a copy."""
+    """A copy of the model whose batch norm's running statistics were moved to those of samples at this temperature."""
     model = copy.deepcopy(trained.model)
     count = min(plan.count, IMAGES_PER_PASS)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(plan.count, generator=generator)[:count]
-    told = None if plan.condition is None else plan.condition[rows.to(plan.condition.device)]
+    condition = None if plan.condition is None else plan.condition[rows.to(plan.condition.device)]
 
     def noise(iteration: int) -> list[Tensor]:
         positions = range(iteration * count, (iteration + 1) * count)
         return draw_noise(model.groups, seed, "readjust", positions, trained.device, trained.dtype)
 
-    readjust_batch_norm(model, noise, iterations, temperature, told)
+    readjust_batch_norm(model, noise, iterations, temperature, condition)
     return replace(trained, model=model)
 
 
 def picture(plan: Plan, images: np.ndarray) -> np.ndarray:
-    """The grid of the samples, uint8 (height, width, 3): a row for each class, of at most 20."""
+    """The grid of the samples, uint8 (height, width, 3), with a row of at most 20 for each class."""
     columns = plan.columns
     if plan.labels is not None:
         images = images.reshape(-1, columns, *images.shape[1:])[:, :20]
@@ -135,7 +137,7 @@ def save_picture(path: Path, plan: Plan, images: np.ndarray) -> None:
 
 
 def save_npz(path: Path, trained: TrainedModel, plan: Plan, images: np.ndarray, settings: Mapping[str, Any]) -> None:
-    """What `python -m shard_data npz` reads: images, and labels or attributes with their names. Whole or not at all."""
+    """What `python -m shard_data npz` reads: images, and labels or attributes with their names."""
     arrays = {"images": images, "settings": np.array(json.dumps(settings))}
     if plan.labels is not None:
         arrays |= {"labels": plan.labels, "classes": np.array(trained.classes)}

@@ -13,6 +13,7 @@ from pipeline.data.shards import TarShards
 from pipeline.evaluation.images import image_grid, save_png, to_uint8
 from pipeline.inference import editing
 from pipeline.inference.editing import Subject
+from pipeline.inference.folders import open_split
 from pipeline.inference.parse_condition import parse_settings
 from pipeline.inference.read_image import open_picture
 from pipeline.inference.trained import TrainedModel
@@ -49,7 +50,7 @@ def write_edits(trained: TrainedModel, request: EditRequest, out: Path | None, f
     Every row begins with the original and its reconstruction. Raises ValueError for an unknown sample, attribute or
     class, or a request that this model does not support.
     """
-    shards = TarShards(request.data, request.split) if request.data else None
+    shards = open_split(request.data, request.split) if request.data else None
     subjects = _open_subjects(trained, shards, request)
     rows, columns = (
         _edited(trained, shards, subjects, request)
@@ -67,13 +68,13 @@ def _open_subjects(trained: TrainedModel, shards: TarShards | None, request: Edi
     transform = shards.manifest["transform"] if shards else None
     for path in request.files:
         image, done = open_picture(path, trained.image_shape, transform)
-        condition, inferred = editing.know(trained, image, request.known)
-        log.info("%s: taken %s%s", path.name, done, f"; inferred: {inferred}" if inferred else "")
+        condition, inferred = editing.known_condition(trained, image, request.known)
+        log.info("%s: %s%s", path.name, done, f"; inferred: {inferred}" if inferred else "")
         subjects.append(Subject(path.stem, image, condition))
     for key in request.keys:
         index = editing.find_sample(shards, key)
         image = torch.from_numpy(shards.images([index]).transpose(0, 3, 1, 2).copy())
-        subjects.append(Subject(shards.keys([index])[0], image, editing.condition_of(trained, shards, index)))
+        subjects.append(Subject(shards.keys([index])[0], image, editing.sample_condition(trained, shards, index)))
     return subjects
 
 
@@ -100,8 +101,8 @@ def _edited(
 def _interpolated(trained: TrainedModel, subjects: list[Subject], steps: int) -> tuple[Tensor, int]:
     """Two rows, linear and spherical, between the originals; and the row's length."""
     start, end = subjects
-    ways = editing.interpolate(trained, start, end, steps)
-    rows = [torch.cat([start.image, to_uint8(way), end.image]) for way in ways]
+    paths = editing.interpolate(trained, start, end, steps)
+    rows = [torch.cat([start.image, to_uint8(path), end.image]) for path in paths]
     return torch.cat(rows), steps + 2
 
 

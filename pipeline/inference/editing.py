@@ -1,4 +1,4 @@
-"""What edit.py does with pictures: strips of edits, and ways from one picture to another."""
+"""The edits of edit.py: a picture under another condition, moved along a direction, or interpolated with another."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,44 +23,43 @@ class Subject:
     image: Tensor
     """uint8 (1, C, H, W)."""
     condition: Tensor | None
-    """(1, K): what the model is told of it as it is; None for a model that is told nothing."""
+    """(1, K): of the unedited picture; None for a model without a condition."""
 
 
-def know(trained: TrainedModel, image: Tensor, words: Sequence[str]) -> tuple[Tensor | None, str]:
-    """What the model is told of an image (1, C, H, W), (1, K), from what the user knows; the rest is inferred.
+def known_condition(trained: TrainedModel, image: Tensor, words: Sequence[str]) -> tuple[Tensor | None, str]:
+    """The condition (1, K) of an image (1, C, H, W), of which the user knows `words`; the rest is inferred.
 
-    The second is what was inferred, for people. `words`: `Smiling=1`, or a class. Raises ValueError for what is not
-    known to the model.
+    The second value describes what was inferred. `words`: `Smiling=1`, or a class. Raises ValueError for classes and
+    attributes that the model does not have.
     """
     condition = trained.recipe.condition
     if condition is None:
         if words:
-            raise ValueError("--known: the model was trained without a condition, so nothing need be known")
+            raise ValueError("--known: the model was trained without a condition; leave it out")
         return None, ""
     if isinstance(condition, ClassCondition):
-        number = the_class(trained, words) if words else infer_class(trained, image)
-        told = "" if words else f"class {trained.classes[number]}"
-        return trained.condition(number, 1), told
+        number = single_class(trained, words) if words else infer_class(trained, image)
+        return trained.condition(number, 1), "" if words else f"class {trained.classes[number]}"
     known = parse_settings(",".join(words))
     check_attributes(known, condition)
     found = infer_attributes(trained, image, known)
     inferred = [name for name in condition.chosen if name not in known]
-    told = ", ".join(name for name in inferred if found[name] > 0.5) or "none"
+    present = ", ".join(name for name in inferred if found[name] > 0.5) or "none"
     row = torch.tensor([[found[name] for name in condition.chosen]])
-    return trained.condition(row, 1), f"{told} of {len(inferred)}" if inferred else ""
+    return trained.condition(row, 1), f"{present} of {len(inferred)}" if inferred else ""
 
 
-def aim(trained: TrainedModel, start: Tensor, words: Sequence[str]) -> Tensor:
-    """The condition (1, K) that `--set` asks for, from what a picture is now. Raises ValueError for unknown names."""
+def target_condition(trained: TrainedModel, start: Tensor, words: Sequence[str]) -> Tensor:
+    """The condition (1, K) that `--set` makes of a picture's own, `start`. Raises ValueError for unknown names."""
     condition = trained.recipe.condition
     if isinstance(condition, ClassCondition):
-        return trained.condition(the_class(trained, words), 1)
+        return trained.condition(single_class(trained, words), 1)
     settings = parse_settings(",".join(words))
     check_attributes(settings, condition)
     return condition.changed(start, settings)
 
 
-def the_class(trained: TrainedModel, words: Sequence[str]) -> int:
+def single_class(trained: TrainedModel, words: Sequence[str]) -> int:
     """The number of the one class that the words name."""
     if len(words) != 1:
         raise ValueError(f"{', '.join(words)}: a picture has one class; give one")
@@ -68,15 +67,16 @@ def the_class(trained: TrainedModel, words: Sequence[str]) -> int:
 
 
 def edit_by_condition(trained: TrainedModel, subject: Subject, words: Sequence[str], strengths: Tensor) -> Tensor:
-    """(n, C, H, W): the picture's latents decoded with the condition on the way to the one asked for.
+    """(n, C, H, W): the picture's latents decoded under conditions between its own and the target.
 
-    Strength 0 is the picture as it is, 1 the edit. Raises ValueError for strengths outside [0, 1].
+    Strength 0 is the reconstruction, 1 the edit. Raises ValueError for strengths outside [0, 1].
     """
     if not bool(((strengths >= 0) & (strengths <= 1)).all()):
-        raise ValueError("--strength: a condition goes from 0, as it is, to 1, as asked")
-    (told,) = linear([subject.condition], [aim(trained, subject.condition, words)], strengths)  # (n, K)
+        raise ValueError("--strength: for a conditional model, from 0 (unchanged) to 1 (the target)")
+    target = target_condition(trained, subject.condition, words)
+    (conditions,) = linear([subject.condition], [target], strengths)  # (n, K)
     latents = trained.encode(subject.image, subject.condition, seed=None)
-    return trained.decode([group.expand(len(strengths), *group.shape[1:]) for group in latents], told)
+    return trained.decode([group.expand(len(strengths), *group.shape[1:]) for group in latents], conditions)
 
 
 def edit_by_direction(trained: TrainedModel, subject: Subject, direction: Latents, strengths: Tensor) -> Tensor:
@@ -87,10 +87,10 @@ def edit_by_direction(trained: TrainedModel, subject: Subject, direction: Latent
 def find_direction(
     trained: TrainedModel, shards: TarShards, settings: Mapping[str, float], images: int
 ) -> list[Tensor]:
-    """The sum over attributes of the mean latent with minus without, from the first images of a set; reversed for those
-    set to 0.
+    """The sum over attributes of the mean latent with minus without, from the first images of a set; with the opposite
+    sign for attributes set to 0.
 
-    Raises ValueError for an attribute that the set does not have, or of which the images show one kind only.
+    Raises ValueError for an attribute that the set does not have, and if all images have it or none.
     """
     names = shards.attribute_names
     columns = {name: names.index(find_name(name, names, "attribute")) for name in settings}
@@ -106,24 +106,24 @@ def find_direction(
         try:
             directions.append((2.0 * settings[name] - 1.0, difference.direction()))
         except ValueError as error:
-            raise ValueError(f"{name}: {error}; give more with --images") from None
+            raise ValueError(f"{name}: {error}; read more with --images") from None
     return [group.to(trained.dtype) for group in added(directions)]
 
 
 def interpolate(trained: TrainedModel, start: Subject, end: Subject, steps: int) -> tuple[Tensor, Tensor]:
-    """The linear and the spherical way between two pictures, (steps, C, H, W) each, ends included. The condition goes
-    along in a straight line.
+    """Linear and spherical interpolation between two pictures, (steps, C, H, W) each, ends included. The condition is
+    interpolated linearly.
     """
     weights = torch.linspace(0, 1, steps)
-    told = None
+    conditions = None
     if start.condition is not None:
-        (told,) = linear([start.condition], [end.condition], weights)
+        (conditions,) = linear([start.condition], [end.condition], weights)
     ends = [trained.encode(subject.image, subject.condition, seed=None) for subject in (start, end)]
-    return trained.decode(linear(*ends, weights), told), trained.decode(spherical(*ends, weights), told)
+    return trained.decode(linear(*ends, weights), conditions), trained.decode(spherical(*ends, weights), conditions)
 
 
-def condition_of(trained: TrainedModel, shards: TarShards, index: int) -> Tensor | None:
-    """What the model is told of a sample of a set, (1, K); where an attribute is not known there, 1/2."""
+def sample_condition(trained: TrainedModel, shards: TarShards, index: int) -> Tensor | None:
+    """The condition (1, K) of a sample of a set; 1/2 for unknown attributes."""
     condition = trained.recipe.condition
     if condition is None:
         return None
@@ -143,5 +143,5 @@ def find_sample(shards: TarShards, wanted: str) -> int:
     example = shards.keys([0])[0]
     raise ValueError(
         f"--key {wanted}: split '{shards.split}' of {shards.root} has no such sample; "
-        f"keys are like {example}, numbers go up to {len(shards) - 1}"
+        f"keys are like {example}, numbers are 0 to {len(shards) - 1}"
     )

@@ -1,7 +1,7 @@
-"""What a conditional model is told of an image whose class or attributes nobody knows: what makes the image likeliest.
+"""The condition of an image of unknown class or attributes: the one under which the model finds it most likely.
 
-Maximum likelihood by the model's own bound. Attributes are found by coordinate ascent: one at a time, and exclusive
-ones together, are changed where that raises log p(x | condition). Every candidate is judged with the same noise.
+Maximum likelihood by the model's own bound. Attributes are found by coordinate ascent: they are changed one at a time,
+exclusive ones with it, if that raises log p(x | condition). All candidates are compared under the same noise.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,12 +14,14 @@ from pipeline.inference.trained import IMAGES_PER_PASS, TrainedModel
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.models.noise import draw_noise
 
-DRAWS = 16
+LATENT_SAMPLES = 16
+"""For each candidate."""
 SWEEPS = 4
+"""Over all attributes, at most."""
 
 
 def infer_class(trained: TrainedModel, image: Tensor) -> int:
-    """The class under which an image (1, C, H, W) is likeliest."""
+    """The class under which an image (1, C, H, W) is most likely."""
     condition = trained.recipe.condition
     assert isinstance(condition, ClassCondition)
     candidates = torch.eye(condition.num_classes)
@@ -27,7 +29,7 @@ def infer_class(trained: TrainedModel, image: Tensor) -> int:
 
 
 def infer_attributes(trained: TrainedModel, image: Tensor, known: Mapping[str, float]) -> dict[str, float]:
-    """All attributes that the model is told, for an image (1, C, H, W): those known, and 1 or 0 for each other."""
+    """All attributes of the model's condition, for an image (1, C, H, W): the known ones, and 1 or 0 for the others."""
     condition = trained.recipe.condition
     assert isinstance(condition, AttributeCondition)
     current = condition.changed(torch.zeros(1, condition.size), known)
@@ -44,9 +46,9 @@ def infer_attributes(trained: TrainedModel, image: Tensor, known: Mapping[str, f
 
 
 def alternatives(condition: AttributeCondition, current: Tensor, known: Mapping[str, float]) -> Iterator[Tensor]:
-    """For each free attribute, (n, K) rows that differ from `current` (1, K) in it: flipped, rivals cleared with it.
+    """For each free attribute, (n, K) rows that differ from `current` (1, K) in it: flipped, with its rivals cleared.
 
-    What is known stays: an attribute whose rival is known to be present is not free.
+    Known attributes are not changed, and an attribute whose rival is known to be present is not free.
     """
     for name in condition.chosen:
         rivals = [condition.chosen[column] for column in condition.rivals(name)]
@@ -61,10 +63,10 @@ def log_likelihoods(trained: TrainedModel, image: Tensor, candidates: Tensor) ->
     """(n,) float64 log p(image | candidate) for candidates (n, K), nats, with one noise for all."""
     count = len(candidates)
     x = trained.input(image).expand(count, -1, -1, -1)
-    told = candidates.to(trained.device, trained.dtype)
+    condition = candidates.to(trained.device, trained.dtype)
 
     def noise(draw: int) -> list[Tensor]:
         one = draw_noise(trained.model.noise_groups, 0, f"infer/{draw}", [0], trained.device, trained.dtype)
         return [group.expand(count, *group.shape[1:]) for group in one]
 
-    return Draws(trained.model, x, told, noise).log_likelihood(DRAWS, rows=IMAGES_PER_PASS)
+    return Draws(trained.model, x, condition, noise).log_likelihood(LATENT_SAMPLES, rows=IMAGES_PER_PASS)

@@ -1,4 +1,4 @@
-"""Ways between latents: interpolation, and directions that stand for an attribute.
+"""Interpolation between latents, and directions in latent space that correspond to an attribute.
 
 Latents are lists with one tensor (B, *group.shape) per group, as `TrainedModel.encode` gives them.
 """
@@ -17,11 +17,11 @@ def linear(start: Latents, end: Latents, weights: Tensor) -> list[Tensor]:
 
 
 def spherical(start: Latents, end: Latents, weights: Tensor) -> list[Tensor]:
-    """Along the great circle, group by group: directions turn evenly, and lengths stay between those of the ends.
+    """Along the great circle, group by group, at constant angular speed.
 
     sin((1 - w) o) / sin(o) start + sin(w o) / sin(o) end, with o the angle between the group's two latents as vectors
-    (Shoemake 1985; for latents: White 2016, arXiv:1609.04468). Where they point the same or the opposite way, or one
-    is zero, there is no one circle, and the way is linear.
+    (Shoemake 1985; for latents: White 2016, arXiv:1609.04468). If they are parallel or one is zero, the circle is not
+    unique, and the interpolation is linear.
     """
     return [_slerp(a, b, weights) for a, b in zip(start, end, strict=True)]
 
@@ -33,8 +33,8 @@ def _slerp(start: Tensor, end: Tensor, weights: Tensor) -> Tensor:
         return linear([start], [end], weights)[0]
     angle = cosine.acos()
     w = _column(weights, start).double()
-    way = (torch.sin((1 - w) * angle) * start + torch.sin(w * angle) * end) / torch.sin(angle)
-    return way.to(start.dtype)
+    path = (torch.sin((1 - w) * angle) * start + torch.sin(w * angle) * end) / torch.sin(angle)
+    return path.to(start.dtype)
 
 
 def moved(latents: Latents, direction: Latents, strengths: Tensor) -> list[Tensor]:
@@ -43,14 +43,14 @@ def moved(latents: Latents, direction: Latents, strengths: Tensor) -> list[Tenso
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
-    """(n,) as (n, 1, 1, 1), of the kind of `like`."""
+    """(n,) as (n, 1, 1, 1), with the dtype and device of `like`."""
     return values.to(like.device, like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
 class MeanDifference:
     """Mean latents of images with an attribute minus those of images without (Larsen et al. 2016, arXiv:1512.09300).
 
-    Sums only: any number of images may pass by.
+    Keeps sums, so the memory does not grow with the number of images.
     """
 
     def __init__(self):
@@ -58,7 +58,7 @@ class MeanDifference:
         self.counts = {True: 0, False: 0}
 
     def add(self, latents: Latents, present: Tensor) -> None:
-        """Latents of b images and int (b,): 1 present, 0 absent, anything else unknown and not counted."""
+        """Latents of b images and int (b,): 1 present, 0 absent, anything else is unknown and not counted."""
         for value in (True, False):
             rows = (present == int(value)).to(latents[0].device)
             sums = [group[rows].double().sum(dim=0, keepdim=True) for group in latents]

@@ -1,4 +1,4 @@
-"""A person's picture, made into what a model was trained on."""
+"""Image files and Pillow images, converted to the size and channels of a model's training images."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 MAX_PIXELS = 80_000_000
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # not EPS, for which Pillow starts Ghostscript
 FILTERS = {name.lower(): Image.Resampling[name] for name in ("BILINEAR", "BICUBIC", "LANCZOS", "BOX", "HAMMING")}
-ALIGNED = (178, 218)  # of CelebA's aligned faces, the only ones that a crop given in pixels is meant for
+ALIGNED = (178, 218)  # size of CelebA's aligned faces: a crop given in pixels applies to them alone
 
 Images = Tensor | Image.Image | Sequence[Image.Image]
 """A batch (B, C, H, W) as a tensor, or one or several Pillow images."""
@@ -22,7 +22,7 @@ Images = Tensor | Image.Image | Sequence[Image.Image]
 def to_tensor(images: Images, image_shape: tuple[int, int, int]) -> Tensor:
     """Pillow images as uint8 (B, C, H, W), upright and without transparency; a tensor is returned unchanged.
 
-    Raises ValueError for images of another size, which are not resized, and for anything that is no image.
+    Raises ValueError for images of another size, which are not resized, and for anything else.
     """
     if isinstance(images, Tensor):
         return images
@@ -42,22 +42,22 @@ def to_tensor(images: Images, image_shape: tuple[int, int, int]) -> Tensor:
 def open_picture(
     path: Path, image_shape: tuple[int, int, int], transform: Mapping[str, Any] | None = None
 ) -> tuple[Tensor, str]:
-    """uint8 (1, C, H, W), and what was done to the picture. One of the right size is taken as it is.
+    """uint8 (1, C, H, W), and what was done to the picture. One of the right size is not changed.
 
-    Otherwise the largest square in the middle is cut out and resized; or, for an aligned face of CelebA, what the shard
-    set's `transform` says. Transparency is laid over white, EXIF's orientation honoured. Raises ValueError for what is
-    no picture, or a huge one.
+    Otherwise the largest centered square is cut out and resized; an aligned face of CelebA is cropped as the shard
+    set's `transform` says. Transparency becomes white, and EXIF's orientation is applied. Raises ValueError for a file
+    that is not a picture, or a huge one.
     """
     channels, height, width = image_shape
     image = read_picture(path).convert("L" if channels == 1 else "RGB")
     transform = dict(transform or {})
-    filter = FILTERS.get(transform.get("filter"), Image.Resampling.BILINEAR)
-    size, done = image.size, "as it is"
+    filter = FILTERS.get(str(transform.get("filter")), Image.Resampling.BILINEAR)
+    size, done = image.size, "unchanged"
     if size != (width, height):
         left, top, right, bottom = box = crop_box(size, transform)
         image = image.crop(box).resize((width, height), filter)
         done = (
-            f"{size[0]}x{size[1]}: cut to {right - left}x{bottom - top} at ({left}, {top}), "
+            f"{size[0]}x{size[1]}: cropped to {right - left}x{bottom - top} at ({left}, {top}), "
             f"resized to {width}x{height} ({filter.name.lower()})"
         )
     return _pixels(image), done
@@ -70,12 +70,20 @@ def _pixels(image: Image.Image) -> Tensor:
 
 
 def crop_box(size: tuple[int, int], transform: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom): the set's own crop where it is meant for such pictures, else the middle square."""
-    if size == ALIGNED and "crop" in transform:
+    """(left, top, right, bottom): the set's own crop for aligned faces, else the largest centered square."""
+    if size == ALIGNED and _is_box(transform.get("crop"), size):
         return tuple(transform["crop"])
     side = min(size)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     return left, top, left + side, top + side
+
+
+def _is_box(box: Any, size: tuple[int, int]) -> bool:
+    """Whether `box`, read from a manifest, is a part of an image of this size."""
+    if not isinstance(box, Sequence) or len(box) != 4 or not all(isinstance(value, int) for value in box):
+        return False
+    left, top, right, bottom = box
+    return 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -90,7 +98,7 @@ def read_picture(path: Path) -> Image.Image:
             return _over_white(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such picture") from None
-    except Exception as error:  # decoders fed with broken bytes raise nearly anything
+    except Exception as error:  # decoders raise exceptions of many types for broken files
         unknown = isinstance(error, Image.UnidentifiedImageError)
         reason = "not an image of a known format, or broken" if unknown else error
         raise ValueError(f"{path}: cannot be used as a picture ({reason})") from None

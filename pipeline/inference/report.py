@@ -1,176 +1,202 @@
-"""What evaluate.py measures of a trained model on a split of a shard set, and the JSON that tells it."""
+"""Evaluations as JSON files in RUN/evaluations: one for each distinct question, with all that its figures depend on."""
 
 import json
-from collections.abc import Callable, Sequence
+import logging
+import os
+import platform
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from pipeline.config import build
-from pipeline.data.holdout import SPLIT as HELD_OUT
 from pipeline.distributed.agreement import code_version
-from pipeline.distributed.runtime import Runtime
-from pipeline.evaluation.class_recognition import recognition
-from pipeline.evaluation.edit_metric import edit_figures, held_out_faces, hidden_by
-from pipeline.evaluation.likelihood_bounds import Evaluator
-from pipeline.inference.trained import TrainedModel
-from pipeline.models.conditions import AttributeCondition, ClassCondition
-from pipeline.recipe import Recipe
-from pipeline.run.classifier_folder import load_classifier
-from pipeline.run.data import RunData
+from pipeline.inference.folders import output_folder
+from pipeline.inference.metrics import METRICS, Measurement
+from pipeline.inference.text import printable
+from pipeline.run.classifier_folder import classifier_digest
 from pipeline.storage.atomic import replacing
+from shard_data.files import read_bounded
 
-HEADLINES = ("elbo", "bpd", "nll", "bpd_nll", "log_px", "kl")
+log = logging.getLogger("pipeline")
 
-
-def evaluation_recipe(
-    recipe: Recipe,
-    root: str | None,
-    split: str,
-    images: int | None = None,
-    batch_size: int = 100,
-    importance_samples: int = 0,
-) -> Recipe:
-    """The recipe of a run whose data are this split alone, of its own shard set where `root` is None. Of a run with
-    `data.holdout`, `val` are the held-out images, and its training split is without them.
-
-    Raises ConfigError for numbers that make no sense.
-    """
-    settings = recipe.model_dump(mode="json")
-    root = recipe.data.root if root is None else root
-    settings["data"] |= {"root": root, "train_split": split}
-    if recipe.data.holdout and split == HELD_OUT:
-        settings["data"]["train_split"] = recipe.data.train_split
-    elif split != recipe.data.train_split or root != recipe.data.root:
-        settings["data"]["holdout"] = 0
-    settings["validation"] |= {
-        "split": split,
-        "images": images,
-        "batch_size": batch_size,
-        "importance_samples": importance_samples,
-    }
-    return build(Recipe, settings)
-
-
-def check_held_out(trained: TrainedModel, data: RunData) -> None:
-    """Raises ValueError where `val` are not the images that were held out of the model's training."""
-    if data.holdout is not None and data.holdout != trained.facts.get("holdout"):
-        raise ValueError(
-            f"--split {data.held_out.split}: the run's validation images are a share of the set that it was trained on "
-            f"(data.holdout), and {data.recipe.data.root} is another set; give that set with --data, or another --split"
-        )
-
-
-def check_metrics(metrics: Sequence[str], trained: TrainedModel, classifier: Path | None) -> None:
-    """Raises ValueError for metrics that a model does not have, or that need a judge where there is none."""
-    condition = trained.recipe.condition
-    if "edit" in metrics and not isinstance(condition, AttributeCondition):
-        raise ValueError("--metrics edit: the model was not trained with attributes, so there is nothing to edit by")
-    if "recognition" in metrics and not isinstance(condition, ClassCondition):
-        raise ValueError("--metrics recognition: the model was not trained with classes, so it can be asked for none")
-    if classifier is None and set(metrics) - {"elbo"}:
-        raise ValueError("--metrics edit and recognition need a judge: --classifier FOLDER, of train_classifier.py")
-
-
-def bound_figures(trained: TrainedModel, data: RunData, runtime: Runtime, seed: int) -> dict[str, float]:
-    """`elbo`, `log_px`, `kl`, `nll` in nats per image, `bpd` and `bpd_nll` in bits per dimension, and for each group
-    `kl/GROUP` in nats and `active_units/GROUP`: means over the split, the same for any number of processes.
-
-    With the seed that the model was trained with, `elbo` is `val/elbo` of the training's validation.
-    """
-    evaluator = Evaluator(data.recipe.validation, data, runtime, seed, by_group=True, wait_for_ranks=True)
-    figures = {name.removeprefix("val/"): value for name, value in evaluator.run(trained.model, trained.step).items()}
-    groups = [group.name for group in trained.model.groups]
-    order = [f"{kind}/{group}" for kind in ("kl", "active_units") for group in groups]
-    return {name: figures[name] for name in (*HEADLINES, *order, "skipped_samples") if name in figures}
-
-
-def edit_measurement(
-    trained: TrainedModel, data: RunData, runtime: Runtime, classifier: Path, seed: int
-) -> dict[str, float]:
-    """See pipeline.evaluation.edit_metric.edit_figures."""
-    judge = runtime.run_on_all(lambda: load_classifier(classifier))
-    return edit_figures(
-        trained.model,
-        trained.recipe.condition,
-        held_out_faces(data.held_out_batches(), data.held_out, data.model_inputs, judge),
-        judge,
-        seed,
-        hidden_by(data.held_out, judge),
-        sum_after_barrier(runtime),
-    )
-
-
-def recognition_measurement(
-    trained: TrainedModel, runtime: Runtime, classifier: Path, per_class: int, temperature: float, seed: int
-) -> dict[str, float]:
-    """See pipeline.evaluation.class_recognition."""
-    judge = runtime.run_on_all(lambda: load_classifier(classifier))
-    place = runtime.rank, runtime.world_size, sum_after_barrier(runtime)
-    return recognition(trained.model, judge, per_class, temperature, seed, *place)
-
-
-def sum_after_barrier(runtime: Runtime) -> Callable[[Tensor], Tensor]:
-    """The sum over ranks that may finish minutes apart: they wait for each other without a timeout."""
-
-    def total(values: Tensor) -> Tensor:
-        runtime.barrier()
-        return runtime.sum(values)
-
-    return total
+FOLDER = "evaluations"
+FORMER = "evaluation_*.json"
+"""Reports of earlier versions, in the run folder itself."""
+MAX_BYTES = 4 * 2**20
+QUESTION = (
+    "metrics", "step", "weights_sha256", "split", "images", "split_images", "fingerprint", "holdout",
+    "importance_samples", "per_class", "temperature", "classifier_digest", "seed", "precision",
+)  # fmt: skip
+"""The entries of a report, and of its `data`, that say what was measured: equal ones are one question."""
+MAX_SHOWN = 6
 
 
 def describe_measurement(
-    trained: TrainedModel, data: RunData, runtime: Runtime, seed: int, figures: dict[str, Any]
+    names: Sequence[str], measurement: Measurement, figures: dict[str, Any], batch_size: int, command: Sequence[str]
 ) -> dict[str, Any]:
-    """The figures with everything that they depend on."""
-    recipe, shards = data.recipe, data.held_out
-    likelihood = getattr(recipe.model, "likelihood", None)
-    skipped = int(figures.get("skipped_samples", 0))
-    return {
-        "model": recipe.model.name,
+    """The figures of these metrics with everything that they depend on, as JSON values."""
+    trained, runtime, options, _, _ = measurement
+    used = {option for name in names for option in METRICS[name].options}
+    likelihood = getattr(trained.recipe.model, "likelihood", None)
+    report = {
+        "format": "nvae-pipeline-evaluation",
+        "version": 1,
+        "metrics": list(names),
+        "model": trained.recipe.model.name,
         "checkpoint": str(trained.path),
         "step": trained.step,
         "averaged_weights": trained.averaged,
-        "data": {
-            "root": recipe.data.root,
-            "split": shards.split,
-            "fingerprint": shards.fingerprint,
-            "holdout": data.holdout,
-            "trained_on_fingerprint": trained.facts.get("data_fingerprint"),
-            "binarize": recipe.data.binarize,
-            "bits": recipe.data.bits,
-        },
-        "images": min(recipe.validation.images or len(shards), len(shards)) - skipped,
+        "weights_sha256": trained.weights_sha256,
         "num_dimensions": trained.model.num_dimensions,
         "groups": {group.name: group.shape for group in trained.model.groups},
         "likelihood": None if likelihood is None else likelihood.name,
         "bin_rule": getattr(likelihood, "bin_rule", None),
-        "condition": recipe.condition and recipe.condition.model_dump(mode="json"),
-        "importance_samples": recipe.validation.importance_samples,
-        "seed": seed,
+        "condition": trained.recipe.condition and trained.recipe.condition.model_dump(mode="json"),
+    }
+    if "split" in used:
+        report |= describe_data(measurement, int(figures.get("skipped_samples", 0)))
+    if "classifier" in used:
+        digest = f"{classifier_digest(options.classifier):016x}"
+        report |= {"classifier": str(options.classifier), "classifier_digest": digest}
+    report |= {
+        name: getattr(options, name) for name in ("importance_samples", "per_class", "temperature") if name in used
+    }
+    return report | {
+        "seed": options.seed,
         "precision": runtime.precision,
-        "code": {"version": code_version(), "torch": torch.__version__},
+        "batch_size": batch_size,
+        "device": runtime.device_name,
+        "num_processes": runtime.world_size,
+        "command": list(command),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": {"version": code_version(), "torch": torch.__version__, "python": platform.python_version()},
         "figures": figures,
     }
 
 
-def report_path(run: Path, split: str, step: int, metrics: Sequence[str] = ("elbo",)) -> Path:
-    """Where the report of a run's checkpoint lies unless the user says otherwise."""
-    other = "" if list(metrics) == ["elbo"] else f"_{'_'.join(metrics)}"
-    return run / f"evaluation_{split}_step_{step:08d}{other}.json"
+def describe_data(measurement: Measurement, skipped: int) -> dict[str, Any]:
+    """The split, and how many images of it were measured."""
+    recipe, shards = measurement.data.recipe, measurement.data.held_out
+    size = len(shards)
+    return {
+        "data": {
+            "root": recipe.data.root,
+            "split": shards.split,
+            "fingerprint": shards.fingerprint,
+            "holdout": measurement.data.holdout,
+            "trained_on_fingerprint": measurement.trained.facts.get("data_fingerprint"),
+            "binarize": recipe.data.binarize,
+            "bits": recipe.data.bits,
+        },
+        "split_images": size,
+        "images": min(recipe.validation.images or size, size) - skipped,
+    }
+
+
+def file_stem(report: dict[str, Any], training_seed: int) -> str:
+    """The name of a report's file: metric, split and step, and what differs from the defaults."""
+    data, figures = report.get("data"), report["figures"]
+    words = [*report["metrics"], *([data["split"]] if data else []), f"step_{report['step']:08d}"]
+    if report.get("importance_samples"):
+        words.append(f"importance_{report['importance_samples']}")
+    if data and report["images"] + int(figures.get("skipped_samples", 0)) < report["split_images"]:
+        words.append(f"images_{report['images']}")
+    if "per_class" in report:
+        words.append(f"per_class_{report['per_class']}_temperature_{report['temperature']:g}")
+    if "classifier_digest" in report:
+        words.append(f"classifier_{report['classifier_digest'][:8]}")
+    if data and data["fingerprint"] != data["trained_on_fingerprint"]:
+        words.append(f"data_{data['fingerprint'][:8]}")
+    if report["seed"] != training_seed:
+        words.append(f"seed_{report['seed']}")
+    if report["precision"] != "fp32":
+        words.append(report["precision"])
+    return re.sub(r"[^\w.-]", "_", "_".join(words))[:200]
+
+
+def question(report: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, without what came out."""
+    data = report["data"] if isinstance(report.get("data"), dict) else {}
+    flat = report | data
+    return {name: flat.get(name) for name in QUESTION}
+
+
+def save_in_run(run: Path, report: dict[str, Any], training_seed: int) -> Path:
+    """Writes a report into RUN/evaluations under a name of its own, and returns its path.
+
+    An earlier report of the same question is replaced, and the log says so. Other files are kept: the new name gets a
+    number.
+    """
+    folder, stem, replaced = output_folder(run, FOLDER), file_stem(report, training_seed), None
+    for number in count(1):
+        path = folder / (f"{stem}.json" if number == 1 else f"{stem}_{number}.json")
+        if not os.path.lexists(path):
+            break
+        earlier = read_report(path)
+        if isinstance(earlier, dict) and question(earlier) == question(report):
+            replaced = earlier
+            break
+    save_report(path, report)
+    if replaced is not None:
+        same = replaced["figures"] == to_finite(report)["figures"]
+        held = "the same figures" if same else f"other figures: {headline(replaced)}"
+        log.info("%s: replaced; it held the same evaluation, of %s, with %s", path, date_of(replaced), held)
+    return path
 
 
 def save_report(path: Path, report: dict[str, Any]) -> None:
-    """Writes JSON, whole or not at all. Figures that are no finite number become null."""
-    finite = json.loads(json.dumps(report), parse_constant=lambda _: None)
+    """Writes JSON, completely or not at all. Figures that are not finite become null."""
     with replacing(path) as file:
-        file.write((json.dumps(finite, indent=1, allow_nan=False) + "\n").encode())
+        file.write((json.dumps(to_finite(report), indent=1, allow_nan=False) + "\n").encode())
+
+
+def to_finite(report: dict[str, Any]) -> dict[str, Any]:
+    """The report as JSON holds it: lists for tuples, null for numbers that are not finite."""
+    return json.loads(json.dumps(report), parse_constant=lambda _: None)
+
+
+def read_report(path: Path) -> dict[str, Any] | str:
+    """A report, of this version or an earlier one; or, where it is none, why not."""
+    try:
+        report = json.loads(read_bounded(path, MAX_BYTES))
+    except OSError as error:
+        return error.strerror
+    except (ValueError, RecursionError):
+        return "not JSON"
+    return report if isinstance(report, dict) and isinstance(report.get("figures"), dict) else "not an evaluation"
+
+
+def list_reports(run: Path) -> list[str]:
+    """A line for each evaluation of a run: its file, and its main figures. Raises ValueError where there is no run."""
+    if not run.is_dir():
+        raise ValueError(f"{run}: no such folder; give the folder that pipeline/train.py wrote to")
+    files = sorted(run.glob(FORMER)) + sorted(output_folder(run, FOLDER).glob("*.json"))
+    lines = []
+    for path in files:
+        report = read_report(path)
+        text = f"cannot be read: {report}" if isinstance(report, str) else headline(report)
+        lines.append(printable(f"{path.relative_to(run)}  {text}"))
+    return lines
+
+
+def headline(report: dict[str, Any]) -> str:
+    """The main figures, those of the fewest slashes in their names, on one line."""
+    figures = {name: value for name, value in report["figures"].items() if isinstance(value, float)}
+    depth = min((name.count("/") for name in figures), default=0)
+    main = [f"{printable(name)} {value:.4f}" for name, value in figures.items() if name.count("/") == depth]
+    return "  ".join(main[:MAX_SHOWN]) or "no figures"
+
+
+def date_of(report: dict[str, Any]) -> str:
+    """When it was written."""
+    return printable(str(report.get("time"))[:25])
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures as lines for people."""
+    """The figures as lines of text."""
     width = max(map(len, figures))
-    return "\n".join(f"{name:<{width}}  {value:12.4f}" for name, value in figures.items())
+    return "\n".join(printable(f"{name:<{width}}  {value:12.4f}") for name, value in figures.items())

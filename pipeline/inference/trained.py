@@ -1,4 +1,4 @@
-"""A trained model as people use it: images in, images and nats out; no recipe, padding or noise to think of.
+"""A trained model behind a plain interface: images in, images and nats out; recipe, padding and noise are handled.
 
     model = pipeline.load("runs/nvae")
     images = model.sample(16, temperature=0.7, seed=1)        # (16, C, H, W) in [0, 1]
@@ -6,9 +6,10 @@
     again = model.decode(latents)
     nats = model.log_likelihood(images, importance_samples=100)
 
-B images, C channels, H x W pixels of the data set, without the padding that a model may want.
+B images, C channels, H x W pixels of the data set, without the padding that a recipe adds.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,17 +24,18 @@ from pipeline.evaluation.images import to_uint8
 from pipeline.evaluation.likelihood_bounds import Draws
 from pipeline.inference.parse_condition import ConditionLike, to_condition
 from pipeline.inference.read_image import Images, to_tensor
+from pipeline.inference.text import printable
 from pipeline.models.base import VAE, use_channels_last, without_border
 from pipeline.models.conditions import ClassCondition
 from pipeline.models.noise import draw_noise
-from pipeline.models.weights import load_weights
+from pipeline.models.weights import check_tensors
 from pipeline.recipe import Recipe, build_model
 from pipeline.storage.checkpoint import Checkpoints
-from pipeline.storage.checkpoint_folder import Checkpoint
+from pipeline.storage.checkpoint_folder import META, Checkpoint
 from pipeline.storage.run_id import read_run_id
 
 IMAGES_PER_PASS = 128
-"""More are done in turns. Does not change what comes out, except by rounding."""
+"""Larger batches take several passes. Results do not depend on it, except for rounding."""
 
 
 def load(
@@ -42,31 +44,41 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> "TrainedModel":
-    """The trained model of a run folder, with the moving average of its weights where there is one.
+    """The trained model of a run folder, with the moving average of its weights if the run kept one.
 
-    `checkpoint`: "latest", "best" by validation, a step, or a checkpoint's folder. `device`: by default a GPU where
-    there is one. `dtype`: by default float32, or float64 for runs trained in it. Nothing in the folder can run code.
-    Raises ValueError where it holds no valid checkpoint that this version understands.
+    `checkpoint`: "latest", "best" by validation, a step, or a checkpoint's folder. `device`: by default a GPU if
+    there is one. `dtype`: by default float32, or float64 for runs trained in it. Nothing in the folder can run code,
+    and the memory needed is in proportion to the size of its files. Raises ValueError if it holds no valid checkpoint
+    that this version can use.
     """
     found = find_checkpoint(Path(run), checkpoint)
     recipe = read_recipe(found)
-    run_dtype = torch.float64 if recipe.train.precision == "fp64" else torch.float32
-    dtype = dtype or run_dtype
+    stem = "ema" if "ema" in found.tensors else "model"
+    check_weights(recipe, found, stem)
     device = find_device(device)
-    with torch.random.fork_rng():  # the first weights, which are replaced, cost the caller no random numbers
-        model = build_model(recipe).to(run_dtype)
+    dtype = dtype or training_dtype(recipe)
+    with torch.random.fork_rng():  # the initial weights, which are replaced, do not change the caller's generator
+        model = build_model(recipe).to(training_dtype(recipe))
     if recipe.train.channels_last:
         use_channels_last(model)
-    averaged = "ema" in found.tensors
-    load_weights(model, found.tensors["ema" if averaged else "model"])
+    model.load_state_dict(found.tensors[stem])
     model.requires_grad_(False).eval().to(device, dtype)
     return TrainedModel(
-        model, recipe, found.step, found.path, found.facts, averaged, class_names(recipe, found), device, dtype
+        model,
+        recipe,
+        found.step,
+        found.path,
+        found.facts,
+        stem == "ema",
+        found.sha256[stem],
+        class_names(recipe, found),
+        device,
+        dtype,
     )
 
 
 def find_device(wanted: torch.device | str | None) -> torch.device:
-    """Raises ValueError for a device that is not there."""
+    """Raises ValueError for a device that does not exist."""
     try:
         device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
@@ -76,50 +88,106 @@ def find_device(wanted: torch.device | str | None) -> torch.device:
 
 
 def find_checkpoint(run: Path, checkpoint: Path | str | int) -> Checkpoint:
-    """Raises ValueError, saying what is there, where `run` holds no good checkpoint of that name or step."""
+    """Raises ValueError, with the steps that are available, if `run` has no such checkpoint."""
     folder = run / "checkpoints"
     if not folder.is_dir():
-        raise ValueError(f"{run}: no run with checkpoints there; give the folder that pipeline/train.py wrote to")
+        raise ValueError(f"{run}: {explain_no_run(run)}; give the folder that pipeline/train.py wrote to")
     checkpoints = Checkpoints(folder, run_id=read_run_id(run))
-    if isinstance(checkpoint, int):
-        if checkpoint not in checkpoints.steps():
-            available = ", ".join(map(str, checkpoints.steps())) or "none"
-            raise ValueError(f"{folder}: no checkpoint of step {checkpoint}; available steps: {available}")
-        checkpoint = checkpoints.path(checkpoint)
-    found = checkpoints.load(checkpoint)
-    if "model" not in found.tensors or "settings" not in found.facts:
+    if checkpoint not in ("latest", "best"):
+        found = checkpoints.load(find_folder(checkpoints, checkpoint))
+    else:
+        found = checkpoints.latest() if checkpoint == "latest" else checkpoints.best()
+    if found is None:
+        missing = "no checkpoint there yet" if checkpoint == "latest" else "no checkpoint has a validation score"
+        raise ValueError(f"{folder}: {missing}; {available_steps(checkpoints)}")
+    if "model" not in found.tensors or not isinstance(found.facts.get("settings"), dict):
         raise ValueError(f"{found.path}: holds no model with its settings; give a checkpoint of pipeline/train.py")
     return found
 
 
+def find_folder(checkpoints: Checkpoints, checkpoint: Path | str | int) -> Path:
+    """Of the checkpoint of a step, or at a path. Raises ValueError if there is none."""
+    if isinstance(checkpoint, int) or str(checkpoint).isdecimal():
+        if int(checkpoint) not in checkpoints.steps():
+            raise ValueError(
+                f"{checkpoints.folder}: no checkpoint of step {checkpoint}; {available_steps(checkpoints)}"
+            )
+        return checkpoints.path(int(checkpoint))
+    path = Path(checkpoint)
+    if not path.is_dir():
+        raise ValueError(f"no checkpoint at {path}; {available_steps(checkpoints)}")
+    if not os.path.lexists(path / META):
+        raise ValueError(f"{path}: not the folder of a checkpoint; {available_steps(checkpoints)}")
+    return path
+
+
+def available_steps(checkpoints: Checkpoints) -> str:
+    """For messages."""
+    return f"available steps: {', '.join(map(str, checkpoints.steps())) or 'none'}"
+
+
+def explain_no_run(path: Path) -> str:
+    """Why a path is not the folder of a run."""
+    if not path.exists():
+        return "no such folder"
+    if not path.is_dir():
+        return "a file, not a run folder"
+    if (path / META).is_file():
+        return "a checkpoint or a classifier, not a run folder"
+    if (path / "manifest.json").is_file():
+        return "a shard set, not a run folder"
+    return "no run with checkpoints there"
+
+
 def read_recipe(checkpoint: Checkpoint) -> Recipe:
-    """The recipe that a checkpoint was trained by. Raises ValueError for settings that this version does not know."""
+    """The recipe that a checkpoint was trained with. Raises ValueError for settings that this version cannot use."""
     try:
         return build(Recipe, checkpoint.facts["settings"])
     except ConfigError as error:
         raise ValueError(
             f"{checkpoint.path}: its settings are not those of this version of the pipeline:\n{error}"
         ) from None
+    except (RuntimeError, OverflowError, TypeError, AttributeError) as error:  # of torch, for absurd sizes
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"{checkpoint.path}: its settings describe no model that can be built ({reason})") from None
+
+
+def training_dtype(recipe: Recipe) -> torch.dtype:
+    """Of the weights in a checkpoint."""
+    return torch.float64 if recipe.train.precision == "fp64" else torch.float32
+
+
+def check_weights(recipe: Recipe, checkpoint: Checkpoint, stem: str) -> None:
+    """Raises ValueError unless the weights are those of the recipe's model: names, shapes, dtypes, finite values.
+
+    Before memory for the model is allocated: forged settings could ask for any amount.
+    """
+    with torch.device("meta"):
+        expected = build_model(recipe).to(training_dtype(recipe)).state_dict()
+    try:
+        check_tensors(stem, checkpoint.tensors[stem], expected)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from None
 
 
 def class_names(recipe: Recipe, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Names of the classes that the model is told; their numbers where the checkpoint does not know the names."""
+    """Names of the classes that the model is conditioned on; their numbers if the checkpoint does not hold names."""
     if not isinstance(recipe.condition, ClassCondition):
         return ()
     names = checkpoint.facts.get("classes")
     numbers = tuple(str(number) for number in range(recipe.condition.num_classes))
     fit = isinstance(names, list) and len(names) == len(numbers) and all(isinstance(name, str) for name in names)
-    return tuple(names) if fit else numbers
+    return tuple(map(printable, names)) if fit else numbers
 
 
 @dataclass(frozen=True)
 class TrainedModel:
     """A trained model. Images go in as uint8 or as floats in [0, 1], and come out as floats in [0, 1], on `device`.
 
-    Where a model was trained with a condition, the methods want one: a class for all images or for each, by number or
-    name; {attribute: 1 or 0}, those not named being unknown; or a float tensor (B, K). Random numbers are a function of
-    (seed, position in the batch). Raises ValueError for images of another shape, and with the list of the known ones
-    for a class or attribute that is not known.
+    Methods of a conditional model need a condition: a class for all images or one for each, by number or name;
+    {attribute: 1 or 0}, where attributes that are not named are unknown; or a float tensor (B, K). Random numbers are a
+    function of (seed, position in the batch). Raises ValueError for images of another shape; for unknown classes and
+    attributes, with the list of the known ones.
     """
 
     model: VAE = field(repr=False)
@@ -129,11 +197,13 @@ class TrainedModel:
     path: Path
     """The checkpoint's folder."""
     facts: dict = field(repr=False)
-    """What the checkpoint tells besides."""
+    """What else the checkpoint states about its run."""
     averaged: bool
     """Whether the weights are their moving average."""
+    weights_sha256: str
+    """Of the checkpoint's file of weights, in hexadecimal."""
     classes: tuple[str, ...]
-    """Names of the classes that the model is told; empty where it is told none."""
+    """Names of the classes that the model is conditioned on; empty for other models."""
     device: torch.device
     dtype: torch.dtype
 
@@ -145,15 +215,15 @@ class TrainedModel:
 
     @torch.no_grad()
     def encode(self, x: Images, condition: ConditionLike = None, seed: int | None = 0) -> list[Tensor]:
-        """Latents drawn from the posteriors, one (B, *group.shape) per group.
+        """Samples of the posteriors, one (B, *group.shape) per group.
 
         With `seed` None no noise is added: the posteriors' means, each given the means of the groups before it.
         """
         x = to_tensor(x, self.image_shape)
-        told = self.condition(condition, len(x))
+        condition = self.condition(condition, len(x))
         parts = [
-            self.model.encode(self.input(x[here]), self._noise("encode", here, seed), at(told, here))
-            for here in turns(len(x))
+            self.model.encode(self.input(x[here]), self._noise("encode", here, seed), rows_of(condition, here))
+            for here in passes(len(x))
         ]
         return [torch.cat(group) for group in zip(*parts, strict=True)]
 
@@ -161,10 +231,10 @@ class TrainedModel:
     def decode(self, latents: Sequence[Tensor], condition: ConditionLike = None) -> Tensor:
         """Images (B, C, H, W): the decoder's mean for these latents, one (B, *group.shape) per group."""
         count = self._check_latents(latents)
-        told = self.condition(condition, count)
+        condition = self.condition(condition, count)
         parts = [
-            self.model.decode([group[here].to(self.device, self.dtype) for group in latents], at(told, here))
-            for here in turns(count)
+            self.model.decode([group[here].to(self.device, self.dtype) for group in latents], rows_of(condition, here))
+            for here in passes(count)
         ]
         return self._output(parts)
 
@@ -174,16 +244,18 @@ class TrainedModel:
     ) -> Tensor:
         """Images (count, C, H, W) from the prior, whose sigmas are scaled by `temperature`: the decoder's mean.
 
-        They are the samples `first`, `first` + 1 ... of the endless series that a seed has.
+        Every seed has a sequence of samples without end; these are the samples `first`, `first` + 1, ...
         """
         if count < 1:
-            raise ValueError(f"count {count}: ask for at least one sample")
-        told = self.condition(condition, count)
+            raise ValueError(f"count {count}: must be at least 1")
+        condition = self.condition(condition, count)
         parts = [
             self.model.sample(
-                self._noise("sample", slice(first + here.start, first + here.stop), seed), temperature, at(told, here)
+                self._noise("sample", slice(first + here.start, first + here.stop), seed),
+                temperature,
+                rows_of(condition, here),
             )
-            for here in turns(count)
+            for here in passes(count)
         ]
         return self._output(parts)
 
@@ -201,27 +273,27 @@ class TrainedModel:
         the values that the model was trained on (binary pixels for one of binarized images).
         """
         if importance_samples < 1:
-            raise ValueError(f"importance_samples {importance_samples}: take at least one")
+            raise ValueError(f"importance_samples {importance_samples}: must be at least 1")
         x = to_tensor(x, self.image_shape)
-        told = self.condition(condition, len(x))
+        condition = self.condition(condition, len(x))
         parts = []
-        for here in turns(len(x)):
+        for here in passes(len(x)):
             draws = Draws(
                 self.model,
                 self.input(x[here]),
-                at(told, here),
+                rows_of(condition, here),
                 lambda draw, here=here: self._noise(f"validate/{draw}", here, seed, self.model.noise_groups),
             )
             parts.append(draws.log_likelihood(importance_samples, rows=IMAGES_PER_PASS))
         return torch.cat(parts)
 
-    def condition(self, asked: ConditionLike, count: int) -> Tensor | None:
-        """What the model is told: (count, K) on the device, or None. Raises as the class says."""
-        told = to_condition(asked, self.recipe.condition, self.classes, count)
-        return None if told is None else told.to(self.device, self.dtype)
+    def condition(self, condition: ConditionLike, count: int) -> Tensor | None:
+        """The model's condition (count, K) on the device, or None. Raises as the class says."""
+        rows = to_condition(condition, self.recipe.condition, self.classes, count)
+        return None if rows is None else rows.to(self.device, self.dtype)
 
     def input(self, x: Tensor) -> Tensor:
-        """Images as the model takes them: (B, C, H + 2 pad, W + 2 pad) in [0, 1] on the device."""
+        """The model's input: (B, C, H + 2 pad, W + 2 pad) in [0, 1] on the device."""
         if x.ndim != 4 or tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(f"images are (B, {', '.join(map(str, self.image_shape))}), not {tuple(x.shape)}")
         bits = self.recipe.data.bits
@@ -250,20 +322,20 @@ class TrainedModel:
         return shapes[0][0]
 
 
-def turns(count: int) -> list[slice]:
-    """Parts of a batch that one pass takes."""
+def passes(count: int) -> list[slice]:
+    """The rows of each pass over a batch."""
     if count < 1:
         raise ValueError("no images were given")
     return [slice(start, min(start + IMAGES_PER_PASS, count)) for start in range(0, count, IMAGES_PER_PASS)]
 
 
-def at(told: Tensor | None, here: slice) -> Tensor | None:
-    """The part of a condition, if there is one."""
-    return None if told is None else told[here]
+def rows_of(condition: Tensor | None, here: slice) -> Tensor | None:
+    """These rows of a condition, if there is one."""
+    return None if condition is None else condition[here]
 
 
 def check_values(x: Tensor) -> None:
-    """Raises ValueError for numbers that are no image."""
+    """Raises ValueError for values that an image cannot have."""
     floats = x.is_floating_point()
     if not floats and x.dtype != torch.uint8:
         raise ValueError(f"images are uint8, or floats in [0, 1], not {x.dtype}")

@@ -30,6 +30,7 @@ from pipeline.models.base import LatentGroup, check_divisible, without_border
 from pipeline.models.classifier import (
     FrozenClassifier,
     attribute_cross_entropy,
+    check_image_shape,
     columns_of,
     is_known,
 )
@@ -255,7 +256,8 @@ class EditClassifier:
 
     def __init__(self, frozen: FrozenClassifier, chosen: Sequence[str], image_shape: tuple[int, int, int]):
         self.classifier, self.digest = frozen
-        self.columns = columns_of(self.classifier, chosen, image_shape)
+        self.columns = columns_of(self.classifier, chosen)
+        check_image_shape(self.classifier, image_shape)
         self.compared = False
 
     def logits(self, x: Tensor, seen: Tensor) -> Tensor:

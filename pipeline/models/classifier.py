@@ -122,15 +122,19 @@ def attribute_cross_entropy(logits: Tensor, attributes: Tensor) -> Tensor:
     return known * F.binary_cross_entropy_with_logits(logits, known * attributes, reduction="none")
 
 
-def columns_of(classifier: Classifier, chosen: Sequence[str], image_shape: tuple[int, int, int]) -> list[int]:
-    """The classifier's columns for these attributes. Raises ValueError if it does not fit the attributes or images."""
+def columns_of(classifier: Classifier, chosen: Sequence[str]) -> list[int]:
+    """The classifier's columns for these attributes. Raises ValueError for attributes that it does not have."""
     if classifier.kind != "attributes":
         raise ValueError("the classifier predicts classes; train one on a set with attributes")
     missing = [name for name in chosen if name not in classifier.names]
     if missing:
         known = ", ".join(classifier.names)
         raise ValueError(f"the classifier was not trained on {', '.join(missing)}; its attributes: {known}")
+    return [classifier.names.index(name) for name in chosen]
+
+
+def check_image_shape(classifier: Classifier, image_shape: tuple[int, int, int]) -> None:
+    """Raises ValueError unless the classifier takes images (C, H, W) of this shape."""
     if tuple(image_shape) != tuple(classifier.image_shape):
         shapes = " and ".join("x".join(map(str, shape)) for shape in (classifier.image_shape, image_shape))
         raise ValueError(f"the classifier and the model take different images: {shapes} (channels, height, width)")
-    return [classifier.names.index(name) for name in chosen]

@@ -108,5 +108,5 @@ def find_name(name: str, known: Sequence[str], what: str) -> str:
     if name in known:
         return name
     close = get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = f"; did you mean {close[0]}?" if close else "."
     raise ValueError(f"{what}: {name} is not known{hint} Known: {', '.join(known)}")

@@ -18,7 +18,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{socket.gethostname()}.partial")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)  # of a process that died, or a symbolic link, which would be followed
+        with partial.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

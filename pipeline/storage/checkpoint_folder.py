@@ -76,6 +76,8 @@ class Checkpoint:
     facts: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
     """{file stem: {tensor name: CPU tensor}}."""
+    sha256: Mapping[str, str]
+    """{file stem: sha256 of the file, in hexadecimal}."""
     passed_over: tuple[str, ...] = ()
     """Why better candidates were not used, one line each."""
 
@@ -123,7 +125,8 @@ def read_folder(folder: Path) -> Checkpoint:
     for name, facts in meta.files.items():
         _check_size(folder / name, facts.bytes)
     tensors = {name.removesuffix(".safetensors"): _read_tensors(folder / name, meta.files[name]) for name in meta.files}
-    return Checkpoint(folder, meta.step, meta.score, meta.facts, tensors)
+    sha256 = {name.removesuffix(".safetensors"): facts.sha256 for name, facts in meta.files.items()}
+    return Checkpoint(folder, meta.step, meta.score, meta.facts, tensors, sha256)
 
 
 def read_meta(folder: Path) -> Meta:

@@ -25,7 +25,7 @@ CHOSEN = AttributeCondition(chosen=("Blond", "Hat", "Black"), exclusive=(("Black
 
 
 class Reader(Classifier):
-    """Reads attribute `JUDGED[i]` off its pixel; `errs` names attributes of which it says the opposite."""
+    """Reads attribute `JUDGED[i]` off its pixel; `errs` names attributes that it predicts wrongly."""
 
     def __init__(self, errs=(), shape=(1, 1, 4), kind="attributes"):
         super().__init__(ClassifierConfig(kind=kind, names=JUDGED, image_shape=shape, width=1))
@@ -36,14 +36,13 @@ class Reader(Classifier):
 
 
 class Editor(VAE):
-    """Its latent is the image; `decode` paints the told attributes into it, as `paint` (image, condition) says."""
+    """Its latent is the image; `decode` paints the condition into it with `paint` (image, condition)."""
 
     groups = (LatentGroup("1x1_group00", (4, 1, 1)),)
 
     def __init__(self, paint, border=0):
-        super().__init__()
-        self.paint, self.border, self.condition_size = paint, border, 3
-        self.image_shape = (1, 1 + 2 * border, 4 + 2 * border)
+        super().__init__((1, 1 + 2 * border, 4 + 2 * border), border, condition_size=3)
+        self.paint = paint
         self.unused = torch.nn.Parameter(torch.zeros(()))
         self.noise_seen = []
 
@@ -97,7 +96,7 @@ def faces(attributes: Tensor, truth: Tensor | None = None, border: int = 0) -> l
 
 def some_attributes(count: int = 60, seed: int = 0) -> Tensor:
     attributes = torch.from_numpy(np.random.default_rng(seed).integers(0, 2, (count, 4)))
-    attributes[:, 2] *= 1 - attributes[:, 1]  # one hair colour at most
+    attributes[:, 2] *= 1 - attributes[:, 1]  # one hair color at most
     return attributes
 
 
@@ -117,7 +116,7 @@ def test_a_perfect_editor_has_all():
     assert found.keys() == {f"edit/{name}" for name in expected}
 
 
-def test_an_editor_that_does_nothing_has_none_of_what_was_asked():
+def test_an_editor_that_does_nothing_reaches_no_target():
     found = figures(identity, faces(some_attributes()))
     assert {found[f"edit/{name}"] for name in ("set", "clear", "set_minimum", "clear_minimum", "set/Hat")} == {0.0}
     assert {found[f"edit/{name}"] for name in ("set_others", "clear_others", "reconstruction_accuracy")} == {1.0}
@@ -130,8 +129,8 @@ def test_an_editor_of_one_attribute():
     assert found["edit/set/Hat"] == found["edit/clear/Hat"] == 1.0
 
 
-def test_others_are_counted_over_edits_without_the_asked_one_and_its_rivals():
-    """Beards are wrong in every edit: of one other in three where a hair colour is asked for (Hat, Beard; Black is a
+def test_others_are_counted_without_the_target_and_its_rivals():
+    """Beards are wrong in every edit: of one other in three where a hair color is the target (Hat, Beard; Black is a
     rival), of one in three where a hat is (Black, Blond, Beard).
     """
     attributes = some_attributes()
@@ -145,7 +144,7 @@ def test_others_are_counted_over_edits_without_the_asked_one_and_its_rivals():
 
 
 def test_setting_a_rival_is_no_fault_of_the_edit():
-    """With an editor that is told of rivals: Black falls where Blond is set."""
+    """The rivals change with the target: Black falls where Blond is set."""
     attributes = torch.tensor([[0, 1, 0, 0]] * 4)
     found = figures(perfect, faces(attributes))
     assert found["edit/set/Blond"] == found["edit/set_others"] == 1.0
@@ -153,17 +152,17 @@ def test_setting_a_rival_is_no_fault_of_the_edit():
     assert found["edit/set"] == found["edit/set_minimum"] == 1.0
 
 
-def test_what_is_unknown_or_hidden_in_the_original_is_left_out():
+def test_what_is_unknown_or_hidden_in_the_original_is_not_counted():
     attributes = some_attributes()
     truth = attributes.clone()
-    truth[:, 3] = -1  # nobody knows the beards: wrecking them is not seen
+    truth[:, 3] = -1  # beards are unknown: wrong ones are not counted
     found = figures(beard_wrecker, faces(attributes, truth))
     assert found["edit/set_others"] == found["edit/clear_others"] == found["edit/reconstruction_accuracy"] == 1.0
     truth[:, 0] = -1
     assert np.isnan(figures(perfect, faces(attributes, truth))["edit/set/Hat"])
 
 
-def test_what_the_edit_hides_is_left_out():
+def test_what_the_edit_hides_is_not_counted():
     """A beard that vanishes under a hat: only where the hat is set."""
 
     def covering(image: Tensor, condition: Tensor) -> Tensor:
@@ -176,14 +175,14 @@ def test_what_the_edit_hides_is_left_out():
     hides = NOTHING_HIDES.clone()
     hides[1, hat, beard] = True
     assert figures(covering, faces(attributes), hides=hides)["edit/set_others"] == 1.0
-    # Without the rule: of 6 x (3 others of Hat, 2 of each hair colour), the beards under 6 hats are wrong.
+    # Without the rule: of 6 x (3 others of Hat, 2 of each hair color), the beards under 6 hats are wrong.
     assert figures(covering, faces(attributes))["edit/set_others"] == pytest.approx(1 - 6 / 42)
     wrong_side = NOTHING_HIDES.clone()
     wrong_side[0, hat, beard] = True
     assert figures(covering, faces(attributes), hides=wrong_side)["edit/set_others"] == pytest.approx(1 - 6 / 42)
 
 
-def test_the_judge_s_own_accuracy_is_told():
+def test_the_judge_s_own_accuracy_is_reported():
     found = figures(perfect, faces(some_attributes()), judge=Reader(errs=("Beard",)))
     assert found["edit/judge_accuracy"] == pytest.approx(0.75)
     assert found["edit/set"] == 1.0
@@ -199,7 +198,7 @@ def test_a_border_is_no_part_of_the_face():
             border_around((3, 36, 34), judged)
 
 
-def test_the_model_is_left_in_its_mode_and_noise_follows_the_image():
+def test_the_model_keeps_its_mode_and_noise_follows_the_image():
     model = Editor(identity)
     model.train()
     both = faces(some_attributes())

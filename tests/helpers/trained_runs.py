@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 
 from pipeline.config import build
+from pipeline.models.classifier import Classifier, ClassifierConfig
 from pipeline.recipe import Recipe, build_model
+from pipeline.run.classifier_folder import save_classifier
 from pipeline.storage.checkpoint import Checkpoints
 
 STEP = 7
@@ -23,6 +25,14 @@ def make_run(
     tensors = {"model": weights} | ({"ema": spread(average)} if recipe.train.ema_decay else {})
     Checkpoints(folder / "checkpoints").save(STEP, tensors, facts, score=1.0)
     return folder
+
+
+def make_judge(folder: Path, kind: str, names: list[str], image_shape: tuple[int, int, int] = (3, 16, 16)) -> str:
+    """The folder of an untrained classifier."""
+    torch.manual_seed(2)
+    config = ClassifierConfig(kind=kind, names=names, image_shape=image_shape, width=4)
+    save_classifier(Classifier(config), folder, 0, {})
+    return str(folder)
 
 
 def spread(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

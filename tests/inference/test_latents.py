@@ -1,4 +1,4 @@
-"""Ways between latents: ends are met, circles are circles, and mean differences are those of plain NumPy."""
+"""Interpolation between latents, and mean differences, compared with plain NumPy."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ seeds = st.integers(0, 2**31)
 
 
 @given(seeds, seeds)
-def test_both_ways_begin_and_end_at_the_ends(one, other):
+def test_both_interpolations_include_the_ends(one, other):
     start, end = latents(one), latents(other)
     for way in (linear, spherical):
         for group, a, b in zip(way(start, end, torch.tensor([0.0, 1.0])), start, end, strict=True):
@@ -28,7 +28,7 @@ def test_both_ways_begin_and_end_at_the_ends(one, other):
 
 
 @given(seeds, seeds, st.floats(-1, 2))
-def test_the_linear_way_is_a_line(one, other, weight):
+def test_linear_interpolation_is_a_line(one, other, weight):
     start, end = latents(one), latents(other)
     for group, a, b in zip(linear(start, end, torch.tensor([weight])), start, end, strict=True):
         expected = a.numpy() + np.float32(weight) * (b.numpy() - a.numpy())
@@ -36,7 +36,7 @@ def test_the_linear_way_is_a_line(one, other, weight):
 
 
 @given(seeds, seeds, st.lists(st.floats(0, 1), min_size=1, max_size=5))
-def test_the_spherical_way_turns_evenly(one, other, weights):
+def test_spherical_interpolation_has_constant_speed(one, other, weights):
     """Between vectors of length one it stays on the sphere, at the angle w o from the start; each group on its own."""
     start = [group / group.norm() for group in latents(one)]
     end = [group / group.norm() for group in latents(other)]
@@ -61,7 +61,7 @@ def test_lengths_grow_evenly_enough(seed, long, short, weight):
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.5, -1.0, 0.0])
-def test_where_there_is_no_circle_the_way_is_linear(factor):
+def test_without_a_unique_circle_it_is_linear(factor):
     start = latents(3)
     end = [factor * group for group in start]
     weights = torch.linspace(0, 1, 5, dtype=torch.float64)
@@ -70,7 +70,7 @@ def test_where_there_is_no_circle_the_way_is_linear(factor):
         assert bool(found.isfinite().all())
 
 
-def test_kinds_of_numbers_are_kept():
+def test_dtypes_are_kept():
     for dtype in (torch.float32, torch.float64):
         start, end = latents(1, dtype=dtype), latents(2, dtype=dtype)
         for way in (linear, spherical):

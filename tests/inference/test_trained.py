@@ -1,4 +1,4 @@
-"""pipeline.load: the weights and settings of a run, and its models as people use them."""
+"""pipeline.load: the weights and settings of a run, and its models in use."""
 
 import json
 import random
@@ -15,17 +15,12 @@ from PIL import Image
 import pipeline
 from pipeline.data.preprocess import to_model_input
 from pipeline.evaluation.likelihood_bounds import Draws
-from pipeline.inference.parse_condition import parse_classes, parse_settings, to_condition
 from pipeline.inference.trained import IMAGES_PER_PASS
-from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.models.noise import draw_noise
 from pipeline.storage.checkpoint import Checkpoints
 from tests.helpers.model_cases import CASES, make_recipe
 from tests.helpers.recipes import tiny_settings
 from tests.helpers.trained_runs import STEP, make_run
-
-NAMES = ("Black_Hair", "Blond_Hair", "Smiling")
-ATTRIBUTES = {"name": "attributes", "chosen": list(NAMES), "exclusive": [["Black_Hair", "Blond_Hair"]]}
 
 
 def small(**changes) -> dict:
@@ -41,16 +36,8 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def told_classes(tmp_path_factory):
-    path = make_run(
-        tmp_path_factory.mktemp("classes"), small(condition={"name": "class", "num_classes": 3}), ["cat", "dog", "7"]
-    )
-    return pipeline.load(path)
-
-
-@pytest.fixture(scope="module")
-def told_attributes(tmp_path_factory):
-    return pipeline.load(make_run(tmp_path_factory.mktemp("attributes"), small(condition=ATTRIBUTES)))
+def loaded(run):
+    return pipeline.load(run, device="cpu")
 
 
 def pictures(count: int, size: int = 16, channels: int = 3, seed: int = 0) -> torch.Tensor:
@@ -83,7 +70,7 @@ def test_loading_costs_the_caller_no_random_numbers(run):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_the_checkpoint_asked_for_is_the_one_given(run, tmp_path):
+def test_the_checkpoint_is_the_one_that_was_named(run, tmp_path):
     folder = make_run(tmp_path, small())
     found = Checkpoints(folder / "checkpoints").latest()
     Checkpoints(folder / "checkpoints").save(9, found.tensors, found.facts, score=2.0)
@@ -92,15 +79,16 @@ def test_the_checkpoint_asked_for_is_the_one_given(run, tmp_path):
     assert pipeline.load(folder, folder / "checkpoints" / f"step_{STEP:08d}").step == STEP
     (folder / "checkpoints/step_00000009/ema.safetensors").write_bytes(b"cut")
     assert pipeline.load(folder).step == STEP  # the newest good one
-    with pytest.raises(ValueError, match="no checkpoint at nowhere"):
+    with pytest.raises(ValueError, match=f"no checkpoint at nowhere; available steps: {STEP}, 9"):
         pipeline.load(folder, "nowhere")
     assert pipeline.load(folder, STEP).step == STEP
+    assert pipeline.load(folder, str(STEP)).step == STEP
     with pytest.raises(ValueError, match=f"no checkpoint of step 800; available steps: {STEP}, 9"):
         pipeline.load(folder, 800)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no run with checkpoints there"):
+    with pytest.raises(ValueError, match="no such folder; give the folder that"):
         pipeline.load(tmp_path / "nothing")
 
 
@@ -170,7 +158,7 @@ def test_fewer_bits_are_cut_as_in_training(tmp_path, bits):
         model.input(x.float())
 
 
-def test_padding_is_the_models_business(tmp_path):
+def test_padding_is_added_and_removed(tmp_path):
     changes = {"data": {"size": 12, "channels": 1, "pad": 2}, "model": {"likelihood": {"name": "bernoulli"}}}
     model, x = pipeline.load(make_run(tmp_path, small(**changes))), pictures(3, size=12, channels=1)
     inside = model.input(x)
@@ -188,12 +176,12 @@ def test_encode_decode_and_sample_are_the_models_own(run):
     with torch.no_grad():
         latents = model.model.encode(to_model_input(x), noise)
         images = model.model.decode(latents)
-        drawn = model.model.sample(draw_noise(model.model.groups, 4, "sample", range(3)), 0.6)
+        sampled = model.model.sample(draw_noise(model.model.groups, 4, "sample", range(3)), 0.6)
     close = {"rtol": 1e-5, "atol": 1e-6}
     for ours, theirs in zip(model.encode(x, seed=4), latents, strict=True):
         torch.testing.assert_close(ours, theirs, **close)
     torch.testing.assert_close(model.reconstruct(x, seed=4), images, **close)
-    torch.testing.assert_close(model.sample(3, 0.6, seed=4), drawn, **close)
+    torch.testing.assert_close(model.sample(3, 0.6, seed=4), sampled, **close)
 
 
 def test_without_a_seed_latents_are_the_means(run):
@@ -205,7 +193,7 @@ def test_without_a_seed_latents_are_the_means(run):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_turns_change_nothing(run):
+def test_passes_change_nothing(run):
     """More images than one pass takes: the same as the first and the last of them alone, as far as they can be."""
     model, count = pipeline.load(run), IMAGES_PER_PASS + 3
     many = model.sample(count, seed=2)
@@ -238,102 +226,18 @@ def test_float64_runs_work_in_float64(tmp_path):
         (lambda model: model.encode(pillow(pictures(1, size=12))), "is 12x12; resize it to 16x16"),
         (lambda model: model.encode([pictures(1)]), "a tensor .* or Pillow images, not list"),
         (lambda model: model.encode("face.png"), "a tensor .* or Pillow images, not str"),
-        (lambda model: model.sample(0), "at least one sample"),
-        (lambda model: model.log_likelihood(pictures(1), importance_samples=0), "take at least one"),
+        (lambda model: model.sample(0), "count 0: must be at least 1"),
+        (
+            lambda model: model.log_likelihood(pictures(1), importance_samples=0),
+            "must be at least 1",
+        ),
         (lambda model: model.decode([torch.zeros(1, 2, 4, 4)]), "latents are one tensor per group"),
         (lambda model: model.sample(1, condition={"Smiling": 1}), "trained without a condition"),
     ],
 )
-def test_wrong_input_is_told_what_would_be_right(run, act, message):
+def test_wrong_input_gets_a_message_with_what_is_right(run, act, message):
     with pytest.raises(ValueError, match=message):
         act(pipeline.load(run))
-
-
-# ---------------------------------------------------------------------------------------------------------- conditions
-
-
-def test_a_class_by_number_name_list_or_tensor(told_classes):
-    one = told_classes.sample(2, condition=1)
-    for asked in ("dog", [1, 1], ["dog", 1], torch.tensor([1, 1]), torch.tensor([0.0, 1, 0]), np.int64(1)):
-        assert torch.equal(told_classes.sample(2, condition=asked), one), asked
-    mixed = told_classes.sample(2, condition=["cat", "dog"])
-    torch.testing.assert_close(mixed[1:], one[1:], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(mixed[0], one[0])
-
-
-def test_attributes_by_name_or_tensor(told_attributes):
-    asked = told_attributes.sample(2, condition={"Smiling": 1, "Blond_Hair": 1})
-    row = torch.tensor([0.0, 1.0, 1.0])  # Blond_Hair clears Black_Hair
-    assert torch.equal(asked, told_attributes.sample(2, condition=row))
-    assert torch.equal(asked, told_attributes.sample(2, condition=row.repeat(2, 1)))
-    unknown = told_attributes.condition({}, 2)
-    assert torch.equal(unknown, torch.full((2, 3), 0.5))
-
-
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        (3, r"class 3 is not known; known: 0 \(cat\), 1 \(dog\), 2 \(7\)"),
-        ("bird", "class bird is not known"),
-        (None, "none was given; known: cat, dog, 7"),
-        ([0, 1, 2], "3 classes for 2 images"),
-        (torch.zeros(2, 4), r"is \(3,\) or \(2, 3\), not \(2, 4\)"),
-    ],
-)
-def test_unknown_classes_get_the_list(told_classes, asked, message):
-    with pytest.raises(ValueError, match=message):
-        told_classes.sample(2, condition=asked)
-
-
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ({"Smilling": 1}, "Smilling is not known; did you mean Smiling. Known: Black_Hair, Blond_Hair, Smiling"),
-        ({"Black_Hair": 1, "Blond_Hair": 1}, "Black_Hair and Blond_Hair exclude each other"),
-        ({"Smiling": 2}, "a strength is from 0"),
-        (1, "the model is told attributes"),
-    ],
-)
-def test_unknown_attributes_get_the_list(told_attributes, asked, message):
-    with pytest.raises(ValueError, match=message):
-        told_attributes.sample(2, condition=asked)
-
-
-def test_a_name_goes_before_a_number(told_classes):
-    """The class with the name "7" is number 2."""
-    assert torch.equal(told_classes.condition("7", 1), torch.tensor([[0.0, 0, 1]]))
-    assert torch.equal(told_classes.condition(2, 1), torch.tensor([[0.0, 0, 1]]))
-
-
-CLASSES = tuple("0123456789")
-
-
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)).map(sorted), min_size=1))
-def test_ranges_of_classes_are_what_they_say(spans):
-    text = ",".join(f"{first}-{last}" for first, last in spans)
-    assert parse_classes(text, CLASSES) == [n for first, last in spans for n in range(first, last + 1)]
-
-
-def test_classes_as_people_write_them():
-    assert parse_classes("0-2,Shirt, 4", ("T-shirt", "Trouser", "Pullover", "Shirt", "Coat")) == [0, 1, 2, 3, 4]
-    assert parse_classes("1-2", ("1-2", "x")) == [0]  # a name goes before a range
-    for text, message in (("0-10", "class 10 is not known"), ("5-2", "counts down; write 2-5"), ("", "is not known")):
-        with pytest.raises(ValueError, match=message):
-            parse_classes(text, CLASSES)
-
-
-def test_settings_as_people_write_them():
-    assert parse_settings("Smiling=1,Eyeglasses=0.5") == {"Smiling": 1.0, "Eyeglasses": 0.5}
-    for text in ("Smiling", "Smiling=yes"):
-        with pytest.raises(ValueError, match="given as NAME=1 or NAME=0"):
-            parse_settings(text)
-
-
-def test_a_condition_of_each_kind_has_its_size():
-    attributes = AttributeCondition(chosen=NAMES)
-    assert to_condition({"Smiling": 0.3}, attributes, (), 4).tolist() == [[0.5, 0.5, pytest.approx(0.3)]] * 4
-    assert to_condition(2, ClassCondition(num_classes=3), ("a", "b", "c"), 2).tolist() == [[0, 0, 1]] * 2
-    assert to_condition(None, None, (), 4) is None
 
 
 # ---------------------------------------------------------------------------------------------------------- likelihood
@@ -363,8 +267,8 @@ def test_log_likelihood_is_the_importance_weighted_bound(tmp_path, samples):
 
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 40))
-def test_draws_in_one_pass_or_in_many_are_the_same(run, draws, count, rows):
-    model = pipeline.load(run, device="cpu")
+def test_draws_in_one_pass_or_in_many_are_the_same(loaded, draws, count, rows):
+    model = loaded
     x = model.input(pictures(count))
 
     def noise(draw):
@@ -391,16 +295,17 @@ def test_every_model_can_be_used(case, tmp_path):
     """And several draws in one pass are the draws one by one: what a model keeps for all draws can be repeated."""
     made = make_recipe(case, tmp_path, "train.precision=fp64").model_dump(mode="json")
     model, x = pipeline.load(make_run(tmp_path, made)), pictures(3)
-    told = {None: None, "class": [1, 0, 3], "attributes": {"Attribute_2": 1}}[(made["condition"] or {}).get("name")]
-    assert model.sample(3, 0.7, condition=told).shape == model.reconstruct(x, told).shape == x.shape
-    latents = model.encode(x, told)
+    conditions = {None: None, "class": [1, 0, 3], "attributes": {"Attribute_2": 1}}
+    condition = conditions[(made["condition"] or {}).get("name")]
+    assert model.sample(3, 0.7, condition=condition).shape == model.reconstruct(x, condition).shape == x.shape
+    latents = model.encode(x, condition)
     assert [tuple(group.shape[1:]) for group in latents] == [group.shape for group in model.model.groups]
-    assert all(bool(((images >= 0) & (images <= 1)).all()) for images in (model.decode(latents, told),))
-    found = model.log_likelihood(x, told, importance_samples=5)
+    assert all(bool(((images >= 0) & (images <= 1)).all()) for images in (model.decode(latents, condition),))
+    found = model.log_likelihood(x, condition, importance_samples=5)
     draws = Draws(
         model.model,
         model.input(x),
-        model.condition(told, 3),
+        model.condition(condition, 3),
         lambda draw: draw_noise(model.model.noise_groups, 0, f"validate/{draw}", range(3), dtype=torch.float64),
     )
     with torch.no_grad():

@@ -17,6 +17,7 @@ from pipeline.models.classifier import (
     Classifier,
     ClassifierConfig,
     attribute_cross_entropy,
+    check_image_shape,
     columns_of,
 )
 from pipeline.run.classifier_folder import classifier_digest, load_classifier, save_classifier
@@ -73,13 +74,14 @@ def test_correct_answers_are_counted_where_the_truth_is_known(monkeypatch):
 
 def test_columns_of_chosen_attributes():
     classifier = make()
-    assert columns_of(classifier, ["Beard", "Smiling"], (3, 8, 8)) == [2, 0]
+    assert columns_of(classifier, ["Beard", "Smiling"]) == [2, 0]
     with pytest.raises(ValueError, match="was not trained on Bangs; its attributes: Smiling, Hat, Beard"):
-        columns_of(classifier, ["Bangs", "Hat"], (3, 8, 8))
+        columns_of(classifier, ["Bangs", "Hat"])
     with pytest.raises(ValueError, match="3x8x8 and 3x16x16"):
-        columns_of(classifier, ["Hat"], (3, 16, 16))
+        check_image_shape(classifier, (3, 16, 16))
+    check_image_shape(classifier, (3, 8, 8))
     with pytest.raises(ValueError, match="predicts classes"):
-        columns_of(make("classes"), ["Hat"], (3, 8, 8))
+        columns_of(make("classes"), ["Hat"])
 
 
 # ---- its folder ------------------------------------------------------------------------------------------------------
@@ -288,21 +290,21 @@ def reader(num_classes: int) -> Classifier:
     return Reader(ClassifierConfig(kind="classes", names=names, image_shape=(1, 1, num_classes)))
 
 
-def test_recognition_counts_what_is_recognised():
+def test_recognition_counts_what_is_recognized():
     perfect = recognition(OneHotPainter(4, 99.0), reader(4), per_class=30, temperature=1.0, seed=1)
-    assert perfect == {"recognised": 1.0, **{f"recognised/{name}": 1.0 for name in "abcd"}}
+    assert perfect == {"recognized": 1.0, **{f"recognized/{name}": 1.0 for name in "abcd"}}
     faulty = recognition(OneHotPainter(4, -99.0), reader(4), per_class=30, temperature=1.0, seed=1)
-    assert faulty == {"recognised": 0.25, "recognised/a": 1.0, **{f"recognised/{name}": 0.0 for name in "bcd"}}
+    assert faulty == {"recognized": 0.25, "recognized/a": 1.0, **{f"recognized/{name}": 0.0 for name in "bcd"}}
 
 
 def test_recognition_follows_temperature_seed_and_nothing_else():
     model, classifier = OneHotPainter(4, 1.0), reader(4)
     model.train()
-    hot, cool = (recognition(model, classifier, 500, temperature, 1)["recognised"] for temperature in (1.0, 0.5))
+    hot, cool = (recognition(model, classifier, 500, temperature, 1)["recognized"] for temperature in (1.0, 0.5))
     assert hot == pytest.approx(1 - 0.75 * 0.1587, abs=0.03)
     assert cool == pytest.approx(1 - 0.75 * 0.0228, abs=0.015)
-    assert recognition(model, classifier, 500, 1.0, 1)["recognised"] == hot
-    assert recognition(model, classifier, 500, 1.0, 2)["recognised"] != hot
+    assert recognition(model, classifier, 500, 1.0, 1)["recognized"] == hot
+    assert recognition(model, classifier, 500, 1.0, 2)["recognized"] != hot
     assert model.training
 
 
@@ -320,7 +322,7 @@ def test_recognition_is_the_same_on_any_number_of_processes(world_size):
 
 
 def test_recognition_refuses_a_classifier_of_something_else():
-    with pytest.raises(ValueError, match="5 classes, the model is told 4"):
+    with pytest.raises(ValueError, match="5 classes, the model with 4"):
         recognition(OneHotPainter(4, 1.0), reader(5), 1, 1.0, 1)
-    with pytest.raises(ValueError, match="3 attributes, the model is told 4"):
+    with pytest.raises(ValueError, match="3 attributes, the model with 4"):
         recognition(OneHotPainter(4, 1.0), make(), 1, 1.0, 1)

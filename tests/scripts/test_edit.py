@@ -1,4 +1,4 @@
-"""edit.py: pictures in, strips out; what is told, inferred and moved; and what wrong wishes get."""
+"""edit.py: the strips of edits and interpolations, inferred conditions, and wrong arguments."""
 
 import re
 from pathlib import Path
@@ -12,12 +12,8 @@ import pipeline
 from pipeline.data.shards import TarShards
 from pipeline.edit import main, parse_strengths
 from pipeline.evaluation.images import to_uint8
-from pipeline.inference import infer_condition
 from pipeline.inference.editing import Subject, edit_by_condition, find_direction, find_sample, interpolate
-from pipeline.inference.infer_condition import alternatives, infer_attributes, infer_class, log_likelihoods
 from pipeline.inference.latents import spherical
-from pipeline.inference.read_image import crop_box, open_picture
-from pipeline.models.conditions import AttributeCondition
 from tests.helpers.recipes import tiny_settings
 from tests.helpers.shard_sets import random_samples, write_set
 from tests.helpers.trained_runs import make_run
@@ -73,7 +69,7 @@ def tiles(path: Path, columns: int) -> torch.Tensor:
 
 
 def near(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Within one grey step: batches of other sizes round otherwise."""
+    """Within one gray level: batches of other sizes round otherwise."""
     assert found.shape == expected.shape
     assert int((found.int() - expected.int()).abs().max()) <= 1
 
@@ -111,7 +107,7 @@ def test_a_class_is_changed_for_another(runs, faces, tmp_path):
 
 
 @pytest.mark.parametrize("value", [1, 0])
-def test_a_model_that_is_told_nothing_is_moved_by_mean_differences(runs, shards, faces, tmp_path, value):
+def test_latents_of_a_model_without_a_condition_are_moved_by_mean_differences(runs, shards, faces, tmp_path, value):
     out = tmp_path / "out.png"
     words = ["--image", faces[0], "--data", str(shards), "--images", "25", "--set", f"Attribute_1={value}"]
     assert main([str(runs["plain"]), *words, "--strength", "0,1.5", "--out", str(out)]) == 0
@@ -129,20 +125,20 @@ def test_a_model_that_is_told_nothing_is_moved_by_mean_differences(runs, shards,
     assert not torch.equal(found[3], found[2])
 
 
-def test_samples_of_a_set_bring_their_attributes(runs, shards, tmp_path, caplog):
+def test_samples_of_a_set_have_their_own_attributes(runs, shards, tmp_path, caplog):
     out = tmp_path / "out.png"
     words = ["--data", str(shards), "--key", "test-s00003", "8", "--set", "Attribute_2=1", "--out", str(out)]
     assert main([str(runs["attributes"]), *words]) == 0
     split, trained = TarShards(shards, "test"), pipeline.load(runs["attributes"])
     for row, index in zip(tiles(out, 3), (3, 8), strict=True):
         x = torch.from_numpy(split.images([index]).transpose(0, 3, 1, 2).copy())
-        told = torch.from_numpy(split.attributes([index])).float()
-        told[told < 0] = 0.5
+        condition = torch.from_numpy(split.attributes([index])).float()
+        condition[condition < 0] = 0.5
         assert torch.equal(row[0], x[0])
-        near(row[1], to_uint8(trained.reconstruct(x, told, seed=None))[0])
+        near(row[1], to_uint8(trained.reconstruct(x, condition, seed=None))[0])
 
 
-def test_the_way_between_two_pictures(runs, faces, tmp_path):
+def test_interpolation_between_two_pictures(runs, faces, tmp_path):
     out = tmp_path / "out.png"
     assert main([str(runs["plain"]), "--image", *faces, "--interpolate", "--steps", "4", "--out", str(out)]) == 0
     found = tiles(out, 6)
@@ -159,7 +155,7 @@ def test_the_way_between_two_pictures(runs, faces, tmp_path):
     assert not torch.equal(found[0, 2], found[1, 2])
 
 
-def test_the_condition_goes_along(runs):
+def test_the_condition_is_interpolated_too(runs):
     trained = pipeline.load(runs["classes"])
     x = torch.randint(0, 256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
     ends = [Subject("x", x[i : i + 1], trained.condition(i, 1)) for i in range(2)]
@@ -168,7 +164,7 @@ def test_the_condition_goes_along(runs):
         torch.testing.assert_close(way[2:], trained.reconstruct(x[1:], 1, seed=None), rtol=1e-4, atol=1e-5)
 
 
-def test_the_default_name_tells_what_was_done(runs, faces):
+def test_the_default_name_describes_the_edit(runs, faces):
     assert main([str(runs["classes"]), "--image", faces[0], "--known", "1", "--set", "3"]) == 0
     assert [path.name for path in (runs["classes"] / "edited").iterdir()] == ["face0_3.png"]
 
@@ -178,19 +174,28 @@ BAD = {
     "what is known already": (
         "attributes",
         ["--data", "SHARDS", "--key", "1", "--known", "Attribute_1=1", "--set", "Attribute_1=0"],
-        "--known: is about the pictures of --image",
+        "--known: applies to pictures of --image",
     ),
     "nothing to edit": ("plain", ["--interpolate"], "give pictures with --image"),
     "nothing to do": ("plain", ["--image", "FACE"], "give either --set NAME=1, or --interpolate"),
     "two things": ("plain", ["--image", "FACE", "--interpolate", "--set", "a=1"], "give either --set"),
-    "one end": ("plain", ["--image", "FACE", "--interpolate"], "between two pictures; 1 given"),
+    "one end": ("plain", ["--image", "FACE", "--interpolate"], "--interpolate: needs two pictures; 1 given"),
     "a key of nothing": ("plain", ["--key", "1", "--interpolate"], "--key: give the shard set"),
     "no such key": (
         "attributes",
         ["--data", "SHARDS", "--key", "x", "--set", "Attribute_1=1"],
         "keys are like test-s00000",
     ),
-    "a number too high": ("attributes", ["--data", "SHARDS", "--key", "30", "--set", "Attribute_1=1"], "go up to 29"),
+    "a number too high": (
+        "attributes",
+        ["--data", "SHARDS", "--key", "30", "--set", "Attribute_1=1"],
+        "numbers are 0 to 29",
+    ),
+    "no such split": (
+        "attributes",
+        ["--data", "SHARDS", "--split", "dev", "--key", "1", "--set", "Attribute_1=1"],
+        "no split 'dev'; it has: test",
+    ),
     "no directions": ("plain", ["--image", "FACE", "--set", "Attribute_1=1"], "give --data DIR"),
     "a direction that is not": (
         "plain",
@@ -200,7 +205,7 @@ BAD = {
     "too few for a direction": (
         "plain",
         ["--image", "FACE", "--data", "SHARDS", "--images", "1", "--set", "Attribute_1=1"],
-        "both are needed; give more with --images",
+        "both are needed; read more with --images",
     ),
     "an attribute that is not": (
         "attributes",
@@ -217,13 +222,13 @@ BAD = {
     "too strong": (
         "attributes",
         ["--image", "FACE", "--set", "Attribute_1=1", "--strength", "2"],
-        "from 0, as it is, to 1",
+        "from 0 (unchanged) to 1",
     ),
     "no strength": ("plain", ["--image", "FACE", "--set", "a=1", "--data", "SHARDS", "--strength", "much"], "0,0.5,1"),
     "an endless strength": (
         "plain",
         ["--image", "FACE", "--set", "Attribute_1=1", "--data", "SHARDS", "--strength", "inf"],
-        "give finite numbers",
+        "--strength inf: must be finite",
     ),
     "rivals": (
         "attributes",
@@ -231,13 +236,17 @@ BAD = {
         "exclude each other",
     ),
     "no picture": ("plain", ["--image", "nowhere.png", "FACE", "--interpolate"], "nowhere.png: no such picture"),
-    "no run": ("nowhere", ["--image", "FACE", "--set", "a=1"], "no run with checkpoints there"),
-    "one step": ("plain", ["--image", "FACE", "FACE", "--interpolate", "--steps", "1"], "at least 2"),
+    "no run": ("nowhere", ["--image", "FACE", "--set", "a=1"], "no such folder; give the folder that"),
+    "one step": (
+        "plain",
+        ["--image", "FACE", "FACE", "--interpolate", "--steps", "1"],
+        "must be at least 2",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_wrong_wishes_get_one_line_and_exit_code_2(runs, faces, shards, tmp_path, capfd, what):
+def test_wrong_arguments_get_one_line_and_exit_code_2(runs, faces, shards, tmp_path, capfd, what):
     kind, words, message = BAD[what]
     places = {"FACE": faces[0], "SHARDS": str(shards)}
     words = [places.get(word, word) for word in words]
@@ -248,7 +257,7 @@ def test_wrong_wishes_get_one_line_and_exit_code_2(runs, faces, shards, tmp_path
     assert not (tmp_path / "out.png").exists()
 
 
-def test_strengths_as_people_write_them():
+def test_strengths_as_users_write_them():
     assert parse_strengths("0..1", 3).tolist() == [0, 0.5, 1]
     assert parse_strengths("-1..1", 3).tolist() == [-1, 0, 1]
     assert parse_strengths("0.25", 3).tolist() == [0.25]
@@ -277,56 +286,7 @@ def test_hidden_and_unknown_attributes_do_not_count(runs, shards, monkeypatch):
         torch.testing.assert_close(found[0], with_it.mean(0) - without.mean(0), rtol=1e-4, atol=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------- inference
-
-
-def test_candidates_are_judged_with_one_noise(runs):
-    """The value of a candidate is that of the plain log-likelihood, and does not depend on its company."""
-    trained = pipeline.load(runs["classes"])
-    image = torch.randint(0, 256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(1)).byte()
-    run_on_all = log_likelihoods(trained, image, torch.eye(10))
-    alone = torch.cat([log_likelihoods(trained, image, torch.eye(10)[i : i + 1]) for i in range(10)])
-    torch.testing.assert_close(run_on_all, alone, rtol=1e-6, atol=1e-2)
-    assert torch.equal(log_likelihoods(trained, image, torch.eye(10)[[3, 3]]).diff(), torch.zeros(1).double())
-    assert infer_class(trained, image) == int(run_on_all.argmax())
-
-
-def fake(monkeypatch, score):
-    monkeypatch.setattr(infer_condition, "log_likelihoods", lambda trained, image, rows: score(rows).double())
-
-
-@pytest.mark.parametrize("truth", [[1.0, 0, 1], [0.0, 1, 0], [0.0, 0, 0], [0.0, 1, 1]])
-def test_ascent_finds_the_peak(runs, monkeypatch, truth):
-    """Where log p falls with the distance from the truth, the truth is found: rivals are exchanged, not added."""
-    fake(monkeypatch, lambda rows: -(rows - torch.tensor(truth)).abs().sum(1))
-    found = infer_attributes(pipeline.load(runs["attributes"]), torch.zeros(1, 3, 16, 16), {})
-    assert list(found.values()) == truth
-
-
-def test_what_is_known_stays(runs, monkeypatch):
-    fake(monkeypatch, lambda rows: -(rows - torch.tensor([0.0, 1, 0])).abs().sum(1))
-    trained = pipeline.load(runs["attributes"])
-    found = infer_attributes(trained, torch.zeros(1, 3, 16, 16), {"Attribute_0": 1, "Attribute_2": 1})
-    assert found == {"Attribute_0": 1, "Attribute_1": 0, "Attribute_2": 1}  # not 1 beside a rival that is known
-
-
-def test_ascent_ends(runs, monkeypatch):
-    """Also where everything is equally likely, or nothing is a number."""
-    calls = []
-    fake(monkeypatch, lambda rows: calls.append(len(rows)) or torch.full((len(rows),), torch.nan))
-    infer_attributes(pipeline.load(runs["attributes"]), torch.zeros(1, 3, 16, 16), {})
-    assert len(calls) == 1 + 3
-
-
-def test_exclusive_attributes_are_never_proposed_together():
-    condition = AttributeCondition(chosen=tuple(NAMES), exclusive=((NAMES[0], NAMES[1]),))
-    for start in ([1.0, 0, 0], [0.0, 1, 1], [0.0, 0, 0]):
-        for rows in alternatives(condition, torch.tensor([start]), {}):
-            assert bool((rows[:, :2].sum(1) <= 1).all())
-            assert bool((rows != torch.tensor([start])).any())
-
-
-def test_inferred_attributes_are_told_to_the_user(runs, faces, tmp_path, capfd):
+def test_inferred_attributes_are_printed(runs, faces, tmp_path, capfd):
     words = [
         "--image",
         faces[0],
@@ -338,7 +298,7 @@ def test_inferred_attributes_are_told_to_the_user(runs, faces, tmp_path, capfd):
         str(tmp_path / "o.png"),
     ]
     assert main([str(runs["attributes"]), *words]) == 0
-    assert re.search(r"face0.png: taken as it is; inferred: (none|Attribute_2) of 2", capfd.readouterr().err)
+    assert re.search(r"face0.png: unchanged; inferred: (none|Attribute_2) of 2", capfd.readouterr().err)
     assert main([str(runs["classes"]), "--image", faces[0], "--set", "1", "--out", str(tmp_path / "o.png")]) == 0
     assert re.search(r"inferred: class \d", capfd.readouterr().err)
 
@@ -348,60 +308,3 @@ def test_strengths_of_conditions_have_ends(runs):
     subject = Subject("x", torch.zeros(1, 3, 16, 16).byte(), trained.condition({}, 1))
     with pytest.raises(ValueError, match="from 0"):
         edit_by_condition(trained, subject, ["Attribute_2=1"], torch.tensor([-0.1]))
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
-
-
-def test_a_picture_of_the_right_size_is_taken_as_it_is(tmp_path):
-    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    Image.fromarray(image).save(tmp_path / "x.png")
-    found, done = open_picture(tmp_path / "x.png", (3, 16, 16))
-    assert torch.equal(found, torch.from_numpy(image.transpose(2, 0, 1).copy())[None])
-    assert done == "as it is"
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_others_are_cut_in_the_middle_and_resized(tmp_path, channels):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8))
-    image.save(tmp_path / "x.png")
-    found, done = open_picture(tmp_path / "x.png", (channels, 16, 16))
-    plain = (
-        image.convert("L" if channels == 1 else "RGB").crop((10, 0, 50, 40)).resize((16, 16), Image.Resampling.BILINEAR)
-    )
-    expected = np.asarray(plain).reshape(16, 16, channels).transpose(2, 0, 1)
-    assert torch.equal(found[0], torch.from_numpy(expected.copy()))
-    assert done == "61x40: cut to 40x40 at (10, 0), resized to 16x16 (bilinear)"
-
-
-def test_aligned_faces_are_cut_as_the_set_was():
-    celeba = {"crop": [15, 40, 163, 188], "size": 64, "filter": "bilinear"}
-    assert crop_box((178, 218), celeba) == (15, 40, 163, 188)
-    assert crop_box((178, 178), celeba) == (0, 0, 178, 178)
-    assert crop_box((178, 218), {}) == (0, 20, 178, 198)
-
-
-def test_transparency_is_white_and_orientation_honoured(tmp_path):
-    Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    found, _ = open_picture(tmp_path / "clear.png", (3, 16, 16))
-    assert int(found.min()) == 255
-    sideways = Image.new("RGB", (16, 16), "black")
-    sideways.paste("white", (0, 0, 16, 4))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    sideways.save(tmp_path / "turned.jpg", exif=exif, quality=100)
-    found, _ = open_picture(tmp_path / "turned.jpg", (3, 16, 16))
-    assert int(found[0, :, :, 12:].min()) > 200 > 50 > int(found[0, :, :, :10].max())
-
-
-@pytest.mark.parametrize("content", [b"", b"GIF89a", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\x89PNG\r\n\x1a\n" + bytes(50)])
-def test_what_is_no_picture_is_named(tmp_path, content):
-    (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(ValueError, match=r"x\.png: cannot be used as a picture"):
-        open_picture(tmp_path / "x.png", (3, 16, 16))
-
-
-def test_huge_pictures_are_refused_before_they_are_decoded(tmp_path):
-    Image.new("1", (10_000, 9_000)).save(tmp_path / "x.png")
-    with pytest.raises(ValueError, match="10000 x 9000 pixels; more than 80,000,000 are refused"):
-        open_picture(tmp_path / "x.png", (3, 16, 16))

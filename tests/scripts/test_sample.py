@@ -1,4 +1,4 @@
-"""sample.py: the samples asked for, in pictures, arrays and shard sets; and what wrong questions get."""
+"""sample.py: samples in pictures, arrays and shard sets, and wrong arguments."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def to_pixels(images: torch.Tensor) -> np.ndarray:
 
 
 def near(found: np.ndarray, expected: np.ndarray) -> None:
-    """Within one grey step: batches of other sizes round otherwise."""
+    """Within one gray level: batches of other sizes round otherwise."""
     assert found.shape == expected.shape
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
 
@@ -65,8 +65,8 @@ def test_samples_are_those_of_the_python_interface(runs, tmp_path):
 
 def test_samples_do_not_depend_on_how_many_there_are(runs):
     trained = pipeline.load(runs["plain"])
-    many = draw_samples.draw(trained, draw_samples.plan_count(trained, 140), 1.0, 2)
-    near(many[:3], draw_samples.draw(trained, draw_samples.plan_count(trained, 3), 1.0, 2))
+    many = draw_samples.sample_images(trained, draw_samples.plan_count(trained, 140), 1.0, 2)
+    near(many[:3], draw_samples.sample_images(trained, draw_samples.plan_count(trained, 3), 1.0, 2))
     near(many[130:], to_pixels(trained.sample(10, seed=2, first=130)))
     assert len(np.unique(many.reshape(140, -1), axis=0)) == 140
 
@@ -86,12 +86,12 @@ def test_each_class_is_a_row(runs, tmp_path):
     assert np.array_equal(corner, found["images"][4])  # the second row begins with the first of class 0
 
 
-def test_without_names_all_classes_are_drawn(runs, tmp_path):
+def test_without_names_all_classes_are_sampled(runs, tmp_path):
     assert main([str(runs["classes"]), "--npz", "--out", str(tmp_path)]) == 0
     assert np.bincount(arrays(tmp_path)["labels"]).tolist() == [10, 10, 10]
 
 
-def test_attributes_asked_for_are_in_the_labels(runs, tmp_path):
+def test_target_attributes_are_in_the_labels(runs, tmp_path):
     words = ["--attributes", "Attribute_2=1", "--count", "3", "--npz", "--out", str(tmp_path)]
     assert main([str(runs["attributes"]), *words]) == 0
     found = arrays(tmp_path)
@@ -100,13 +100,15 @@ def test_attributes_asked_for_are_in_the_labels(runs, tmp_path):
     near(found["images"], to_pixels(pipeline.load(runs["attributes"]).sample(3, condition={"Attribute_2": 1})))
 
 
-def test_other_attributes_can_be_those_of_real_images(runs, tmp_path):
+def test_other_attributes_can_be_those_of_real_images(runs, tmp_path, capfd):
     root = write_set(tmp_path / "set", {"train": random_samples(4, 16, 16, attributes=3, seed=8)}, [4])
     words = ["--attributes", "Attribute_2=0", "--data", str(root), "--count", "6", "--npz", "--out", str(tmp_path)]
     assert main([str(runs["attributes"]), *words]) == 0
     real = TarShards(root, "train").attributes(range(4))[[0, 1, 2, 3, 0, 1], 0]
     assert arrays(tmp_path)["attributes"].tolist() == [[value, 0] for value in real]
     assert len(set(real)) > 1
+    assert main([str(runs["attributes"]), *words, "--split", "dev"]) == 2
+    assert f"--split: {root}: no split 'dev'; it has: train" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["plain", "classes", "attributes"])
@@ -139,7 +141,7 @@ def test_several_temperatures_are_several_pictures(runs, tmp_path):
 
 def test_the_default_place_is_in_the_run(runs):
     assert main([str(runs["plain"]), "--count", "1"]) == 0
-    assert len(list((runs["plain"] / "drawn").glob("*.png"))) == 1
+    assert len(list((runs["plain"] / "samples").glob("*.png"))) == 1
 
 
 def test_batch_norm_is_readjusted_on_a_copy(runs):
@@ -151,7 +153,9 @@ def test_batch_norm_is_readjusted_on_a_copy(runs):
     moved = {name for name, tensor in changed.model.state_dict().items() if not torch.equal(before[name], tensor)}
     assert moved
     assert all("running" in name or "num_batches" in name for name in moved)
-    assert not np.array_equal(draw_samples.draw(changed, plan, 0.7, 0), draw_samples.draw(trained, plan, 0.7, 0))
+    assert not np.array_equal(
+        draw_samples.sample_images(changed, plan, 0.7, 0), draw_samples.sample_images(trained, plan, 0.7, 0)
+    )
 
 
 BAD = {
@@ -166,17 +170,20 @@ BAD = {
     "attributes of a model of classes": ("classes", ["--attributes", "A=1"], "give --classes and --per-class alone"),
     "classes of a model of attributes": ("attributes", ["--classes", "1"], "was not trained with classes"),
     "an attribute without a value": ("attributes", ["--attributes", "Smiling"], "given as NAME=1 or NAME=0"),
-    "no samples": ("plain", ["--count", "0"], "at least one sample"),
-    "none of a class": ("classes", ["--per-class", "0"], "at least one sample of each class"),
-    "a negative temperature": ("plain", ["--temperature", "-1"], "must not be negative"),
-    "no temperature": ("plain", ["--temperature", "nan"], "must not be negative"),
+    "no samples": ("plain", ["--count", "0"], "--count 0: must be at least 1"),
+    "none of a class": ("classes", ["--per-class", "0"], "--per-class 0: must be at least 1"),
+    "a negative temperature": ("plain", ["--temperature", "-1"], "--temperature -1.0: must be a finite number"),
+    "no temperature": ("plain", ["--temperature", "nan"], "--temperature nan: must be a finite number"),
+    "a negative seed": ("plain", ["--seed", "-1"], "--seed -1: must be from 0 to 2^63 - 1"),
+    "fewer than no batches": ("plain", ["--readjust", "-1"], "--readjust -1: must be at least 0"),
+    "no such step": ("plain", ["--checkpoint", "8"], "no checkpoint of step 8; available steps: 7"),
     "shards of two temperatures": ("plain", ["--temperature", "1", "2", "--as-shards", "x"], "give one"),
     "data that are not": ("attributes", ["--data", "nowhere"], "nowhere: no such folder"),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_wrong_questions_get_one_line_and_exit_code_2(runs, tmp_path, capfd, what):
+def test_wrong_arguments_get_one_line_and_exit_code_2(runs, tmp_path, capfd, what):
     kind, words, message = BAD[what]
     assert main([str(runs[kind]), *words, "--out", str(tmp_path)]) == 2
     error = capfd.readouterr().err

@@ -21,11 +21,11 @@ def test_there_are_commands():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_that_is_shown_can_be_typed(command):
     words = shlex.split(command)
-    place = next(i for i, word in enumerate(words) if word.startswith("pipeline/"))
+    place = next(i for i, word in enumerate(words) if word.removeprefix("pipeline/") in TOOLS)
     tool = TOOLS[words[place].removeprefix("pipeline/")]
     parsed = tool.build_parser().parse_args(words[place + 1 :])
     if tool is edit:
-        edit.check_wish(parsed)
+        edit.check_arguments(parsed)
         edit.parse_strengths(parsed.strength, parsed.steps)
 
 

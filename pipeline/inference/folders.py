@@ -1,0 +1,33 @@
+"""Folders that a command line names: shard sets to read, and folders of a run to write into."""
+
+import os
+from pathlib import Path
+
+from pipeline.data.shards import TarShards
+from shard_data import manifest
+
+
+def open_split(root: str | Path, split: str) -> TarShards:
+    """Raises ValueError for a folder that is not a shard set, and for an unknown split, with those that the set has."""
+    check_split(root, split)
+    return TarShards(root, split)
+
+
+def check_split(root: str | Path, split: str) -> None:
+    """Raises as `open_split` does."""
+    manifest.check_splits(manifest.load(Path(root)), str(root), {"--split": split})
+
+
+def output_folder(run: Path, name: str) -> Path:
+    """RUN/name. Raises ValueError if it is a symbolic link, which could lead out of the run folder."""
+    folder = run / name
+    if folder.is_symlink():
+        raise ValueError(f"{folder}: is a symbolic link, which is refused; name another place with --out")
+    return folder
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ValueError for a folder that cannot be written to, before hours of work are lost."""
+    existing = folder if folder.exists() else folder.parent
+    if existing.is_dir() and not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{existing}: no permission to write there; name another place with --out")

@@ -1,0 +1,171 @@
+"""The metrics of evaluate.py. A new one is a function here, which calls the computation, and an entry in METRICS."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pipeline.config import build
+from pipeline.data.holdout import SPLIT as HELD_OUT
+from pipeline.distributed.runtime import Runtime
+from pipeline.evaluation.class_recognition import recognition
+from pipeline.evaluation.edit_metric import edit_figures, held_out_faces, hidden_by
+from pipeline.evaluation.likelihood_bounds import Evaluator
+from pipeline.inference.trained import TrainedModel
+from pipeline.models.classifier import Classifier
+from pipeline.models.conditions import AttributeCondition, ClassCondition
+from pipeline.recipe import Recipe
+from pipeline.run.data import RunData
+
+HEADLINES = ("elbo", "bpd", "nll", "bpd_nll", "log_px", "kl")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose. A metric depends on `seed` and on those that its entry in METRICS names."""
+
+    seed: int
+    """Of the latent noise."""
+    split: str = "test"
+    images: int | None = None
+    """Only the first so many images of the split; None: all."""
+    importance_samples: int = 0
+    temperature: float = 1.0
+    """Scale of the priors' sigmas."""
+    per_class: int = 1000
+    """Samples of each class."""
+    classifier: Path | None = None
+    """Folder of the judge."""
+
+
+class Measurement(NamedTuple):
+    """What a metric is computed from."""
+
+    trained: TrainedModel
+    runtime: Runtime
+    options: Options
+    data: RunData | None
+    """The split; None where no metric of the command reads images."""
+    judge: Classifier | None
+
+
+class Metric(NamedTuple):
+    """One choice of `--metrics`."""
+
+    measure: Callable[[Measurement], dict[str, float]]
+    """The figures, the same on every rank."""
+    options: tuple[str, ...]
+    """The fields of `Options`, beside `seed`, that change the figures."""
+    condition: type[ClassCondition] | type[AttributeCondition] | None = None
+    """What the model must have been trained with."""
+
+    @property
+    def reads_images(self) -> bool:
+        return "split" in self.options
+
+
+def bound_figures(measurement: Measurement) -> dict[str, float]:
+    """`elbo`, `log_px`, `kl`, `nll` in nats per image, `bpd` and `bpd_nll` in bits per dimension, and for each group
+    `kl/GROUP` in nats and `active_units/GROUP`: means over the split, the same for any number of processes.
+
+    With the seed that the model was trained with, `elbo` is the `val/elbo` of training.
+    """
+    trained, runtime, options, data, _ = measurement
+    evaluator = Evaluator(data.recipe.validation, data, runtime, options.seed, by_group=True, wait_for_ranks=True)
+    figures = {name.removeprefix("val/"): value for name, value in evaluator.run(trained.model, trained.step).items()}
+    groups = [group.name for group in trained.model.groups]
+    order = [f"{kind}/{group}" for kind in ("kl", "active_units") for group in groups]
+    return {name: figures[name] for name in (*HEADLINES, *order, "skipped_samples") if name in figures}
+
+
+def edit_measurement(measurement: Measurement) -> dict[str, float]:
+    """See pipeline.evaluation.edit_metric.edit_figures."""
+    trained, runtime, options, data, judge = measurement
+    return edit_figures(
+        trained.model,
+        trained.recipe.condition,
+        held_out_faces(data.held_out_batches(), data.held_out, data.model_inputs, judge),
+        judge,
+        options.seed,
+        hidden_by(data.held_out, judge),
+        sum_after_barrier(runtime),
+    )
+
+
+def recognition_measurement(measurement: Measurement) -> dict[str, float]:
+    """See pipeline.evaluation.class_recognition."""
+    trained, runtime, options, _, judge = measurement
+    ranks = runtime.rank, runtime.world_size, sum_after_barrier(runtime)
+    return recognition(trained.model, judge, options.per_class, options.temperature, options.seed, *ranks)
+
+
+METRICS = {
+    "elbo": Metric(bound_figures, ("split", "images", "importance_samples")),
+    "edit": Metric(edit_measurement, ("split", "images", "classifier"), AttributeCondition),
+    "recognition": Metric(recognition_measurement, ("per_class", "temperature", "classifier"), ClassCondition),
+}
+"""By the names that `--metrics` takes."""
+
+TRAINED_WITH = {AttributeCondition: "attributes", ClassCondition: "classes"}
+
+
+def check_metrics(names: Sequence[str], trained: TrainedModel, options: Options) -> None:
+    """Raises ValueError for metrics that do not apply to the model, and for a judge that is missing."""
+    for name in names:
+        metric = METRICS[name]
+        if metric.condition and not isinstance(trained.recipe.condition, metric.condition):
+            raise ValueError(
+                f"--metrics {name}: the model was not trained with {TRAINED_WITH[metric.condition]}; "
+                f"choose from {', '.join(applicable_metrics(trained))}"
+            )
+        if "classifier" in metric.options and options.classifier is None:
+            raise ValueError(f"--metrics {name}: needs a judge: --classifier FOLDER, made by train_classifier.py")
+
+
+def applicable_metrics(trained: TrainedModel) -> list[str]:
+    """The metrics that a model has."""
+    condition = trained.recipe.condition
+    return [name for name, metric in METRICS.items() if not metric.condition or isinstance(condition, metric.condition)]
+
+
+def evaluation_recipe(recipe: Recipe, root: str | None, options: Options, batch_size: int = 100) -> Recipe:
+    """The recipe of a run with one split as its data, of its own shard set where `root` is None. For a run with
+    `data.holdout`, `val` is the held-out images, and the training split is without them.
+
+    Raises ConfigError for numbers out of range.
+    """
+    settings = recipe.model_dump(mode="json")
+    root = recipe.data.root if root is None else root
+    settings["data"] |= {"root": root, "train_split": options.split}
+    if recipe.data.holdout and options.split == HELD_OUT:
+        settings["data"]["train_split"] = recipe.data.train_split
+    elif options.split != recipe.data.train_split or root != recipe.data.root:
+        settings["data"]["holdout"] = 0
+    settings["validation"] |= {
+        "split": options.split,
+        "images": options.images,
+        "batch_size": batch_size,
+        "importance_samples": options.importance_samples,
+    }
+    return build(Recipe, settings)
+
+
+def check_held_out(trained: TrainedModel, data: RunData) -> None:
+    """Raises ValueError where `val` are not the images that were held out of the model's training."""
+    if data.holdout is not None and data.holdout != trained.facts.get("holdout"):
+        raise ValueError(
+            f"--split {data.held_out.split}: the run's validation images are a share of the set that it was trained on "
+            f"(data.holdout), and {data.recipe.data.root} is another set; give that set with --data, or another --split"
+        )
+
+
+def sum_after_barrier(runtime: Runtime) -> Callable[[Tensor], Tensor]:
+    """The sum over ranks that may finish minutes apart: they wait without a timeout."""
+
+    def total(values: Tensor) -> Tensor:
+        runtime.barrier()
+        return runtime.sum(values)
+
+    return total
