@@ -148,8 +148,8 @@ def test_more_shards_than_file_descriptors(tmp_path, at_once):
     samples = random_samples(40, 2, 2)
     shards = TarShards(write_set(tmp_path, {"train": samples}, [1]), "train")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(map(int, os.listdir("/proc/self/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 10, hard))
+    free = sorted(set(range(soft)) - set(map(int, os.listdir("/proc/self/fd"))))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[10], hard))
     try:
         np.testing.assert_array_equal(shards.images(range(40)), samples.images)
     finally:

@@ -302,7 +302,7 @@ def test_workers_end_when_their_process_is_killed(script):
 SUSPENDED = """
 from pipeline.data.workers import iterate, iterate_in_workers
 from tests.data.test_workers import Numbers
-for items in (iterate_in_workers(Numbers(0.1), range(20), 2, 1.0), iterate(Numbers(0.1), range(10), 1.0)):
+for items in (iterate_in_workers(Numbers(0.6), range(6), 1, 1.0), iterate(Numbers(0.1), range(6), 1.0)):
     for _, number in items:
         print(number, flush=True)
 """
@@ -311,9 +311,9 @@ for items in (iterate_in_workers(Numbers(0.1), range(20), 2, 1.0), iterate(Numbe
 def test_a_suspended_job_is_not_stuck():
     """As by `scontrol suspend`, for longer than the timeout."""
     with started([sys.executable, "-c", SUSPENDED], stdout=subprocess.PIPE) as process:
-        for number in [*range(20), *range(10)]:
+        for number in [*range(6), *range(6)]:
             assert int(process.stdout.readline()) == number
-            if number == 3:
+            if number == 1:
                 os.killpg(process.pid, signal.SIGSTOP)
                 time.sleep(1.5)
                 os.killpg(process.pid, signal.SIGCONT)
