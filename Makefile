@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo chaos test test-slow test-slurm lint format bench clean help
+.PHONY: demo chaos mutate test test-slow test-slurm lint format bench clean help
 
 help:            ## List the targets
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,9 @@ demo: $(STAMP)   ## Train a small NVAE on synthetic faces; results are in runs/n
 
 chaos: $(STAMP)  ## Kill training runs 100 times and compare them with uninterrupted runs (half an hour)
 	$(BIN)/python -m tests.chaos --kills 100
+
+mutate: $(STAMP) ## Make deliberate mistakes in the code and check that the tests notice them (half an hour)
+	$(BIN)/python -m tests.mutate
 
 test: $(STAMP)   ## Run the tests on up to four cores (9 minutes on two)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow"
