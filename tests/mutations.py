@@ -218,14 +218,14 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "shapes are not compared",
-        "pipeline/training/state.py",
+        "pipeline/models/weights.py",
         "if found.shape != expected.shape:",
         "if False:",
         ("tests/training/test_state.py",),
     ),
     Mutation(
         "non-finite weights are loaded",
-        "pipeline/training/state.py",
+        "pipeline/models/weights.py",
         "if not bool(torch.isfinite(found).all()):",
         "if False:",
         ("tests/training/test_state.py",),

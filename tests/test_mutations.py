@@ -37,7 +37,9 @@ def test_the_list_covers_what_it_is_for():
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     (tmp_path / "arithmetic.py").write_text("def double(x):\n    return 2 * x\n")
-    (tmp_path / "test_strong.py").write_text("from arithmetic import double\ndef test_it():\n    assert double(3) == 6\n")
+    (tmp_path / "test_strong.py").write_text(
+        "from arithmetic import double\ndef test_it():\n    assert double(3) == 6\n"
+    )
     (tmp_path / "test_weak.py").write_text("from arithmetic import double\ndef test_it():\n    assert double(0) == 0\n")
     return tmp_path
 
