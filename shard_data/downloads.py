@@ -15,7 +15,7 @@ from shard_data.fetch import Expected, FetchFailed
 from shard_data.fetch import fetch as fetch_file
 from shard_data.files import replacing
 
-REMEDY = "fetch it again with --download, or place the file there by hand"
+FETCH_AGAIN = "replace it with an intact copy (--download fetches one)"
 
 
 def not_found(folder: Path, files: str) -> DataError:

@@ -123,4 +123,4 @@ def _count(path: Path, line: str) -> int:
 
 
 def _damaged(path: Path, what: str) -> DataError:
-    return DataError(f"{path}: {what}; {downloads.REMEDY}")
+    return DataError(f"{path}: {what}; {downloads.FETCH_AGAIN}")

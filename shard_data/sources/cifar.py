@@ -115,7 +115,7 @@ class Cifar:
         return data.reshape(-1, *SHAPE).transpose(0, 2, 3, 1), np.array(found, np.uint8)
 
     def _damaged(self, name: str, what: str) -> DataError:
-        return DataError(f"{self.files.place(name)}: {what}; {downloads.REMEDY}")
+        return DataError(f"{self.files.place(name)}: {what}; {downloads.FETCH_AGAIN}")
 
 
 class Cifar10(Cifar):
@@ -166,7 +166,7 @@ class BatchFiles:
         """The bytes of a file. Files of a folder are memory-mapped, so that all processes share them."""
         if not self.folder:
             if name not in self._members:
-                raise DataError(f"{self.place(name)}: not in the archive; {downloads.REMEDY}")
+                raise DataError(f"{self.place(name)}: not in the archive; {downloads.FETCH_AGAIN}")
             return self._members[name]
         try:
             with open(self.folder / name, "rb") as file:
@@ -174,7 +174,7 @@ class BatchFiles:
         except ValueError:
             return b""  # an empty file cannot be mapped
         except OSError as error:
-            raise DataError(f"{self.place(name)}: cannot be read ({error.strerror}); {downloads.REMEDY}") from None
+            raise DataError(f"{self.place(name)}: cannot be read ({error.strerror}); {downloads.FETCH_AGAIN}") from None
 
     def forget(self) -> None:
         """Release what was read from the archive; it is read again when needed."""
@@ -194,7 +194,7 @@ class BatchFiles:
             with open(self.archive, "rb") as file:
                 what = describe_kind(file.read(HEAD))
             reason = f"truncated or damaged ({error}); it is {what}"
-            raise DataError(f"{self.archive}: {reason}; {downloads.REMEDY}") from None
+            raise DataError(f"{self.archive}: {reason}; {downloads.FETCH_AGAIN}") from None
         return members
 
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 
 from shard_data import downloads
-from shard_data.downloads import REMEDY
+from shard_data.downloads import FETCH_AGAIN
 from shard_data.errors import DataError
 from shard_data.file_kinds import HEAD, describe_kind
 from shard_data.files import sha256
@@ -119,13 +119,15 @@ def read_pair(image_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarra
         height, width = images.shape[1:]
         raise DataError(f"{image_path}: images of {height} x {width} pixels instead of {SIDE} x {SIDE}; not MNIST")
     if not len(images):
-        raise DataError(f"{image_path}: holds no images; {REMEDY}")
+        raise DataError(f"{image_path}: holds no images; {FETCH_AGAIN}")
     if len(images) != len(labels):
         raise DataError(
-            f"{label_path}: {len(labels)} labels for the {len(images)} images of {image_path.name}; {REMEDY}"
+            f"{label_path}: {len(labels)} labels for the {len(images)} images of {image_path.name}; {FETCH_AGAIN}"
         )
     if labels.max() >= NUM_CLASSES:
-        raise DataError(f"{label_path}: holds the label {labels.max()}; MNIST has 0 to {NUM_CLASSES - 1}: {REMEDY}")
+        raise DataError(
+            f"{label_path}: holds the label {labels.max()}; MNIST has 0 to {NUM_CLASSES - 1}: {FETCH_AGAIN}"
+        )
     return images[..., None], labels
 
 
@@ -137,26 +139,26 @@ def read_idx(path: Path, magic: int, ndim: int) -> np.ndarray:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         with open(path, "rb") as file:
             kind = describe_kind(file.read(HEAD))
-        raise DataError(f"{path}: truncated or damaged gzip file ({error}); it is {kind}; {REMEDY}") from None
+        raise DataError(f"{path}: truncated or damaged gzip file ({error}); it is {kind}; {FETCH_AGAIN}") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); {REMEDY}") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); {FETCH_AGAIN}") from None
 
 
 def _read_idx(path: Path, file: BinaryIO, magic: int, ndim: int) -> np.ndarray:
     """Reads no more than the size in the header and one chunk, since little gzip data can unpack to much."""
     head, start = file.read(HEAD), 4 + 4 * ndim
     if len(head) < start or int.from_bytes(head[:4], "big") != magic:
-        raise DataError(f"{path}: {describe_kind(head)}, not an IDX file of this kind ({magic:08x}); {REMEDY}")
+        raise DataError(f"{path}: {describe_kind(head)}, not an IDX file of this kind ({magic:08x}); {FETCH_AGAIN}")
     shape = struct.unpack_from(f">{ndim}I", head, 4)
     size = prod(shape)
     if size > MAX_BYTES:
-        raise DataError(f"{path}: its header says {size:,} bytes; at most {MAX_BYTES:,} are read; {REMEDY}")
+        raise DataError(f"{path}: its header says {size:,} bytes; at most {MAX_BYTES:,} are read; {FETCH_AGAIN}")
     data = bytearray(head[start:])
     while len(data) <= size and (chunk := file.read(CHUNK)):
         data += chunk
     if len(data) != size:
         state = f"truncated, {len(data):,} bytes instead of" if len(data) < size else "too long, more than"
-        raise DataError(f"{path}: {state} the {size:,} bytes of its header; {REMEDY}")
+        raise DataError(f"{path}: {state} the {size:,} bytes of its header; {FETCH_AGAIN}")
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 

@@ -324,6 +324,6 @@ def test_sections_build_their_distribution(section, channels, num_outputs, distr
     assert getattr(built, "bits", 5) == 5
 
 
-def test_mixture_of_gray_images_is_refused_with_the_remedy():
+def test_mixture_of_gray_images_is_refused_with_the_fix():
     with pytest.raises(ValueError, match="needs 3 image channels, the data has 1; use bernoulli"):
         LogisticMixtureLikelihood().num_outputs(1)

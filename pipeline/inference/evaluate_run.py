@@ -1,0 +1,99 @@
+"""From the options of `evaluate.py` to its reports: which checkpoint, data and judge, what is measured, where it
+is written."""
+
+import logging
+from argparse import Namespace
+from pathlib import Path
+
+from pipeline.data.remote import is_address
+from pipeline.distributed.agreement import code_version
+from pipeline.distributed.runtime import Runtime
+from pipeline.inference.folders import check_split, check_writable, output_folder
+from pipeline.inference.metrics import METRICS, Measurement, Options, check_held_out, check_metrics, evaluation_recipe
+from pipeline.inference.report import FOLDER, describe_measurement, save_in_run, save_report, table
+from pipeline.inference.text import printable
+from pipeline.inference.trained import find_checkpoint, load
+from pipeline.run.classifier_folder import load_classifier
+from pipeline.run.data import RunData
+
+log = logging.getLogger("pipeline")
+
+
+def evaluate(parsed: Namespace, runtime: Runtime) -> None:
+    """Measures, writes the reports and prints the figures. `parsed`: the command line of evaluate.py."""
+    # The main process chooses for all: a run that is being trained may write a newer checkpoint at any moment.
+    chosen = runtime.run_on_main(lambda: str(find_checkpoint(parsed.run, parsed.checkpoint).path))
+    path = runtime.from_main(chosen)
+    measurement = prepare(parsed, path, runtime)
+    facts = {"code": code_version()}
+    if measurement.data is not None:
+        facts["data"] = measurement.data.held_out.fingerprint
+    runtime.check_agreement(facts)
+    names, figures = list(dict.fromkeys(parsed.metrics)), {}
+    for name in names:
+        log.info("%s", printable(describe_question(name, measurement)))
+        found = METRICS[name].measure(measurement)
+        if parsed.out is None:
+            save(parsed, measurement, [name], found)
+        figures |= found
+    if parsed.out is not None:
+        save(parsed, measurement, names, figures)
+    if runtime.is_main:
+        print(table(figures))
+
+
+def prepare(parsed: Namespace, path: str, runtime: Runtime) -> Measurement:
+    """Loads the model, the judge and the data. Raises ValueError, on every rank, for what cannot be measured."""
+    metrics = [METRICS[name] for name in parsed.metrics]
+    reads_images = any(metric.reads_images for metric in metrics)
+
+    def load_all() -> tuple:
+        if parsed.out is None:
+            check_writable(output_folder(parsed.run, FOLDER))
+        trained = load(parsed.run, path, runtime.device, runtime.dtype)
+        options = Options(
+            seed=trained.recipe.train.seed if parsed.seed is None else parsed.seed,
+            split=parsed.split,
+            images=parsed.images,
+            importance_samples=parsed.importance_samples,
+            temperature=parsed.temperature,
+            per_class=parsed.per_class,
+            classifier=parsed.classifier,
+        )
+        check_metrics(parsed.metrics, trained, options)
+        judged = any("classifier" in metric.options for metric in metrics)
+        judge = load_classifier(parsed.classifier) if judged else None
+        recipe = evaluation_recipe(trained.recipe, parsed.data, options, parsed.batch_size)
+        if reads_images and not is_address(recipe.data.root) and not recipe.data.holdout:
+            check_split(recipe.data.root, parsed.split)
+        return trained, options, judge, recipe
+
+    trained, options, judge, recipe = runtime.run_on_all(load_all)
+    data = RunData(recipe, runtime, progress=True) if reads_images else None
+    if data is not None:
+        check_held_out(trained, data)
+    return Measurement(trained, runtime, options, data, judge)
+
+
+def describe_question(name: str, measurement: Measurement) -> str:
+    """One line that says what is measured."""
+    trained, _, options, data, _ = measurement
+    values = {option: getattr(options, option) for option in METRICS[name].options}
+    shown = [f"{option.replace('_', ' ')} {value}" for option, value in values.items() if value is not None]
+    where = f" on {data.recipe.data.root}" if METRICS[name].reads_images else ""
+    return f"{name} of {trained.recipe.model.name} at step {trained.step}{where}: {', '.join(shown)}"
+
+
+def save(parsed: Namespace, measurement: Measurement, names: list[str], figures: dict[str, float]) -> None:
+    """Writes the report of these metrics, on the main process, to `--out` or into RUN/evaluations."""
+
+    def write() -> Path:
+        report = describe_measurement(names, measurement, figures, parsed.batch_size, parsed.command)
+        if parsed.out is None:
+            return save_in_run(parsed.run, report, measurement.trained.recipe.train.seed)
+        save_report(parsed.out, report)
+        return parsed.out
+
+    path = measurement.runtime.run_on_main(write)
+    if measurement.runtime.is_main:
+        log.info("written to %s", path)
