@@ -141,7 +141,7 @@ def load(root: Path) -> Manifest:
             raise DataError(f"{root}: no such folder; make a shard set {make}") from None
         raise DataError(f"{root}: no {FILE}, so not a complete shard set; make it, or finish it, {make}") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); look at the disk or network that holds it") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); look at the disk that holds it") from None
     return parse(content, str(path))
 
 
