@@ -65,13 +65,12 @@ class Case:
     name: str
     folder: Path
     data: Path
-    port: int
 
     def start(self, run_dir: Path) -> subprocess.Popen:
         """The command as a user types it; what it prints is appended to a file beside the run folder."""
         model, processes = CASES[self.name]
         arguments = [*MODELS[model], *COMMON, "--data", str(self.data), "--run-dir", str(run_dir)]
-        command = launch_command(processes, "pipeline/train.py", *arguments, port=self.port)
+        command = launch_command(processes, "pipeline/train.py", *arguments)
         with open(f"{run_dir}.log", "ab") as log:
             options = {"env": clean_environment(), "stdout": log, "stderr": log, "start_new_session": True}
             return subprocess.Popen(command, cwd=ROOT, **options)
@@ -188,7 +187,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE", help="which")
     parser.add_argument("--seed", type=int, default=1, help="of targets and moments (default: 1)")
     parser.add_argument("--folder", type=Path, help="keep the runs here (default: a temporary folder)")
-    parser.add_argument("--port", type=int, default=29531, help="of the launcher (default: 29531)")
     parsed = parser.parse_args(arguments)
     chance = random.Random(parsed.seed)
     shares = [
@@ -202,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, kills in zip(parsed.cases, shares, strict=True):
             place = folder / name.replace(", ", "_").replace(" ", "_")
             place.mkdir(exist_ok=True)
-            outcomes.append(run_case(Case(name, place, data, parsed.port), kills, chance, print))
+            outcomes.append(run_case(Case(name, place, data), kills, chance, print))
     print(table(outcomes))
     return int(any(one.differences for one in outcomes))
 

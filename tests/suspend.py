@@ -31,19 +31,19 @@ GRACE = 60.0
 """Seconds beyond the timeout within which a run must end; torch's launcher waits 30 s for a stopped process."""
 
 
-def start(data: Path, run_dir: Path, port: int) -> subprocess.Popen:
+def start(data: Path, run_dir: Path) -> subprocess.Popen:
     changes = ["train.steps=300", f"train.collective_timeout={TIMEOUT:g}", f"train.progress_timeout={TIMEOUT:g}"]
     settings = [*MODELS["mlp_vae"], *COMMON, *changes, "--data", str(data), "--run-dir", str(run_dir)]
-    command = launch_command(2, "pipeline/train.py", *settings, port=port)
+    command = launch_command(2, "pipeline/train.py", *settings)
     with open(f"{run_dir}.log", "ab") as log:
         options = {"env": clean_environment(), "stdout": log, "stderr": log, "start_new_session": True}
         return subprocess.Popen(command, cwd=ROOT, **options)
 
 
-def train(data: Path, run_dir: Path, port: int) -> float:
+def train(data: Path, run_dir: Path) -> float:
     """Trains to the end; the seconds that it took."""
     begin = time.monotonic()
-    if start(data, run_dir, port).wait() != 0:
+    if start(data, run_dir).wait() != 0:
         raise RuntimeError(f"training failed; see {run_dir}.log")
     return time.monotonic() - begin
 
@@ -83,14 +83,14 @@ def end(launcher: subprocess.Popen, victim: psutil.Process, seconds: float | Non
     return by_itself
 
 
-def outcome(data: Path, run_dir: Path, reference: Path, port: int) -> tuple[bool, str]:
+def outcome(data: Path, run_dir: Path, reference: Path) -> tuple[bool, str]:
     """Whether the run ended as promised, and how."""
     log = Path(f"{run_dir}.log").read_text()
     finished = "is finished: step" in log
     named = NAMED.findall(log)
     if not finished and not named:
         return False, "ended without a line that names a rank"
-    train(data, run_dir, port)
+    train(data, run_dir)
     different = differences(reference, run_dir)
     how = "finished" if finished else f"ended ({named[0].strip()[:110]})"
     return not different, f"{how}; {'; '.join(different) or 'equal'}" + (" after a restart" if not finished else "")
@@ -102,22 +102,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stops", type=int, default=20, help="runs in which a process is stopped (default: 20)")
     parser.add_argument("--seed", type=int, default=1, help="of targets and moments (default: 1)")
     parser.add_argument("--folder", type=Path, help="keep the runs here (default: a temporary folder)")
-    parser.add_argument("--port", type=int, default=29541, help="of the launcher (default: 29541)")
     parsed = parser.parse_args(arguments)
     chance, failed = random.Random(parsed.seed), 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = parsed.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         data, reference = make_data(folder), folder / "uninterrupted"
-        longest = train(data, reference, parsed.port)
+        longest = train(data, reference)
         for number in range(parsed.stops):
             target, after = TARGETS[number % len(TARGETS)], chance.uniform(0, longest)
             seconds = chance.choice((None, chance.uniform(0, 2 * TIMEOUT)))
             run_dir = folder / f"stopped-{number}"
-            launcher = start(data, run_dir, parsed.port)
+            launcher = start(data, run_dir)
             victim = stop_one(launcher, target, after, chance)
             by_itself = victim is None or end(launcher, victim, seconds)
-            as_promised, how = outcome(data, run_dir, reference, parsed.port)
+            as_promised, how = outcome(data, run_dir, reference)
             failed += not (by_itself and as_promised)
             stopped = "never" if victim is None else "for good" if seconds is None else f"for {seconds:.1f} s"
             print(f"{target} stopped {stopped}: {how}{'' if by_itself else '; had to be killed'}", flush=True)
