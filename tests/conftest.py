@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 from pipeline.config import build, overlay
@@ -14,6 +15,10 @@ from pipeline.recipe import Recipe
 from tests.helpers.recipes import tiny_settings, write_tiny_set
 
 os.environ.setdefault("WANDB_MODE", "offline")
+# pytest-xdist runs a worker for each core: more threads would compete for the cores, and spin while they wait.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 # First calls on a busy machine are slow, and no test measures time.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
