@@ -31,7 +31,7 @@ test: $(STAMP)   ## Run the tests on up to four cores (9 minutes on two)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow"
 
 test-slow: $(STAMP) ## Run the slow tests, which start many processes or train for long
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist load -m slow
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup -m slow
 
 test-slurm: $(STAMP) ## Run all SLURM tests on the cluster that the script SLURM_LAB=FILE starts on this machine
 	@test -f "$(SLURM_LAB)" || { echo "error: name the script that starts a SLURM cluster on this machine: make test-slurm SLURM_LAB=FILE (docs/slurm.md)" >&2; exit 2; }

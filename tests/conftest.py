@@ -1,5 +1,6 @@
 """Fixtures that several test files share: a small shard set, a recipe for it, and a new runtime."""
 
+import logging
 import os
 import signal
 from pathlib import Path
@@ -25,6 +26,16 @@ hypothesis.settings.load_profile("no deadline")
 # A shell's background jobs ignore SIGINT, and so would the processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging():
+    """Commands that run inside the test process set up the package's logger."""
+    log = logging.getLogger("pipeline")
+    handlers, propagate, level = list(log.handlers), log.propagate, log.level
+    yield
+    log.handlers[:], log.propagate = handlers, propagate
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="session")

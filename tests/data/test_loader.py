@@ -322,7 +322,7 @@ def test_data_that_fits_the_recipe_passes(made):
 
 def test_data_of_another_size_or_channels_is_refused(made):
     square = manifest.load(write_set(made[0].parent / "rgb", {"train": random_samples(2, 8, 8, 3)}, [2]))["image"]
-    with pytest.raises(ValueError, match=r"data\.size is 32, but .* holds images of 8x8; .*--size 32"):
+    with pytest.raises(ValueError, match=r"data\.size is 32, but .* images of 8x8; .*of 32x32 images with --data"):
         check_data(DataConfig(size=32, channels=3), square, "rgb")
     with pytest.raises(ValueError, match=r"data\.channels is 1, but .* images of 3 channels; .*--data"):
         check_data(DataConfig(size=8, channels=1), square, "rgb")

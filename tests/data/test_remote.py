@@ -197,6 +197,7 @@ def tiny(tiny_set, tmp_path):
         yield path, server, ("--data", server.address, f"data.cache={tmp_path / 'cache'}")
 
 
+@pytest.mark.slow
 def test_two_processes_train_from_an_address_as_from_the_folder(tiny, tmp_path):
     recipe, server, words = tiny
     for folder, more in (("local", ()), ("remote", words)):

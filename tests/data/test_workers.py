@@ -168,7 +168,7 @@ STUCK = """
 from pipeline.data.workers import iterate
 from pipeline.distributed.logs import start_logging
 from tests.data.test_workers import Numbers, numbers_of
-start_logging(None, True)
+start_logging(is_main=True)
 numbers_of(iterate(Numbers(hangs=2), range(10), timeout=0.5))
 """
 
@@ -219,6 +219,7 @@ sys.exit(train.main())
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.slow
 def test_a_stuck_loader_of_the_first_rank_ends_all_ranks(recipe, workers):
     """Where a worker reads, by the loader's timeout; where the rank reads itself, by the watchdog."""
     script = recipe.parent / "script.py"
@@ -308,6 +309,7 @@ for items in (iterate_in_workers(Numbers(0.6), range(6), 1, 1.0), iterate(Number
 """
 
 
+@pytest.mark.slow
 def test_a_suspended_job_is_not_stuck():
     """As by `scontrol suspend`, for longer than the timeout."""
     with started([sys.executable, "-c", SUSPENDED], stdout=subprocess.PIPE) as process:

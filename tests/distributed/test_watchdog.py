@@ -75,6 +75,7 @@ runtime.close()
 """
 
 
+@pytest.mark.slow
 def test_a_slow_rank_that_advances_is_not_missing(tmp_path):
     """The other one waits for it more than twice the timeout in all, but never as long as the timeout."""
     result = run_script(2, write_script(tmp_path, SLOW))
@@ -97,6 +98,7 @@ runtime.run_on_main(hang, "hashing the shards")
 
 
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
 def test_work_that_others_wait_for_ends_the_run_when_it_stands_still(tmp_path, processes):
     """Not while it advances: twice for twice the timeout."""
     result = run_script(processes, write_script(tmp_path, STALLS, progress_timeout=3))
@@ -153,6 +155,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_the_survivor_of_a_killed_rank_names_it(tmp_path):
     result = run_script(2, write_script(tmp_path, VANISHES))
     assert re.search(

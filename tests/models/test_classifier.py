@@ -266,8 +266,8 @@ class OneHotPainter(VAE):
     groups = (LatentGroup("1x1_group00", (1, 1, 1)),)
 
     def __init__(self, num_classes: int, threshold: float):
-        super().__init__()
-        self.image_shape, self.condition_size, self.threshold = (1, 1, num_classes), num_classes, threshold
+        super().__init__((1, 1, num_classes), condition_size=num_classes)
+        self.threshold = threshold
         self.unused = torch.nn.Parameter(torch.zeros(()))
 
     def features(self, x, condition=None): ...

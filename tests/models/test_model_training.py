@@ -68,6 +68,7 @@ def test_reconstructions_improve_at_a_small_beta_and_the_kl_falls_at_a_large_one
     assert after["train/kl"] < 0.5 * before["train/kl"]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(data, tmp_path):
     """All models in one launch: float64, three steps with regularizers, clipping and moving average, to 1e-10."""
     worker, out = str(ROOT / "tests" / "models" / "models_worker.py"), tmp_path / "losses.json"

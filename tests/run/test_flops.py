@@ -1,7 +1,5 @@
 """FLOPs are those of the convolutions, counted by hand for a network that is small enough."""
 
-from math import prod
-
 import pytest
 import torch
 from torch import nn
@@ -14,11 +12,9 @@ class OneConvolution(VAE):
     """Not a sensible model: one 3x3 convolution, 3 -> 5 channels, on 8x8 images."""
 
     groups = (LatentGroup("1x1_group00", (2, 1, 1)),)
-    image_shape = (3, 8, 8)
-    num_dimensions = prod(image_shape)
 
     def __init__(self):
-        super().__init__()
+        super().__init__((3, 8, 8))
         self.conv = nn.Conv2d(3, 5, 3, padding=1)
 
     def features(self, x, condition=None):

@@ -75,6 +75,7 @@ def await_step(run_dir: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.slow
 def test_ctrl_c_under_accelerate_finishes_the_step_and_saves(recipe, tmp_path, processes):
     """With one process the launcher ends a quarter of a second later, in the middle of the step; with two it passes the
     signal on to ranks that are in sessions of their own. The same command then resumes.
@@ -144,6 +145,7 @@ def test_the_second_ctrl_c_ends_at_once_and_promises_no_checkpoint(recipe, tmp_p
     assert (status.state, status.step) == ("interrupted", 0)
 
 
+@pytest.mark.slow
 def test_two_processes_end_at_the_second_ctrl_c(recipe, tmp_path):
     """torchrun, in our launcher, passes the second one on as SIGTERM."""
     run_dir = tmp_path / "run"

@@ -252,6 +252,7 @@ def test_other_metrics_need_a_judge(shards, tmp_path, capfd, make_runtime):
     assert "--metrics recognition: needs a judge: --classifier FOLDER" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_damaged_sample_ends_both_processes_with_one_message(run, tmp_path):
     root = write_set(tmp_path / "bad", {"test": random_samples(13, 16, 16)}, [13])
     offset = int(np.load(root / "test-000000.index.npy")["offset"][11])

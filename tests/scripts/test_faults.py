@@ -95,6 +95,7 @@ def test_a_sample_that_the_second_process_cannot_read_ends_both(root, recipe, tm
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000001"]
 
 
+@pytest.mark.slow
 def test_an_unreadable_sample_in_validation_ends_both(root, recipe, tmp_path):
     place = make_unreadable(root, "test", 11)
     assert_all_end(recipe, place, "data.verify=false")
@@ -120,6 +121,7 @@ def unreadable(root) -> dict[str, set[int]]:
     return indices
 
 
+@pytest.mark.slow
 def test_one_and_two_processes_skip_the_same_samples(recipe, unreadable, tmp_path):
     """Losses, keys, list and counts are those of one process, in float64 over an epoch's end, with micro-batches."""
     overrides = (
@@ -158,6 +160,7 @@ def check_figures(folder: Path, unreadable: dict[str, set[int]]) -> None:
         assert f"{entry['split']}-s{entry['index']:05d}' at offset" in entry["problem"]
 
 
+@pytest.mark.slow
 def test_resuming_keeps_the_list_of_skipped_samples(recipe, unreadable, tmp_path):
     """As if killed after step 2's checkpoint: list, count and weights are those of the uninterrupted run."""
     overrides = ("data.on_error=skip", "checkpoint.keep=null")
@@ -174,6 +177,7 @@ def test_resuming_keeps_the_list_of_skipped_samples(recipe, unreadable, tmp_path
     assert tensor_bytes(uninterrupted) == tensor_bytes(resumed)
 
 
+@pytest.mark.slow
 def test_a_run_that_an_unreadable_sample_ended_resumes_with_skip(root, recipe, tmp_path):
     place = make_unreadable(root, "train", sample_at(root, 40))
     overrides = ("data.verify=false", "checkpoint.every=1")

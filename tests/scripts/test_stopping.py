@@ -61,6 +61,7 @@ def uninterrupted(recipe_file, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_sigterm_saves_after_the_current_step_and_the_same_command_resumes(recipe_file, uninterrupted, tmp_path):
     process = start(1, recipe_file, tmp_path / "run")
     await_step(tmp_path / "run", 3)
@@ -75,6 +76,7 @@ def test_sigterm_saves_after_the_current_step_and_the_same_command_resumes(recip
     assert list(differences(uninterrupted, tmp_path / "run")) == []
 
 
+@pytest.mark.slow
 def test_sigusr1_to_one_rank_stops_both(recipe_file, tmp_path):
     process = start(2, recipe_file, tmp_path / "run")
     await_step(tmp_path / "run", 3)
@@ -85,6 +87,7 @@ def test_sigusr1_to_one_rank_stops_both(recipe_file, tmp_path):
     assert f"stopped by SIGUSR1 at step {status.step} of 40 with a checkpoint" in output
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_marked_running_and_a_failed_one_failed(recipe_file, tmp_path):
     process = start(1, recipe_file, tmp_path / "run")
     await_step(tmp_path / "run", 15)  # the checkpoint of step 10 is complete
@@ -106,6 +109,7 @@ def test_a_killed_run_is_marked_running_and_a_failed_one_failed(recipe_file, tmp
     assert "lower optim.lr" in output
 
 
+@pytest.mark.slow
 def test_a_refused_resume_changes_nothing_in_a_finished_run(uninterrupted, tmp_path):
     """Other settings and `never`: exit code 2, and every file but the lock is as it was. The way on is `changed`."""
     folder = tmp_path / "run"
@@ -179,6 +183,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_training_does_not_end_it(recipe_file, uninterrupted, small_disk, tmp_path):
     """Full while checkpoints are due, free again before the last one: the run finishes with the same weights."""
     run_dir = small_disk / "run"
@@ -194,6 +199,7 @@ def test_a_disk_that_fills_up_in_training_does_not_end_it(recipe_file, uninterru
     assert [line for line in differences(uninterrupted, run_dir) if "safetensors" in line] == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_from_the_start_costs_no_training(recipe_file, uninterrupted, small_disk):
     """Freed after ten steps: nothing but the trace of these steps is missing in the end."""
     run_dir, ballast = small_disk / "run", small_disk / "ballast"
@@ -232,6 +238,7 @@ def await_log(run_dir: Path, text: str) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_the_comparison_of_runs_sees_a_difference(tmp_path, uninterrupted, recipe_file):
     """Another seed gives other weights, another trace and other metrics."""
     other = tmp_path / "run"

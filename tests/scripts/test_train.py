@@ -62,6 +62,7 @@ def test_several_processes_give_the_losses_of_one(recipe_file, single, tmp_path,
     assert (single / "data_trace.jsonl").read_text() == (tmp_path / "data_trace.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_resume_bit_for_bit(recipe_file, tmp_path):
     """Stopped mid-epoch after a checkpoint, and run again by the same command: equal files to the byte."""
     uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"

@@ -113,6 +113,7 @@ def test_another_conversion_into_an_unfinished_folder_leaves_nothing_of_the_firs
     assert contents(tmp_path) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_resumes_and_leaves_no_process(tmp_path):
     words = ["toy_faces", "--size", "16", "--train", "3000", "--val", "0", "--test", "0", "--shard-size", "100"]
     command = [sys.executable, "-m", "shard_data", *words, "--workers", "2", "--out"]

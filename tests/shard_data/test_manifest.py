@@ -151,7 +151,7 @@ def test_what_is_no_file_is_refused_without_reading_it(tmp_path, kind):
         os.truncate(path, 2**40)
     else:
         path.symlink_to("/dev/zero" if kind == "device" else path)
-    with pytest.raises(DataError, match=r"manifest\.json: cannot be read \(.*\); copy the set there again"):
+    with pytest.raises(DataError, match=r"manifest\.json: cannot be read \(.*\); look at the disk that holds it"):
         manifest.load(tmp_path)
 
 

@@ -41,7 +41,7 @@ IMAGES = ["samples/temperature_0.7", "samples/temperature_1.0", "reconstructions
 def logged_run(tmp_path):
     """An offline run of three steps with every key, read back."""
     folder = tmp_path / "my_run"
-    with tracker(folder, tags=["a", "b"]) as run:
+    with tracker(folder, tags=("a", "b")) as run:
         for step in (10, 20, 30):
             run.log(step, {key: step + i / 100 for i, key in enumerate(SCALARS)})
             run.log(step, {}, {key: picture(step + i) for i, key in enumerate(IMAGES)})

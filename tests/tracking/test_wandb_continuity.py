@@ -185,6 +185,7 @@ def server():
         yield server
 
 
+@pytest.mark.slow
 def test_online_over_ten_kills(tmp_path, server):
     attempts = Attempts(tmp_path / "run", server)
     for number, moment in enumerate(attempts.moments(seed=1)):
@@ -198,6 +199,7 @@ def test_online_over_ten_kills(tmp_path, server):
     assert next(iter(server.runs.values())).exit_codes == [0]
 
 
+@pytest.mark.slow
 def test_offline_over_ten_kills_and_an_upload(tmp_path, server):
     """The upload sends each step once, also where the last attempt was killed; repeating it sends nothing."""
     attempts = Attempts(tmp_path / "run", server)
@@ -214,6 +216,7 @@ def test_offline_over_ten_kills_and_an_upload(tmp_path, server):
     assert "No runs to sync" in attempts.sync()
 
 
+@pytest.mark.slow
 def test_offline_and_online_in_turn(tmp_path, server):
     attempts = Attempts(tmp_path / "run", server)
     attempts.kill("offline", 1.5)

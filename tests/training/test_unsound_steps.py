@@ -10,6 +10,7 @@ PLACES = ("data", "activation", "loss", "gradient", "loss alone")
 SCRIPT = """
 import hashlib, json, sys
 from pathlib import Path
+import pytest
 import torch
 from pipeline.distributed.runtime import Runtime
 from tests.helpers.model_cases import make_recipe, make_trainer
@@ -59,6 +60,7 @@ runtime.close()
 """
 
 
+@pytest.mark.slow
 def test_a_nan_on_one_rank_is_skipped_by_both(tmp_path):
     write_data(tmp_path)
     result = run_script(2, write_script(tmp_path, SCRIPT))
