@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.helpers.model_cases import write_data
 from tests.helpers.rank_scripts import run_script, write_script
 
