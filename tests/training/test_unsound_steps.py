@@ -12,7 +12,6 @@ PLACES = ("data", "activation", "loss", "gradient", "loss alone")
 SCRIPT = """
 import hashlib, json, sys
 from pathlib import Path
-import pytest
 import torch
 from pipeline.distributed.runtime import Runtime
 from tests.helpers.model_cases import make_recipe, make_trainer
