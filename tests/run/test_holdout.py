@@ -64,6 +64,7 @@ def evaluated(runtime, folder, out, *words: str) -> dict:
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_one_process_and_two_validate_on_the_share_and_never_train_on_it(train, make_runtime, tiny_set, tmp_path):
     alone = train(tmp_path / "1", *HELD_OUT)
     recipe = tmp_path / "tiny.yaml"

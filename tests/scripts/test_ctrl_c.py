@@ -123,6 +123,7 @@ def test_without_a_launcher_the_exit_code_is_130(recipe, tmp_path):
     assert read_status(run_dir).state == "interrupted"
 
 
+@pytest.mark.slow
 def test_the_second_ctrl_c_ends_at_once_and_promises_no_checkpoint(recipe, tmp_path):
     """In the middle of a step that would take many minutes."""
     run_dir = tmp_path / "run"

@@ -179,6 +179,7 @@ with runtime.closing():
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(run, make_runtime, tmp_path):
     """Float64: 1e-9. Seven images of thirteen on one, six on the other, in smaller last batches; and one image in all,
     so that a process has none.

@@ -87,6 +87,7 @@ def assert_all_end(recipe: Path, place: str, *overrides: str) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.slow
 def test_a_sample_that_the_second_process_cannot_read_ends_both(root, recipe, tmp_path, workers):
     """In step 1, with positions 12 to 23; the second process has 18 to 23. The checkpoint of step 1 is complete."""
     place = make_unreadable(root, "train", sample_at(root, 21))
