@@ -206,7 +206,7 @@ class Runtime:
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """for the whole work of a script: `propagate_failure`, then `close`."""
+        """For the whole work of a script: `propagate_failure`, then `close`."""
         try:
             with self.propagate_failure():
                 yield
