@@ -144,7 +144,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "pipeline/training/trainer.py",
         "self.runtime.any_of(bool(skipped or error), should_stop())",
         "self.runtime.any_of(bool(skipped or error))[0], should_stop()",
-        ("tests/distributed/test_preemption.py",),
+        ("tests/scripts/test_stopping.py::test_sigusr1_to_one_rank_stops_both",),
     ),
     Mutation(
         "cadences miss the last step",
@@ -185,8 +185,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "a skipped step moves the power iteration",
         "pipeline/training/state.py",
         "        self.regularizers.discard()\n",
-        "",
-        ("tests/training/test_trainer.py", "tests/training/test_regularizers.py", "tests/training/test_wiring.py"),
+        "        self.regularizers.commit()\n",
+        ("tests/training/test_trainer.py",),
     ),
     Mutation(
         "the average is not updated",
