@@ -536,14 +536,14 @@ MUTATIONS: tuple[Mutation, ...] = (
         "pipeline/distributed/heartbeat.py",
         "return sorted(late | dead)",
         "return sorted(late)",
-        ("tests/distributed/test_watchdog.py",),
+        ("tests/distributed/test_watchdog.py::test_a_silent_rank_is_missing_even_where_no_rank_waits",),
     ),
     Mutation(
         "a suspended observer reports others",
         "pipeline/distributed/heartbeat.py",
         "self._now += min(elapsed, LONGEST_TICK)",
         "self._now += elapsed",
-        ("tests/distributed/test_watchdog.py",),
+        ("tests/distributed/test_watchdog.py::test_a_suspended_observer_reports_no_rank",),
     ),
     Mutation(
         "one vote is enough",
