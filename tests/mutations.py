@@ -557,7 +557,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "pipeline/distributed/runtime.py",
         "return self.sum(value) / self.world_size",
         "return self.sum(value)",
-        ("tests/distributed/test_runtime.py", "tests/models/test_models.py"),
+        ("tests/scripts/test_train.py::test_several_processes_give_the_losses_of_one",),
     ),
     Mutation(
         "flags are not reduced",
