@@ -14,40 +14,12 @@ from pipeline.data.remote import check_address, default_cache, fetch_manifest, f
 from pipeline.data.shards import TarShards, UnreadableShard
 from tests.helpers.launching import train, train_alone
 from tests.helpers.recipes import tiny_settings
+from tests.helpers.remote_sets import FILES, fetch, names
 from tests.helpers.run_folders import metrics
-from tests.helpers.shard_server import ShardServer, answer, fetch_quickly, refuse, stall
+from tests.helpers.shard_server import ShardServer, answer, refuse, stall
 from tests.helpers.shard_sets import random_samples, write_set
 
-FILES = [f"train-{n:06d}{end}" for n in range(4) for end in (".tar", ".index.npy")]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    fetch_quickly(monkeypatch)
-
-
-@pytest.fixture
-def samples():
-    return random_samples(35, 8, 8)
-
-
-@pytest.fixture
-def root(tmp_path, samples) -> Path:
-    return write_set(tmp_path / "origin", {"train": samples, "test": random_samples(3, 8, 8)}, [10])
-
-
-@pytest.fixture
-def server(root):
-    with ShardServer(root) as server:
-        yield server
-
-
-def fetch(server: ShardServer, cache: Path, splits=("train",)) -> Path:
-    return fetch_set(server.address, fetch_manifest(server.address), splits, cache)
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.rglob("*") if path.suffix != ".lock" and path.is_file()}
+pytestmark = pytest.mark.usefixtures("quick_fetching")
 
 
 # ---------------------------------------------------------------------------------------------------------- whole sets

@@ -5,7 +5,6 @@ import json
 import os
 import socket
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +13,10 @@ from pipeline.data.remote import FetchError, fetch_manifest, fetch_set
 from pipeline.data.shards import TarShards, UnreadableShard
 from shard_data import fetch as fetching
 from shard_data import manifest
+from tests.helpers.remote_sets import FILES, fetch, names
 from tests.helpers.shard_server import (
-    ShardServer,
     answer,
     cut,
-    fetch_quickly,
     hang_up,
     redirect,
     refuse,
@@ -27,36 +25,7 @@ from tests.helpers.shard_server import (
 )
 from tests.helpers.shard_sets import edit_manifest, random_samples, rewrite_index, write_set
 
-FILES = [f"train-{n:06d}{end}" for n in range(4) for end in (".tar", ".index.npy")]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    fetch_quickly(monkeypatch)
-
-
-@pytest.fixture
-def samples():
-    return random_samples(35, 8, 8)
-
-
-@pytest.fixture
-def root(tmp_path, samples) -> Path:
-    return write_set(tmp_path / "origin", {"train": samples, "test": random_samples(3, 8, 8)}, [10])
-
-
-@pytest.fixture
-def server(root):
-    with ShardServer(root) as server:
-        yield server
-
-
-def fetch(server: ShardServer, cache: Path, splits=("train",)) -> Path:
-    return fetch_set(server.address, fetch_manifest(server.address), splits, cache)
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.rglob("*") if path.suffix != ".lock" and path.is_file()}
+pytestmark = pytest.mark.usefixtures("quick_fetching")
 
 
 # -------------------------------------------------------------------------------------------------------------- faults
