@@ -3,7 +3,7 @@
     python -m tests.mutate                       what `make mutate` runs: at most 30 minutes on two cores
     python -m tests.mutate --only learning_rate  those whose name contains this
 
-The mistakes are listed in tests/mutations.py: a file, a text that occurs once in it, what replaces it, and the tests
+The mistakes are listed in tests/mutations: a file, a text that occurs once in it, what replaces it, and the tests
 that must fail then. The working tree is copied, and only the copies are changed. First the tests must pass without a
 mistake. A mistake that its tests do not notice survives: then the exit code is 1, and a test is missing.
 """
