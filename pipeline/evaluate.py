@@ -24,8 +24,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from pipeline.cli import run_tool  # noqa: E402
 from pipeline.distributed.logs import launched_rank  # noqa: E402
 from pipeline.distributed.runtime import Runtime  # noqa: E402
-from pipeline.inference.evaluate_run import evaluate  # noqa: E402
-from pipeline.inference.metrics import METRICS  # noqa: E402
+from pipeline.inference.evaluate_run import EvaluationRequest, evaluate  # noqa: E402
+from pipeline.inference.metrics import METRICS, Options  # noqa: E402
 from pipeline.inference.report import list_reports  # noqa: E402
 
 
@@ -75,7 +75,30 @@ def run(parsed: argparse.Namespace) -> None:
     check_numbers(parsed)
     runtime = Runtime(parsed.precision, parsed.threads)
     with runtime.closing():
-        evaluate(parsed, runtime)
+        evaluate(build_request(parsed), runtime)
+
+
+def build_request(parsed: argparse.Namespace) -> EvaluationRequest:
+    """The command line as a request."""
+    options = Options(
+        seed=parsed.seed,
+        split=parsed.split,
+        images=parsed.images,
+        importance_samples=parsed.importance_samples,
+        temperature=parsed.temperature,
+        per_class=parsed.per_class,
+        classifier=parsed.classifier,
+    )
+    return EvaluationRequest(
+        run=parsed.run,
+        checkpoint=parsed.checkpoint,
+        data=parsed.data,
+        metrics=parsed.metrics,
+        options=options,
+        batch_size=parsed.batch_size,
+        out=parsed.out,
+        command=parsed.command,
+    )
 
 
 def check_numbers(parsed: argparse.Namespace) -> None:

@@ -1,8 +1,9 @@
-"""From the options of `evaluate.py` to its reports: which checkpoint, data and judge, what is measured, where it
-is written."""
+"""From a request of `evaluate.py` to its reports: which checkpoint, data and judge, what is measured, where it is
+written."""
 
 import logging
-from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.data.remote import is_address
@@ -19,53 +20,66 @@ from pipeline.run.data import RunData
 log = logging.getLogger("pipeline")
 
 
-def evaluate(parsed: Namespace, runtime: Runtime) -> None:
-    """Measures, writes the reports and prints the figures. `parsed`: the command line of evaluate.py."""
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What to evaluate, on what, and where to write it."""
+
+    run: Path
+    checkpoint: str
+    """`latest`, `best`, a step, or a checkpoint's folder."""
+    data: str | None
+    """Shard set, a folder or an address; None: the one that the run was trained on."""
+    metrics: Sequence[str]
+    options: Options
+    batch_size: int
+    """Images in a pass over all processes."""
+    out: Path | None
+    """One file for all metrics; None: files in RUN/evaluations."""
+    command: Sequence[str]
+    """The command line, for the report."""
+
+
+def evaluate(request: EvaluationRequest, runtime: Runtime) -> None:
+    """Measures, writes the reports and prints the figures."""
     # The main process chooses for all: a run that is being trained may write a newer checkpoint at any moment.
-    chosen = runtime.run_on_main(lambda: str(find_checkpoint(parsed.run, parsed.checkpoint).path))
+    chosen = runtime.run_on_main(lambda: str(find_checkpoint(request.run, request.checkpoint).path))
     path = runtime.from_main(chosen)
-    measurement = prepare(parsed, path, runtime)
+    measurement = prepare(request, path, runtime)
     facts = {"code": code_version()}
     if measurement.data is not None:
         facts["data"] = measurement.data.held_out.fingerprint
     runtime.check_agreement(facts)
-    names, figures = list(dict.fromkeys(parsed.metrics)), {}
+    names, figures = list(dict.fromkeys(request.metrics)), {}
     for name in names:
         log.info("%s", printable(describe_question(name, measurement)))
         found = METRICS[name].measure(measurement)
-        if parsed.out is None:
-            save(parsed, measurement, [name], found)
+        if request.out is None:
+            save(request, measurement, [name], found)
         figures |= found
-    if parsed.out is not None:
-        save(parsed, measurement, names, figures)
+    if request.out is not None:
+        save(request, measurement, names, figures)
     if runtime.is_main:
         print(table(figures))
 
 
-def prepare(parsed: Namespace, path: str, runtime: Runtime) -> Measurement:
+def prepare(request: EvaluationRequest, path: str, runtime: Runtime) -> Measurement:
     """Loads the model, the judge and the data. Raises ValueError, on every rank, for what cannot be measured."""
-    metrics = [METRICS[name] for name in parsed.metrics]
+    metrics = [METRICS[name] for name in request.metrics]
     reads_images = any(metric.reads_images for metric in metrics)
 
     def load_all() -> tuple:
-        if parsed.out is None:
-            check_writable(output_folder(parsed.run, FOLDER))
-        trained = load(parsed.run, path, runtime.device, runtime.dtype)
-        options = Options(
-            seed=trained.recipe.train.seed if parsed.seed is None else parsed.seed,
-            split=parsed.split,
-            images=parsed.images,
-            importance_samples=parsed.importance_samples,
-            temperature=parsed.temperature,
-            per_class=parsed.per_class,
-            classifier=parsed.classifier,
-        )
-        check_metrics(parsed.metrics, trained, options)
+        if request.out is None:
+            check_writable(output_folder(request.run, FOLDER))
+        trained = load(request.run, path, runtime.device, runtime.dtype)
+        options = request.options
+        if options.seed is None:
+            options = replace(options, seed=trained.recipe.train.seed)
+        check_metrics(request.metrics, trained, options)
         judged = any("classifier" in metric.options for metric in metrics)
-        judge = load_classifier(parsed.classifier) if judged else None
-        recipe = evaluation_recipe(trained.recipe, parsed.data, options, parsed.batch_size)
+        judge = load_classifier(options.classifier) if judged else None
+        recipe = evaluation_recipe(trained.recipe, request.data, options, request.batch_size)
         if reads_images and not is_address(recipe.data.root) and not recipe.data.holdout:
-            check_split(recipe.data.root, parsed.split)
+            check_split(recipe.data.root, options.split)
         return trained, options, judge, recipe
 
     trained, options, judge, recipe = runtime.run_on_all(load_all)
@@ -84,15 +98,15 @@ def describe_question(name: str, measurement: Measurement) -> str:
     return f"{name} of {trained.recipe.model.name} at step {trained.step}{where}: {', '.join(shown)}"
 
 
-def save(parsed: Namespace, measurement: Measurement, names: list[str], figures: dict[str, float]) -> None:
+def save(request: EvaluationRequest, measurement: Measurement, names: list[str], figures: dict[str, float]) -> None:
     """Writes the report of these metrics, on the main process, to `--out` or into RUN/evaluations."""
 
     def write() -> Path:
-        report = describe_measurement(names, measurement, figures, parsed.batch_size, parsed.command)
-        if parsed.out is None:
-            return save_in_run(parsed.run, report, measurement.trained.recipe.train.seed)
-        save_report(parsed.out, report)
-        return parsed.out
+        report = describe_measurement(names, measurement, figures, request.batch_size, request.command)
+        if request.out is None:
+            return save_in_run(request.run, report, measurement.trained.recipe.train.seed)
+        save_report(request.out, report)
+        return request.out
 
     path = measurement.runtime.run_on_main(write)
     if measurement.runtime.is_main:

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from pipeline.data.remote import fetch_manifest, is_address
 from pipeline.data.shards import TarShards
 from shard_data import manifest
 
@@ -16,6 +17,12 @@ def open_split(root: str | Path, split: str) -> TarShards:
 def check_split(root: str | Path, split: str) -> None:
     """Raises as `open_split` does."""
     manifest.check_splits(manifest.load(Path(root)), str(root), {"--split": split})
+
+
+def has_split(root: str, split: str) -> bool:
+    """Whether the shard set in a folder or at an address has this split. Raises ValueError if there is no set."""
+    found = manifest.parse(fetch_manifest(root), root) if is_address(root) else manifest.load(Path(root))
+    return split in found["splits"]
 
 
 def output_folder(run: Path, name: str) -> Path:

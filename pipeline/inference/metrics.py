@@ -13,6 +13,7 @@ from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.class_recognition import recognition
 from pipeline.evaluation.edit_metric import edit_figures, held_out_faces, hidden_by
 from pipeline.evaluation.likelihood_bounds import Evaluator
+from pipeline.inference.folders import has_split
 from pipeline.inference.trained import TrainedModel
 from pipeline.models.classifier import Classifier
 from pipeline.models.conditions import AttributeCondition, ClassCondition
@@ -26,8 +27,8 @@ HEADLINES = ("elbo", "bpd", "nll", "bpd_nll", "log_px", "kl")
 class Options:
     """What the user chose. A metric depends on `seed` and on those that its entry in METRICS names."""
 
-    seed: int
-    """Of the latent noise."""
+    seed: int | None = None
+    """Of the latent noise; None: the run's, as in its validation."""
     split: str = "test"
     images: int | None = None
     """Only the first so many images of the split; None: all."""
@@ -132,16 +133,18 @@ def applicable_metrics(trained: TrainedModel) -> list[str]:
 
 def evaluation_recipe(recipe: Recipe, root: str | None, options: Options, batch_size: int = 100) -> Recipe:
     """The recipe of a run with one split as its data, of its own shard set where `root` is None. For a run with
-    `data.holdout`, `val` is the held-out images, and the training split is without them.
+    `data.holdout`, `val` is the held-out images, and the training split is without them. Another set may have a `val`
+    of its own.
 
     Raises ConfigError for numbers out of range.
     """
     settings = recipe.model_dump(mode="json")
     root = recipe.data.root if root is None else root
     settings["data"] |= {"root": root, "train_split": options.split}
-    if recipe.data.holdout and options.split == HELD_OUT:
+    own_set = root == recipe.data.root
+    if recipe.data.holdout and options.split == HELD_OUT and (own_set or not has_split(root, HELD_OUT)):
         settings["data"]["train_split"] = recipe.data.train_split
-    elif options.split != recipe.data.train_split or root != recipe.data.root:
+    elif options.split != recipe.data.train_split or not own_set:
         settings["data"]["holdout"] = 0
     settings["validation"] |= {
         "split": options.split,

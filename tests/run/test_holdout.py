@@ -10,7 +10,7 @@ import yaml
 from pipeline.config import build, overlay
 from pipeline.data.holdout import open_split
 from pipeline.data.loader import DataConfig
-from pipeline.evaluate import build_parser, evaluate
+from pipeline.evaluate import build_parser, build_request, evaluate
 from pipeline.recipe import Recipe
 from pipeline.run.data import RunData
 from pipeline.run.resume import ResumeRefused, choose_checkpoint, restore
@@ -20,6 +20,7 @@ from tests.helpers.launching import train as launch_training
 from tests.helpers.model_cases import MLP
 from tests.helpers.recipes import tiny_settings, write_tiny_set
 from tests.helpers.run_folders import assert_metrics_close, metrics, read_lines
+from tests.helpers.shard_sets import random_samples, write_set
 
 WORDS = ("train.steps=4", "train.precision=fp64", "validation.every=2", "checkpoint.every=2", "samples.every=0")
 HELD_OUT = ("data.holdout=9", "validation.split=val", "data.trace=true", "train.seed=3")
@@ -60,7 +61,7 @@ def train(open_session):
 
 def evaluated(runtime, folder, out, *words: str) -> dict:
     arguments = [str(folder), "--out", str(out), "--precision", "fp64", *words]
-    evaluate(build_parser().parse_args(arguments), runtime)
+    evaluate(build_request(build_parser().parse_args(arguments)), runtime)
     return json.loads(out.read_text())
 
 
@@ -99,6 +100,15 @@ def test_val_of_another_set_is_refused(train, make_runtime, tmp_path):
     report = evaluated(make_runtime("fp64"), tmp_path / "run", tmp_path / "x.json", "--split", "train", "--data",
                        str(other))  # fmt: skip
     assert report["images"] == 41
+
+
+def test_another_set_is_evaluated_on_its_own_val(train, make_runtime, tmp_path):
+    train(tmp_path / "run", *HELD_OUT, "validation.every=0", "train.steps=1")
+    splits = {"val": random_samples(5, 16, 16, seed=2), "test": random_samples(3, 16, 16, seed=3)}
+    other = write_set(tmp_path / "other", splits, [5])
+    report = evaluated(make_runtime("fp64"), tmp_path / "run", tmp_path / "x.json", "--split", "val", "--data",
+                       str(other))  # fmt: skip
+    assert report["images"] == 5
 
 
 def test_the_test_set_chooses_no_best_checkpoint(train, tmp_path, caplog):

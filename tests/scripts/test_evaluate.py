@@ -11,7 +11,7 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from pipeline.data.preprocess import to_model_input
 from pipeline.data.shards import TarShards
-from pipeline.evaluate import build_parser, evaluate, main
+from pipeline.evaluate import build_parser, build_request, evaluate, main
 from pipeline.inference.trained import load
 from pipeline.models.base import LatentGroup
 from pipeline.models.noise import draw_noise
@@ -42,7 +42,7 @@ def measured(run: Path, make_runtime, *words: str, precision: str = "fp64") -> d
     """The report of an evaluation in this process."""
     out = run / "out.json"
     parsed = build_parser().parse_args([str(run), "--out", str(out), "--precision", precision, *words])
-    evaluate(parsed, make_runtime(precision))
+    evaluate(build_request(parsed), make_runtime(precision))
     return json.loads(out.read_text())
 
 
@@ -171,11 +171,11 @@ def test_the_default_seed_is_that_of_the_training(run, make_runtime):
 ON_RANKS = """
 import sys
 from pipeline.distributed.runtime import Runtime
-from pipeline.evaluate import build_parser, evaluate
+from pipeline.evaluate import build_parser, build_request, evaluate
 runtime = Runtime("fp64", 1)
 with runtime.closing():
     for words in sys.argv[1:]:
-        evaluate(build_parser().parse_args(words.split("|")), runtime)
+        evaluate(build_request(build_parser().parse_args(words.split("|"))), runtime)
 """
 
 

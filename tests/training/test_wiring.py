@@ -15,7 +15,7 @@ from pipeline.config import build, overlay
 from pipeline.data.holdout import held_out_indices
 from pipeline.data.order import Order
 from pipeline.distributed.runtime import Runtime
-from pipeline.evaluate import build_parser, evaluate
+from pipeline.evaluate import build_parser, build_request, evaluate
 from pipeline.recipe import Recipe, build_model
 from pipeline.run.resume import choose_checkpoint, restore
 from pipeline.run.session import Session
@@ -229,7 +229,7 @@ def test_evaluating_a_run_gives_the_elbo_of_its_validation(validated, make_runti
     _, folder = validated
     out = tmp_path / "out.json"
     overrides = [str(folder), "--out", str(out), "--precision", "fp64", "--batch-size", "5", "--split", "val"]
-    evaluate(build_parser().parse_args(overrides), make_runtime("fp64"))
+    evaluate(build_request(build_parser().parse_args(overrides)), make_runtime("fp64"))
     figures = json.loads(out.read_text())["figures"]
     for name in ("elbo", "kl", "log_px", "bpd"):
         assert figures[name] == pytest.approx(records(folder)[4][f"val/{name}"], rel=1e-10), name
