@@ -4,7 +4,6 @@ Pixels are passed as x in [0, 1] and modeled as y = 2x - 1 in [-1, 1]. `log_prob
 its random numbers as an argument: standard normal noise for `Normal`, uniforms in (0, 1) for the others.
 """
 
-from functools import cached_property
 from math import log, pi
 from typing import Literal
 
@@ -40,15 +39,12 @@ class Normal:
 
     def __init__(self, mean: Tensor, log_sigma: Tensor):
         self.mean, self.log_sigma = at_least_float32(mean), at_least_float32(log_sigma)
+        self.sigma = torch.exp(self.log_sigma)
 
     @classmethod
     def standard(cls, like: Tensor) -> "Normal":
         """Mean 0 and sigma 1, with this tensor's shape, device and dtype."""
         return cls(torch.zeros_like(like), torch.zeros_like(like))
-
-    @cached_property
-    def sigma(self) -> Tensor:
-        return torch.exp(self.log_sigma)
 
     def sample(self, noise: Tensor) -> Tensor:
         """mu + sigma * noise, for standard normal noise of the same shape."""
@@ -75,11 +71,7 @@ class ClampedNormal(Normal):
     def __init__(self, raw_mean: Tensor, raw_log_sigma: Tensor, temperature: float = 1.0):
         sigma = torch.exp(soft_clamp(at_least_float32(raw_log_sigma))) + MIN_SIGMA
         self.sigma = sigma if temperature == 1.0 else sigma * temperature
-        self.mean = soft_clamp(at_least_float32(raw_mean))
-
-    @cached_property
-    def log_sigma(self) -> Tensor:
-        return torch.log(self.sigma)
+        self.mean, self.log_sigma = soft_clamp(at_least_float32(raw_mean)), torch.log(self.sigma)
 
 
 class PixelNormal:
