@@ -40,7 +40,7 @@ from pipeline.models.nvae_parts import (
 from pipeline.nn.cells import CELLS, ResidualCell
 from pipeline.nn.distributions import ClampedNormal, Normal, at_least_float32
 from pipeline.nn.flows import FlowPair
-from pipeline.nn.layers import WNConv2d, cached_weights, find_convs
+from pipeline.nn.layers import CachedLayer, WNConv2d, cached_weights
 from pipeline.schema import Count, Layers
 
 Architecture = Literal[tuple(CELLS)]
@@ -168,9 +168,9 @@ class NVAE(VAE):
             self.conditioning = Conditioning(
                 self.condition_size, decoder_width, config.latent_channels, len(self.groups)
             )
-        self._normalized_convs = [conv for conv in find_convs(self).values() if isinstance(conv, WNConv2d)]
+        self._cached_layers = [module for module in self.modules() if isinstance(module, CachedLayer)]
 
-    # ---- the interface of VAE: each method computes the normalized weights once ----------------------------------
+    # ---- the interface of VAE: each method prepares the weights once ----------------------------------
 
     def forward(self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> VAEOutput:
         with self._cached_weights():
@@ -231,7 +231,7 @@ class NVAE(VAE):
     # ---- the parts; their callers have entered _cached_weights -----------------------------------------------------
 
     def _cached_weights(self) -> AbstractContextManager[None]:
-        return cached_weights(self._normalized_convs)
+        return cached_weights(self._cached_layers)
 
     def _features(self, x: Tensor, condition: Tensor | None) -> list[Tensor]:
         """One encoder feature (B, width, H_k, W_k) per group, in the order of sampling."""

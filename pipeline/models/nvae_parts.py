@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.models.base import LatentGroup, check_divisible
 from pipeline.nn.cells import CELLS, ResidualCell, Resize
-from pipeline.nn.layers import WNConv2d
+from pipeline.nn.layers import Linear, WNConv2d
 
 if TYPE_CHECKING:
     from pipeline.models.nvae import NVAEConfig
@@ -47,8 +47,8 @@ class Conditioning(nn.Module):
 
     def __init__(self, size: int, start_width: int, latent_channels: int, num_groups: int):
         super().__init__()
-        self.start = nn.Linear(size, start_width, bias=False)
-        self.priors = nn.ModuleList(nn.Linear(size, 2 * latent_channels, bias=False) for _ in range(num_groups))
+        self.start = Linear(size, start_width, bias=False)
+        self.priors = nn.ModuleList(Linear(size, 2 * latent_channels, bias=False) for _ in range(num_groups))
         for embedding in (self.start, *self.priors):
             nn.init.zeros_(embedding.weight)
 

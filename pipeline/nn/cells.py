@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.nn.batch_norm import BatchNorm2d
-from pipeline.nn.depthwise import DepthwiseConv2d
-from pipeline.nn.layers import SqueezeExcitation, WNConv2d
+from pipeline.nn.layers import Conv2d, DepthwiseConv2d, SqueezeExcitation, WNConv2d
 
 Resize = Literal["same", "down", "up"]
 
@@ -62,11 +61,11 @@ class InvertedResidual(nn.Module):
         self.resize = resize
         hidden, copies = channels * expansion, 4 if resize == "up" else 1
         self.bn_in = BatchNorm2d(channels, copies=copies)
-        self.expand = nn.Conv2d(channels, hidden, 1, bias=False)
+        self.expand = Conv2d(channels, hidden, 1, bias=False)
         self.bn_expand = BatchNorm2d(hidden, activation=F.silu, copies=copies)
         self.depthwise = _spatial_conv(hidden, kernel, 2 if resize == "down" else 1, group_width)
         self.bn_depthwise = BatchNorm2d(hidden, activation=F.silu)
-        self.project = nn.Conv2d(hidden, out_channels, 1, bias=False)
+        self.project = Conv2d(hidden, out_channels, 1, bias=False)
         self.bn_out = BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +81,7 @@ def _spatial_conv(channels: int, kernel: int, stride: int, group_width: int) -> 
     if stride == group_width == 1:
         return DepthwiseConv2d(channels, kernel)
     groups = channels // group_width
-    return nn.Conv2d(channels, channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    return Conv2d(channels, channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
 
 
 class FactorizedReduce(nn.Module):
@@ -99,7 +98,7 @@ class FactorizedReduce(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = torch.cat([self._at_tap(conv, tap) for conv, tap in zip(self.convs, self.TAPS, strict=True)])
-        bias = torch.cat([conv.bias for conv in self.convs])
+        bias = torch.cat([conv.current_bias() for conv in self.convs])
         return F.conv2d(F.silu(x), weight, bias, stride=2)  # one 2x2 convolution instead of four 1x1
 
     @staticmethod

@@ -7,7 +7,7 @@ with the output's gradient as kernel, which takes half the time or less.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -23,16 +23,6 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, padding: int) -> Tensor:
     if channels_last and float32 and x.device.type == "cpu" and not torch.compiler.is_compiling():
         return _DepthwiseOnCPU.apply(x, weight, padding)
     return F.conv2d(x, weight, padding=padding, groups=x.shape[1])
-
-
-class DepthwiseConv2d(nn.Conv2d):
-    """Depthwise convolution at stride 1 without bias. The output has the input's size."""
-
-    def __init__(self, channels: int, kernel_size: int):
-        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return depthwise_conv2d(x, self.weight, self.padding[0])
 
 
 class _DepthwiseOnCPU(Function):

@@ -1,17 +1,20 @@
-"""Convolutions with weight normalization, and squeeze-and-excitation.
+"""Convolutions with weight normalization, squeeze-and-excitation, and weights that are prepared once per pass.
 
-NVAE has hundreds of normalized convolutions. Normalizing each weight on its own would launch thousands of small
-kernels per step. `effective_weights` therefore normalizes all weights of one shape as one stack, and the model enters
-`cached_weights` once per pass.
+NVAE has hundreds of normalized convolutions, and a thousand other small weights and biases. Normalizing each weight and
+casting each tensor on its own would launch thousands of small kernels per step. `effective_weights` therefore
+normalizes all weights of one shape as one stack, and the model enters `cached_weights` once per pass.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from pipeline.nn.depthwise import depthwise_conv2d
 
@@ -19,7 +22,49 @@ NORM_EPSILON = 1e-5
 INITIAL_NORM_EPSILON = 1e-2
 
 
-class WNConv2d(nn.Conv2d):
+class CachedLayer(nn.Module):
+    """A layer with a weight and perhaps a bias, which inside `cached_weights` takes those prepared for the pass."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        # In the instance from the start: the compiler guards on their presence.
+        self.cached_weight: Tensor | None = None
+        self.cached_bias: Tensor | None = None
+
+    def current_weight(self) -> Tensor:
+        """The weight of this pass: the cached one if there is one, otherwise the parameter."""
+        return self.weight if self.cached_weight is None else self.cached_weight
+
+    def current_bias(self) -> Tensor | None:
+        """The bias of this pass: the cached one if there is one, otherwise the parameter."""
+        return self.bias if self.cached_bias is None else self.cached_bias
+
+
+class Conv2d(CachedLayer, nn.Conv2d):
+    """torch's convolution, with cached weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.current_weight(), self.current_bias())
+
+
+class Linear(CachedLayer, nn.Linear):
+    """torch's linear layer, with cached weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.current_weight(), self.current_bias())
+
+
+class DepthwiseConv2d(Conv2d):
+    """Depthwise convolution at stride 1 without bias. The output has the input's size."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv2d(x, self.current_weight(), self.padding[0])
+
+
+class WNConv2d(Conv2d):
     """Convolution with weight normalization: W = exp(g) V / (||V|| + 1e-5), with one norm per output channel.
 
     Salimans & Kingma 2016, with the logarithm g of the length as the parameter, initialized to log(||V|| + 0.01).
@@ -30,15 +75,11 @@ class WNConv2d(nn.Conv2d):
         norm = self.weight.detach().flatten(1).norm(dim=1)
         self.log_norm = nn.Parameter(torch.log(norm + INITIAL_NORM_EPSILON).view(-1, 1, 1, 1))
         self.register_buffer("mask", None, persistent=False)  # multiplies V before the norm; equal for equal stack_key
-        self.cached_weight: Tensor | None = None  # set inside `cached_weights`
 
     @property
     def stack_key(self) -> tuple:
         """Convolutions of equal key are normalized in one stack."""
         return (tuple(self.weight.shape),)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.current_weight(), self.bias)
 
     def current_weight(self) -> Tensor:
         """The normalized weight: the cached one inside `cached_weights`, otherwise computed at this call."""
@@ -129,22 +170,97 @@ def _normalized_stack(convs: list[WNConv2d]) -> Tensor:
 
 
 @contextmanager
-def cached_weights(convs: Sequence[WNConv2d]) -> Iterator[None]:
-    """Compute the weights of these convolutions once, at the start of the block; every call inside it uses them.
+def cached_weights(layers: Sequence[CachedLayer]) -> Iterator[None]:
+    """Prepare the weights of these layers once, at the start of the block; every call inside it uses them.
 
-    The parameters must not change inside the block. Blocks do not nest.
+    These are the normalized weights and, under autocast, casts of all plain weights and biases. The parameters must not
+    change inside the block. Blocks do not nest.
     """
-    assert all(conv.cached_weight is None for conv in convs), "cached_weights: the block was entered twice"
-    device = convs[0].weight.device.type
+    assert all(layer.cached_weight is None for layer in layers), "cached_weights: the block was entered twice"
+    normalized = [layer for layer in layers if isinstance(layer, WNConv2d)]
+    device = layers[0].weight.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else convs[0].weight.dtype
-    for conv, weight in zip(convs, effective_weights(convs, dtype), strict=True):
+    dtype = torch.get_autocast_dtype(device) if autocast else layers[0].weight.dtype
+    for conv, weight in zip(normalized, effective_weights(normalized, dtype), strict=True):
         conv.cached_weight = weight
+    if autocast:
+        _cache_casts(layers, dtype)
     try:
         yield
     finally:
-        for conv in convs:
-            conv.cached_weight = None
+        for layer in layers:
+            layer.cached_weight = layer.cached_bias = None
+
+
+def _cache_casts(layers: Sequence[CachedLayer], dtype: torch.dtype) -> None:
+    """Caches casts of all biases, and of the weights that are not normalized."""
+    plain = [layer for layer in layers if not isinstance(layer, WNConv2d)]
+    biased = [layer for layer in layers if layer.bias is not None]
+    parameters = [layer.weight for layer in plain] + [layer.bias for layer in biased]
+    if not parameters:
+        return
+    casts = _CastAll.apply(dtype, *parameters)
+    for layer, weight in zip(plain, casts[: len(plain)], strict=True):
+        layer.cached_weight = weight
+    for layer, bias in zip(biased, casts[len(plain) :], strict=True):
+        layer.cached_bias = bias
+
+
+class _CastAll(Function):
+    """(dtype, tensors of one dtype...) -> their casts, in a few kernels, as are the casts of the gradients."""
+
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        ctx.set_materialize_grads(False)
+        ctx.dtype = tensors[0].dtype
+        return tuple(_cast_all(tensors, dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        present = [gradient for gradient in gradients if gradient is not None]
+        casts = iter(_cast_all(present, ctx.dtype))
+        return None, *(None if gradient is None else next(casts) for gradient in gradients)
+
+
+def _cast_all(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    casts = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if casts:
+        torch._foreach_copy_(casts, list(tensors))
+    return casts
+
+
+class Cached(NamedTuple):
+    """What a layer has cached."""
+
+    layer: CachedLayer
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def cached_in(module: nn.Module) -> list[Cached]:
+    """What the layers inside a module have cached, for `caching`."""
+    layers = [layer for layer in module.modules() if isinstance(layer, CachedLayer)]
+    return [Cached(layer, layer.cached_weight, layer.cached_bias) for layer in layers]
+
+
+@contextmanager
+def caching(entries: Sequence[Cached]) -> Iterator[None]:
+    """Inside the block the layers have these tensors cached, as for a recomputation after `cached_weights` has ended.
+
+    Afterwards they have again what they had before. The tensors keep their graph.
+    """
+    before = [Cached(layer, layer.cached_weight, layer.cached_bias) for layer, _, _ in entries]
+    _install(entries)
+    try:
+        yield
+    finally:
+        _install(before)
+
+
+def _install(entries: Sequence[Cached]) -> None:
+    for layer, weight, bias in entries:
+        layer.cached_weight, layer.cached_bias = weight, bias
 
 
 class SqueezeExcitation(nn.Module):
@@ -153,8 +269,8 @@ class SqueezeExcitation(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         hidden = max(channels // 16, 4)
-        self.squeeze = nn.Linear(channels, hidden)
-        self.excite = nn.Linear(hidden, channels)
+        self.squeeze = Linear(channels, hidden)
+        self.excite = Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = x.mean(dim=(2, 3))  # (B, C)

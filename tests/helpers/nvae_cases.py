@@ -31,6 +31,8 @@ NVAE_VARIANTS = {
 }
 
 
-def build_nvae(size: int = 16, channels: int = 3, bits: int = 8, border: int = 0, **changes) -> NVAE:
+def build_nvae(
+    size: int = 16, channels: int = 3, bits: int = 8, border: int = 0, condition_size: int = 0, **changes
+) -> NVAE:
     torch.manual_seed(0)
-    return NVAE(NVAEConfig(**(SMALL_NVAE | changes)), (channels, size, size), border, bits)
+    return NVAE(NVAEConfig(**(SMALL_NVAE | changes)), (channels, size, size), border, bits, condition_size)

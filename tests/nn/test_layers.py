@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from pipeline.nn.batch_norm import BatchNorm2d, GlobalBatchNorm
 from pipeline.nn.cells import CELLS, FactorizedReduce, InvertedResidual, ResidualCell, UpsampleProject
-from pipeline.nn.depthwise import DepthwiseConv2d, depthwise_conv2d
+from pipeline.nn.depthwise import depthwise_conv2d
 from pipeline.nn.flows import FlowPair, ShiftFlow
 from pipeline.nn.layers import (
+    DepthwiseConv2d,
     MaskedWNConv2d,
     SqueezeExcitation,
     WNConv2d,
-    cached_weights,
     effective_weights,
     find_convs,
 )
@@ -87,46 +87,6 @@ def test_stacked_weights_equal_those_of_each_layer(memory_format):
         assert (ours is None) == (plain is None)  # biases have none
         if ours is not None:
             torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-13)
-
-
-def normalized(convs: nn.ModuleList) -> list[WNConv2d]:
-    return [conv for conv in convs if isinstance(conv, WNConv2d)]
-
-
-def test_weights_are_cached_inside_the_block_only():
-    convs = various_convs()
-    x = images(2, 4, 8, 8)
-    before = convs[0](x)
-    with cached_weights(normalized(convs)):
-        cached = convs[0].cached_weight
-        torch.testing.assert_close(convs[0](x), before)
-        assert convs[0].current_weight() is cached
-        with pytest.raises(AssertionError, match="entered twice"), cached_weights(normalized(convs)):
-            pass
-        assert convs[0].cached_weight is cached
-    assert all(conv.cached_weight is None for conv in normalized(convs))
-    with torch.no_grad():
-        convs[0].log_norm.add_(1.0)
-    bias = convs[0].bias[:, None, None]
-    torch.testing.assert_close(convs[0](x) - bias, (before - bias) * torch.e)  # not the former weight
-
-
-def test_no_weight_stays_cached_after_an_error():
-    convs = normalized(various_convs())
-    with pytest.raises(RuntimeError, match="midway"), cached_weights(convs):
-        raise RuntimeError("midway")
-    assert all(conv.cached_weight is None for conv in convs)
-
-
-def test_cached_weights_have_gradients_and_follow_no_grad_and_autocast():
-    convs = normalized(various_convs().float())
-    with cached_weights(convs):
-        assert all(conv.cached_weight.requires_grad for conv in convs)
-    with torch.no_grad(), cached_weights(convs):
-        assert not any(conv.cached_weight.requires_grad for conv in convs)
-    with torch.autocast("cpu", torch.bfloat16), cached_weights(convs):
-        assert {conv.cached_weight.dtype for conv in convs} == {torch.bfloat16}
-        assert copy.deepcopy(various_convs())[0].cached_weight is None
 
 
 def test_find_convs_lists_convolutions_in_order_without_linear_layers():
