@@ -13,6 +13,8 @@ from torch import Tensor
 Group = dist.ProcessGroup
 Store = dist.Store
 
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before 2.13
+
 
 def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -29,12 +31,12 @@ def all_reduce(values: Tensor) -> Tensor:
     return values
 
 
-def all_gather(values: Tensor) -> list[Tensor]:
-    """The values of all processes, which have equal shapes, in rank order."""
+def all_gather(values: Tensor) -> Tensor:
+    """The contiguous values of all processes, which have equal shapes, concatenated in rank order along dimension 0."""
     if num_processes() == 1:
-        return [values]
-    gathered = [torch.empty_like(values) for _ in range(num_processes())]
-    dist.all_gather(gathered, values)
+        return values
+    gathered = values.new_empty((num_processes() * values.shape[0], *values.shape[1:]))
+    _all_gather_single(gathered, values)
     return gathered
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.conditions import Condition
-from pipeline.nn.batch_norm import keep_collectives_uncompiled
 from pipeline.schema import Section
 
 
@@ -175,7 +174,6 @@ def use_channels_last(model: nn.Module) -> None:
 
 def compile_cells(model: VAE) -> None:
     """Compiles the model's cells one by one, each for the single input shape that it gets."""
-    keep_collectives_uncompiled()
     cells = list(model.compilable_cells())
     # Cells share their code, and the compiler gives up after 8 variants (shapes, training and evaluation) of one code.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(cells))

@@ -9,7 +9,7 @@ Shape legend: base.py. The parts, and how they are put together from the config:
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -37,6 +37,7 @@ from pipeline.models.nvae_parts import (
     check_image_shape,
     latent_groups,
 )
+from pipeline.nn.batch_norm import counted_at_the_end
 from pipeline.nn.cells import CELLS, ResidualCell
 from pipeline.nn.distributions import ClampedNormal, Normal, at_least_float32
 from pipeline.nn.flows import FlowPair
@@ -170,20 +171,20 @@ class NVAE(VAE):
             )
         self._cached_layers = [module for module in self.modules() if isinstance(module, CachedLayer)]
 
-    # ---- the interface of VAE: each method prepares the weights once ----------------------------------
+    # ---- the interface of VAE: each method is one pass, and prepares the weights once -------------------------------
 
     def forward(self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> VAEOutput:
-        with self._cached_weights():
+        with self._one_pass():
             return self._bound(x, self._features(x, condition), noise, condition)
 
     def features(self, x: Tensor, condition: Tensor | None = None) -> list[Tensor]:
-        with self._cached_weights():
+        with self._one_pass():
             return self._features(x, condition)
 
     def bound(
         self, x: Tensor, features: list[Tensor], noise: Sequence[Tensor], condition: Tensor | None = None
     ) -> VAEOutput:
-        with self._cached_weights():
+        with self._one_pass():
             return self._bound(x, features, noise, condition)
 
     def encode(self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> list[Tensor]:
@@ -192,7 +193,7 @@ class NVAE(VAE):
 
     def decode(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
         check_condition(self, condition)
-        with self._cached_weights():
+        with self._one_pass():
             return self.likelihood(self._decode(lambda k, h: latents[k], condition)).mean
 
     def sample(self, noise: Sequence[Tensor], temperature: float = 1.0, condition: Tensor | None = None) -> Tensor:
@@ -207,7 +208,7 @@ class NVAE(VAE):
         self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None
     ) -> tuple[Tensor, list[InferredLatent]]:
         """Raw decoder outputs (B, C_out, H, W) and each group's latent, for images x (B, C, H, W) in [0, 1]."""
-        with self._cached_weights():
+        with self._one_pass():
             return self._infer(self._features(x, condition), noise, condition)
 
     def generate(self, noise: Sequence[Tensor], temperature: float = 1.0, condition: Tensor | None = None) -> Tensor:
@@ -221,17 +222,19 @@ class NVAE(VAE):
         def sample_group(k: int, h: Tensor | None) -> Tensor:
             return ClampedNormal(*self._raw_prior(k, h, noise[k], condition), temperature).sample(noise[k])
 
-        with self._cached_weights():
+        with self._one_pass():
             return self._decode(sample_group, condition)
 
     def likelihood(self, outputs: Tensor) -> PixelDistribution:
         """p(x | z) of whole images, border included, from raw decoder outputs."""
         return self.config.likelihood.build(outputs, self.bits)
 
-    # ---- the parts; their callers have entered _cached_weights -----------------------------------------------------
+    # ---- the parts; their callers have entered _one_pass -----------------------------------------------------
 
-    def _cached_weights(self) -> AbstractContextManager[None]:
-        return cached_weights(self._cached_layers)
+    @contextmanager
+    def _one_pass(self) -> Iterator[None]:
+        with cached_weights(self._cached_layers), counted_at_the_end():
+            yield
 
     def _features(self, x: Tensor, condition: Tensor | None) -> list[Tensor]:
         """One encoder feature (B, width, H_k, W_k) per group, in the order of sampling."""

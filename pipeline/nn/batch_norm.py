@@ -1,17 +1,19 @@
 """Batch normalization over the batch of all processes, on any device and backend."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from pipeline.distributed import collectives
+from pipeline.nn.global_batch_norm import GlobalBatchNorm, dense_format, global_statistics
 
 MOMENTUM = 0.05
-SPACE = (0, 2, 3)  # all dimensions but the channels
+
+_counters: list[Tensor] | None = None
+"""Inside `counted_at_the_end`: num_batches_tracked of the norms that have run."""
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -33,6 +35,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     ):
         super().__init__(channels, eps=1e-5, momentum=momentum)
         self.activation, self.copies = activation, copies
+        self._kept: tuple[tuple, Tensor] | None = None  # of `_pixels`
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._normalized(x)
@@ -41,7 +44,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     def _normalized(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        self.num_batches_tracked.add_(1)
+        _count_pass(self.num_batches_tracked)
         if collectives.num_processes() > 1:
             return self._global(x)
         return self._local(x)
@@ -59,62 +62,37 @@ class BatchNorm2d(nn.BatchNorm2d):
         return y
 
     def _global(self, x: Tensor) -> Tensor:
-        y, mean, var, count = GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps)
-        copies = count * self.copies
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (copies / (copies - 1)), self.momentum)
-        return y
+        x = x.contiguous(memory_format=dense_format(x))
+        buffers = self.running_mean, self.running_var
+        moments = global_statistics(x, *buffers, self._pixels(x), self.copies, self.momentum, self.eps)
+        return GlobalBatchNorm.apply(x, self.weight, self.bias, *moments, self.eps)
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        """(1,) pixels of a channel. Kept from pass to pass, because a fill is a kernel of its own."""
+        count = x.numel() // x.shape[1]
+        key = count, x.device, self.weight.dtype
+        if torch.compiler.is_compiling():
+            return self.weight.new_full((1,), count)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, self.weight.new_full((1,), count)
+        return self._kept[1]
 
 
-def keep_collectives_uncompiled() -> None:
-    """Exclude the collectives from compilation. Call before compiling a model.
-
-    A decorator would load the compiler at import, which takes a second.
-    """
-    BatchNorm2d._global = torch.compiler.disable(BatchNorm2d._global)
-
-
-class GlobalBatchNorm(Function):
-    """(x, weight, bias, eps) -> (normalized x, mean, biased variance, count), with moments over all processes."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        mean, var, count = global_moments(x.to(weight.dtype))
-        ctx.save_for_backward(x, weight, mean, torch.rsqrt(var + eps), count)
-        ctx.mark_non_differentiable(mean, var, count)
-        return F.batch_norm(x, mean, var, weight, bias, eps=eps), mean, var, count
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, *_):
-        x, weight, mean, inverse_std, count = ctx.saved_tensors
-        wide_dy = dy.to(weight.dtype)
-        centered = x.to(weight.dtype) - _channels(mean)
-        sums = torch.stack([wide_dy.sum(SPACE), (wide_dy * centered).sum(SPACE)])  # (2, C)
-        dbias, dweight = sums[0].clone(), sums[1] * inverse_std
-        dy_mean, covariance = collectives.all_reduce(sums) / count
-        dx = torch.addcmul(
-            wide_dy - _channels(dy_mean), centered, _channels(covariance * inverse_std.square()), value=-1
-        )
-        return (dx * _channels(weight * inverse_std)).to(x.dtype), dweight, dbias, None
+@contextmanager
+def counted_at_the_end() -> Iterator[None]:
+    """Norms that run in training inside the block are counted (`num_batches_tracked`) in one operation at its end."""
+    global _counters
+    _counters = []
+    try:
+        yield
+        if _counters:
+            torch._foreach_add_(_counters, 1)
+    finally:
+        _counters = None
 
 
-def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (C,), biased variance (C,) and count () of x (b, C, H, W) over all processes. b may differ between them.
-
-    Local moments are combined around the global mean (Chan et al. 1979): E[x^2] - E[x]^2 would cancel.
-    """
-    mean = x.mean(SPACE)
-    var = (x - _channels(mean)).square().mean(SPACE)  # torch.var_mean is many times slower in channels_last on CPU
-    local = torch.cat([mean, var, mean.new_full((1,), x.numel() // x.shape[1])])
-    gathered = torch.stack(collectives.all_gather(local))
-    means, variances, counts = gathered.split([x.shape[1], x.shape[1], 1], dim=1)  # (world, C or 1)
-    count = counts.sum()
-    mean = (means * counts).sum(0) / count
-    var = ((variances + (means - mean).square()) * counts).sum(0) / count
-    return mean, var, count
-
-
-def _channels(values: Tensor) -> Tensor:
-    return values[:, None, None]
+def _count_pass(counter: Tensor) -> None:
+    if _counters is None or torch.compiler.is_compiling():
+        counter.add_(1)
+    else:
+        _counters.append(counter)

@@ -30,7 +30,7 @@ class GatherRows(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        return torch.cat(collectives.all_gather(x.contiguous()))
+        return collectives.all_gather(x.contiguous())
 
     @staticmethod
     @once_differentiable

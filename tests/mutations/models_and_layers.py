@@ -19,9 +19,23 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "gradients of batch norm by the moments of this rank alone",
-        "pipeline/nn/batch_norm.py",
-        "dy_mean, covariance = collectives.all_reduce(sums) / count",
-        "dy_mean, covariance = sums / count",
-        ("tests/nn/test_layers.py",),
+        "pipeline/nn/global_batch_norm.py",
+        "dy_mean, covariance = collectives.all_reduce(sums) / counts.sum()",
+        "dy_mean, covariance = sums / counts.sum()",
+        ("tests/nn/test_batch_norm.py",),
+    ),
+    Mutation(
+        "on GPUs, gradients of batch norm by the moments of this rank alone",
+        "pipeline/nn/global_batch_norm.py",
+        "collectives.all_reduce(torch.cat(sums)).chunk(2)",
+        "torch.cat(sums).chunk(2)",
+        ("tests/nn/test_batch_norm.py",),
+    ),
+    Mutation(
+        "on GPUs, the running variance of an upsampled input by its own pixels",
+        "pipeline/nn/global_batch_norm.py",
+        "weights = counts * copies if copies > 1 else counts",
+        "weights = counts",
+        ("tests/nn/test_batch_norm.py",),
     ),
 )

@@ -1,17 +1,13 @@
 """Layers, cells and flows against plain compositions of torch's own operations."""
 
 import copy
-import os
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nn.batch_norm import BatchNorm2d, GlobalBatchNorm
+from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.nn.cells import CELLS, FactorizedReduce, InvertedResidual, ResidualCell, UpsampleProject
 from pipeline.nn.depthwise import depthwise_conv2d
 from pipeline.nn.flows import FlowPair, ShiftFlow
@@ -23,22 +19,7 @@ from pipeline.nn.layers import (
     effective_weights,
     find_convs,
 )
-
-
-def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
-    """The module in float64 with every parameter and running statistic drawn at random."""
-    generator = torch.Generator().manual_seed(seed)
-    module = module.double()
-    for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.normal_(generator=generator)
-            if name.endswith("running_var"):
-                tensor.abs_().add_(0.1)
-    return module
-
-
-def images(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.helpers.random_layers import images, randomized
 
 
 def plain_weight(conv: WNConv2d) -> Tensor:
@@ -235,87 +216,3 @@ def test_every_architecture_resizes_and_trains(name):
             assert out.shape == expected
             out.square().mean().backward()
             assert all(parameter.grad is not None for parameter in cell.parameters())
-
-
-# ---- batch norm ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_batch_norm_is_torchs_in_one_process(training):
-    ours, theirs = randomized(BatchNorm2d(5)), nn.BatchNorm2d(5, momentum=0.05).double()
-    theirs.load_state_dict(ours.state_dict())
-    x = images(3, 5, 4, 4)
-    torch.testing.assert_close(ours.train(training)(x), theirs.train(training)(x))
-    for name, buffer in theirs.named_buffers():
-        torch.testing.assert_close(ours.get_buffer(name), buffer)
-
-
-def with_one_process(function):
-    """function() under a process group of one."""
-    store = dist.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
-    try:
-        return function()
-    finally:
-        dist.destroy_process_group()
-
-
-def test_global_batch_norm_gradient_by_differences():
-    inputs = [images(3, 2, 2, 3).requires_grad_(), images(2).requires_grad_(), images(2, seed=2).requires_grad_()]
-    assert with_one_process(
-        lambda: torch.autograd.gradcheck(lambda *tensors: GlobalBatchNorm.apply(*tensors, 1e-5)[0], inputs)
-    )
-
-
-COPIES = (1, 4)
-
-
-def norm_and_input(copies: int) -> tuple[BatchNorm2d, Tensor, Tensor]:
-    """A layer, 5 images whose mean is far from zero beside their spread, and the gradient of its output."""
-    torch.manual_seed(0)
-    return randomized(BatchNorm2d(3, F.silu, copies)), images(5, 3, 4, 4) + 100, images(5, 3, 4, 4, seed=2)
-
-
-def run_batch_norm(x: Tensor, dy: Tensor, copies: int) -> dict[str, Tensor]:
-    norm = norm_and_input(copies)[0]
-    x = x.clone().requires_grad_()
-    y = norm(x)
-    y.backward(dy)
-    return {
-        "y": y.detach(),
-        "dx": x.grad,
-        "dweight": norm.weight.grad,
-        "dbias": norm.bias.grad,
-        **{name: buffer.clone() for name, buffer in norm.named_buffers()},
-    }
-
-
-def batch_norm_worker(rank: int, folder: str) -> None:
-    """Two of the five images on rank 0, three on rank 1; results into `folder`."""
-    store = dist.FileStore(os.path.join(folder, "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
-    calls = []
-    gather, reduce = dist.all_gather, dist.all_reduce
-    dist.all_gather = lambda *tensors: (calls.append("gather"), gather(*tensors))
-    dist.all_reduce = lambda tensor: (calls.append("reduce"), reduce(tensor))
-    share = slice(0, 2) if rank == 0 else slice(2, 5)
-    for copies in COPIES:
-        _, x, dy = norm_and_input(copies)
-        torch.save(run_batch_norm(x[share], dy[share], copies), os.path.join(folder, f"{copies}-{rank}.pt"))
-    assert calls == ["gather", "reduce"] * len(COPIES), calls
-    dist.destroy_process_group()
-
-
-def test_two_processes_equal_one_to_the_last_digits(tmp_path):
-    mp.spawn(batch_norm_worker, (str(tmp_path),), nprocs=2)
-    for copies in COPIES:
-        _, x, dy = norm_and_input(copies)
-        one = run_batch_norm(x, dy, copies)
-        first, second = (torch.load(tmp_path / f"{copies}-{rank}.pt", weights_only=True) for rank in (0, 1))
-        run_on_all = {name: torch.cat([first[name], second[name]]) for name in ("y", "dx")}
-        run_on_all |= {name: first[name] + second[name] for name in ("dweight", "dbias")}
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
-            run_on_all[name] = first[name]
-        for name, tensor in run_on_all.items():
-            torch.testing.assert_close(tensor, one[name], rtol=1e-12, atol=1e-12)
