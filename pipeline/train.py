@@ -18,9 +18,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from pipeline.cli import run_tool  # noqa: E402
 from pipeline.distributed.logs import launched_rank  # noqa: E402
 from pipeline.distributed.preemption import StopRequest  # noqa: E402
-from pipeline.distributed.runtime import Runtime  # noqa: E402
 from pipeline.recipe import RECIPES, load_recipe, recipe_path  # noqa: E402
 from pipeline.run.attempt import FAILURES, INTERRUPTED, run_attempt  # noqa: E402
+from pipeline.run.build import build_runtime  # noqa: E402
 from pipeline.run.dry_run import describe  # noqa: E402
 
 
@@ -115,14 +115,13 @@ def run(parsed: argparse.Namespace) -> int:
     """From the command line to a finished run."""
     path = recipe_path(parsed.model) if parsed.model else parsed.config
     recipe = load_recipe(path, parsed.overrides, parsed.data)
-    train, folder = recipe.train, parsed.run_dir or Path("runs") / path.stem
+    folder = parsed.run_dir or Path("runs") / path.stem
     if parsed.dry_run or parsed.dry_run_all:
         if launched_rank() == 0:
             print(describe(recipe, folder, all_settings=parsed.dry_run_all))
         return 0
     with StopRequest() as stop:
-        timeouts = train.collective_timeout, train.progress_timeout
-        runtime = Runtime(train.precision, train.cpu_threads, train.expect_processes, *timeouts)
+        runtime = build_runtime(recipe.train)
         runtime.watchdog.stacks = folder / "stacks"
         runtime.watchdog.was_interrupted = lambda: stop.interrupted
         with runtime.closing():

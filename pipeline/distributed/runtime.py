@@ -13,11 +13,12 @@ from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, ProfileKwargs
 from torch import Tensor, nn
 
 from pipeline.distributed import collectives
 from pipeline.distributed.agreement import disagreement
+from pipeline.distributed.device_settings import DEFAULT_SETTINGS, DeviceSettings
 from pipeline.distributed.logs import launched_rank, report_error
 from pipeline.distributed.watchdog import Watchdog, Work, World, wait_until
 
@@ -38,11 +39,14 @@ class Runtime:
         expect_processes: int | None = None,
         collective_timeout: float = 120.0,
         progress_timeout: float = 600.0,
+        device_settings: DeviceSettings = DEFAULT_SETTINGS,
+        ddp_bucket_mb: int = 25,
     ):
         """Joins the process group that the launcher set up.
 
         `collective_timeout`: seconds that processes wait for a rank in a collective before all of them end.
         `progress_timeout`: seconds that work which others wait for otherwise may make no progress.
+        `ddp_bucket_mb`: MiB of gradients that one collective averages.
         Raises ValueError where the launcher made fewer processes than it announced or than `expect_processes` asks for,
         and where it was configured for GPUs on a machine that has none. Raises ConnectionError where a process does not
         join.
@@ -50,8 +54,12 @@ class Runtime:
         self._work = Work()
         self.watchdog = Watchdog(self._work, progress_timeout)
         timeout = timedelta(seconds=collective_timeout + BACKEND_MARGIN)
-        # With synchronized batch norm DDP has no buffers to broadcast.
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        device_settings.apply()
+        # With synchronized batch norm DDP has no buffers to broadcast. Not static_graph: up to torch 2.13 it fails when
+        # gradients accumulate (pytorch 187732), and it gains nothing where every parameter has a gradient.
+        ddp = DistributedDataParallelKwargs(
+            broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=ddp_bucket_mb
+        )
         with connecting(timeout):
             self.accelerator = Accelerator(
                 mixed_precision="bf16" if precision == "bf16" else "no",
@@ -102,6 +110,16 @@ class Runtime:
     def autocast(self) -> AbstractContextManager:
         """Mixed precision for calls that do not go through the prepared model's forward."""
         return self.accelerator.autocast()
+
+    def profiler(
+        self, skipped: int, warm_up: int, recorded: int, on_recorded: Callable[[Any], None]
+    ) -> torch.profiler.profile:
+        """Records operators on CPU and GPU, after `skipped` and `warm_up` steps; `step()` on it ends a step.
+
+        `on_recorded` gets it after the last of the `recorded` steps, or at its `stop()` after fewer.
+        """
+        schedule = {"skip_first": skipped, "wait": 0, "warmup": warm_up, "active": recorded, "repeat": 1}
+        return ProfileKwargs(schedule_option=schedule, on_trace_ready=on_recorded).build()
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a detached tensor over ranks."""

@@ -12,7 +12,21 @@ from pipeline.training.objective import Objective
 from pipeline.training.optim import LearningRate, build_optimizer
 from pipeline.training.regularizers import Regularizers
 from pipeline.training.state import TrainingState
+from pipeline.training.train_config import TrainConfig
 from pipeline.training.trainer import Trainer
+
+
+def build_runtime(train: TrainConfig) -> Runtime:
+    """This process among those that the launcher started. Raises what `Runtime` raises."""
+    return Runtime(
+        train.precision,
+        train.cpu_threads,
+        train.expect_processes,
+        train.collective_timeout,
+        train.progress_timeout,
+        train.device_settings,
+        train.ddp_bucket_mb,
+    )
 
 
 def build_trainer(recipe: Recipe, runtime: Runtime, data: RunData) -> Trainer:

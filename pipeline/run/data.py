@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pipeline.data.device_copies import on_device
 from pipeline.data.holdout import SPLIT, check_holdout, describe_holdout, open_split
 from pipeline.data.loader import Batch, build_eval_loader, build_train_loader, check_data
 from pipeline.data.order import Order
@@ -72,20 +73,16 @@ class RunData:
     def batches(self, step: int) -> Iterable[Batch]:
         """This rank's micro-batches from optimizer step `step` to the end of the run."""
         train = self.recipe.train
-        return build_train_loader(
+        loader = build_train_loader(
             self.train,
             self._augment,
             self.order,
             micro_batch=train.images_per_pass,
             start=step * train.micro_batches,
             stop=self.total_steps * train.micro_batches,
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
-            workers=self.recipe.data.workers,
-            pin_memory=self.runtime.device.type == "cuda",
-            on_error=self.recipe.data.on_error,
-            timeout=self.recipe.train.collective_timeout,
+            **self._reading,
         )
+        return on_device(loader, self.runtime.device)
 
     def held_out_batches(self) -> Iterable[Batch]:
         """This rank's share of the validation images, in their natural order."""
@@ -94,13 +91,22 @@ class RunData:
             self.held_out,
             self._plain,
             batch_size=config.batch_size,
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
             limit=config.images,
-            on_error=self.recipe.data.on_error,
-            timeout=self.recipe.train.collective_timeout,
+            **self._reading,
         )
-        return tqdm(loader, **self._bar)
+        return tqdm(on_device(loader, self.runtime.device), total=len(loader), **self._bar)
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        """How this rank reads either split."""
+        return {
+            "rank": self.runtime.rank,
+            "world_size": self.runtime.world_size,
+            "workers": self.recipe.data.workers,
+            "pin_memory": self.runtime.device.type == "cuda",
+            "on_error": self.recipe.data.on_error,
+            "timeout": self.recipe.train.collective_timeout,
+        }
 
     def held_out_inputs(self, count: int) -> tuple[Tensor, Tensor | None]:
         """The first `count` images of the validation split as model input, and their conditions, the same on every

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.config import dump
+from pipeline.data.loader import Batch
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.images import image_grid, reconstruction_grid, save_png
 from pipeline.evaluation.likelihood_bounds import Evaluator
@@ -19,6 +21,7 @@ from pipeline.run.build import build_trainer
 from pipeline.run.data import RunData
 from pipeline.run.data_trace import Trace
 from pipeline.run.flops import peak_flops, step_flops
+from pipeline.run.step_profile import StepProfile
 from pipeline.storage.atomic import replacing
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.storage.checkpoint_writer import CheckpointWriter
@@ -111,12 +114,20 @@ class Session:
             file.write(dump(self.recipe).encode())
 
     def _train(self, cadences: list[Cadence], should_stop: Callable[[], bool]) -> bool:
-        observers = {}
+        trainer, observers = self.trainer, []
         if self.recipe.data.trace:
-            observers["on_batches"] = Trace(
-                self.folder, self.trainer.step, self.data.train, self.runtime, self.files
-            ).add
-        completed = self.trainer.fit(cadences, should_stop, **observers)
+            observers.append(Trace(self.folder, trainer.step, self.data.train, self.runtime, self.files).add)
+        with ExitStack() as stack:
+            left = trainer.total_steps - trainer.step
+            if num_steps := min(self.recipe.train.profile, left):
+                profile = StepProfile(self.folder, num_steps, left, self.runtime, self.files, trainer.throughput)
+                observers.append(stack.enter_context(profile).after_step)
+
+            def on_batches(step: int, micro_batches: list[Batch]) -> None:
+                for observe in observers:
+                    observe(step, micro_batches)
+
+            completed = trainer.fit(cadences, should_stop, on_batches)
         if not completed:
             self.save(self.trainer.step)
         self.runtime.run_on_main(lambda: self.writer.finish(), f"writing a checkpoint to {self.checkpoints.folder}")

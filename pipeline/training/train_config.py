@@ -2,6 +2,7 @@
 
 from pydantic import Field
 
+from pipeline.distributed.device_settings import DeviceSettings
 from pipeline.distributed.runtime import Precision
 from pipeline.schema import Section
 
@@ -26,10 +27,24 @@ class TrainConfig(Section):
     """Memory layout of images and activations; faster for convolutions on CPUs and GPUs."""
     compile: bool = False
     """Compile the model's cells one by one with torch.compile."""
+    tf32: bool = True
+    """On GPUs, TensorFloat-32 for convolutions and matrix products of float32 numbers: 10 bits of mantissa, several
+    times as fast."""
+    cudnn_benchmark: bool = True
+    """On GPUs, time the algorithms for each shape of a convolution at its first use, and keep the fastest; not with
+    `deterministic`."""
+    deterministic: bool = False
+    """The same machine gives the same numbers to the bit in every run: deterministic algorithms only, which are slower
+    on GPUs. CPUs do so without it."""
+    ddp_bucket_mb: int = Field(25, gt=0, le=2**16)
+    """With several processes, MiB of gradients that one collective averages, while backward computes the next ones."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Decay of the moving average of weights that validation and samples use; 0: none."""
     cpu_threads: int | None = Field(None, gt=0)
     """Threads of each process on CPU. Default: this machine's cores shared by its processes."""
+    profile: int = Field(0, ge=0, le=1000)
+    """Record this number of steps, after the first eleven, with torch's profiler: the trace of each process in
+    profile/ of the run folder, the most expensive operators in log.txt. 0: none."""
     expect_processes: int | None = Field(None, gt=0)
     """Required number of processes; training with another number is refused."""
     collective_timeout: float = Field(120.0, gt=0)
@@ -39,6 +54,11 @@ class TrainConfig(Section):
     checkpoint) may make no progress; then all end, and the message names the work."""
     max_skipped_steps: int = Field(20, gt=0)
     """Number of consecutive steps with a non-finite loss or gradient that ends the run."""
+
+    @property
+    def device_settings(self) -> DeviceSettings:
+        """What torch chooses on a GPU."""
+        return DeviceSettings(self.cudnn_benchmark, self.tf32, self.deterministic)
 
     @property
     def images_per_pass(self) -> int:
