@@ -64,7 +64,7 @@ class Runtime:
             self.accelerator = Accelerator(
                 mixed_precision="bf16" if precision == "bf16" else "no",
                 cpu=not torch.cuda.is_available(),
-                kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timeout)],
+                kwargs_handlers=[ddp, InitProcessGroupKwargs(backend=gpu_backend(), timeout=timeout)],
             )
         self.precision = precision
         self.dtype = torch.float64 if precision == "fp64" else torch.float32
@@ -286,6 +286,12 @@ def cores_per_process() -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def gpu_backend() -> str:
+    """How processes with GPUs exchange data: by NCCL, which refuses processes that share a GPU; then by gloo."""
+    num_gpus, num_processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return "gloo" if 0 < num_gpus < num_processes else "nccl"
 
 
 def check_process_count(world_size: int, expected: int | None) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.distributed.agreement import code_version, disagreement
 from pipeline.distributed.logs import launched_rank
-from pipeline.distributed.runtime import Runtime, check_gpus, check_process_count, cores_per_process
+from pipeline.distributed.runtime import Runtime, check_gpus, check_process_count, cores_per_process, gpu_backend
 from tests.helpers.launching import ROOT, run_command
 from tests.helpers.rank_scripts import run_script, script_command, write_script
 
@@ -40,6 +40,16 @@ def test_cores_are_shared_by_local_processes(monkeypatch):
     assert cores_per_process() == cores
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(4 * cores))
     assert cores_per_process() == 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "backend"), [(8, "8", "nccl"), (8, "2", "nccl"), (1, "2", "gloo"), (0, "2", "nccl")]
+)
+def test_processes_that_share_a_gpu_use_gloo(monkeypatch, gpus, processes, backend):
+    """On CPUs Accelerate takes gloo in any case."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert gpu_backend() == backend
 
 
 def test_the_launchers_number_is_compared(monkeypatch):

@@ -31,7 +31,8 @@ def digest(trainer):
     return hashlib.sha256(b"".join(content)).hexdigest()
 
 results = {"buckets": {}, "digests": {}, "figures": {}}
-wide = recipe("regularizers.strength=0", "train.steps=3", "train.micro_batch=4", **MLP | {"hidden": 2048, "latent_size": 128})
+model = MLP | {"hidden": 2048, "latent_size": 128}
+wide = recipe("regularizers.strength=0", "train.steps=3", "train.micro_batch=4", **model)
 for mb in (25, 1):
     runtime.accelerator.ddp_handler.bucket_cap_mb = mb
     trainer = build_trainer(wide, runtime, RunData(wide, runtime))
