@@ -63,7 +63,8 @@ class SpectralConv2d(nn.Conv2d):
         spectral_norm(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has too few digits for a power iteration
+        device = "cpu" if x.is_meta else x.device.type  # torch knows no autocast on the meta device
+        with torch.autocast(device, enabled=False):  # bfloat16 has too few digits for a power iteration
             weight = self.current_weight()
         return self._conv_forward(x, weight, self.bias)
 

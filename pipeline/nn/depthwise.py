@@ -19,8 +19,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, padding: int) -> Tensor:
     In all other cases this is torch's convolution.
     """
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-    if channels_last and float32 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+    float32_on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if channels_last and float32_on_cpu and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()):
         return _DepthwiseOnCPU.apply(x, weight, padding)
     return F.conv2d(x, weight, padding=padding, groups=x.shape[1])
 

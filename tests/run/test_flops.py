@@ -1,11 +1,15 @@
 """FLOPs are those of the convolutions, counted by hand for a network that is small enough."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from pipeline.models.base import VAE, LatentGroup, VAEOutput
+from pipeline.recipe import build_model
 from pipeline.run.flops import peak_flops, step_flops
+from tests.helpers.model_cases import ONE_PER_MODEL, make_recipe
 
 
 class OneConvolution(VAE):
@@ -31,6 +35,14 @@ class OneConvolution(VAE):
 
     def sample(self, noise, temperature=1.0, condition=None):
         return self.decode(noise)
+
+
+@pytest.mark.parametrize("case", ONE_PER_MODEL.values())
+def test_every_model_is_counted_on_the_meta_device(case):
+    """As a run on a GPU does for perf/mfu; some operators refuse that device."""
+    with torch.device("meta"):
+        model = build_model(make_recipe(case, Path()))
+    assert step_flops(model, batch_size=2) == 2 * step_flops(model, batch_size=1) > 1e5
 
 
 def test_a_convolution_counts_two_for_each_product_and_three_passes():
