@@ -119,21 +119,20 @@ def build_ours(case: str, **train) -> Callable[[int], None]:
     from pipeline.data.loader import Batch
     from pipeline.data.preprocess import to_model_input
     from pipeline.distributed.runtime import Runtime
-    from pipeline.models.nvae import NVAE
-    from pipeline.models.nvae_conversion import config_from_reference
     from pipeline.training.objective import Objective, ObjectiveConfig
     from pipeline.training.optim import LearningRate, OptimConfig, build_optimizer
     from pipeline.training.regularizers import RegularizerConfig, Regularizers
     from pipeline.training.state import TrainingState
     from pipeline.training.train_config import TrainConfig
     from pipeline.training.trainer import Trainer
+    from tests.helpers.nvae_cases import nvae_from_reference
 
     options, batch_size = reference_options(case)
     config = TrainConfig(steps=TOTAL_STEPS, batch_size=batch_size, **train)
     runtime = Runtime(config.precision)
     torch.manual_seed(0)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = NVAE(*config_from_reference(options)).to(memory_format=layout).to(runtime.device)
+    model = nvae_from_reference(options).to(memory_format=layout).to(runtime.device)
     wrapped, optimizer = runtime.prepare(model, build_optimizer(model, OptimConfig(warmup_steps=50)))
 
     def model_inputs(batch: Batch) -> tuple[torch.Tensor, None]:

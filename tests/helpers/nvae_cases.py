@@ -4,6 +4,7 @@ import torch
 
 from pipeline.models.likelihoods import BernoulliLikelihood, LogisticMixtureLikelihood, NormalLikelihood
 from pipeline.models.nvae import NVAE, NVAEConfig
+from pipeline.models.nvae_conversion import config_from_reference
 
 SMALL_NVAE = {
     "groups_per_scale": (1, 2),
@@ -36,3 +37,8 @@ def build_nvae(
 ) -> NVAE:
     torch.manual_seed(0)
     return NVAE(NVAEConfig(**(SMALL_NVAE | changes)), (channels, size, size), border, bits, condition_size)
+
+
+def nvae_from_reference(options: dict) -> NVAE:
+    """The model that these options of the reference release describe, with new weights."""
+    return NVAE(*config_from_reference(options))
