@@ -23,6 +23,8 @@ fi
 # shellcheck source=slurm/site.sh
 source "$FROZEN_CODE/slurm/site.sh"
 export PYTHON PYTHONPATH=$FROZEN_CODE PYTHONFAULTHANDLER=1
+# What torch.compile makes (train.compile), on a disk that all nodes read: a requeued job does not compile again.
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/.slurm/torchinductor}
 
 say() { echo "$(date '+%F %T') $*" >&2; }
 die() { echo "error: $*" >&2; exit 2; }

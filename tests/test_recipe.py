@@ -93,6 +93,16 @@ def test_a_renamed_setting_keeps_its_former_name(settings, override):
     assert changed_settings(former, present) == ([], [])
 
 
+@pytest.mark.parametrize(
+    ("text", "mode"), [("off", "off"), ("false", "off"), ("true", "cells"), ("cells", "cells"), ("whole", "whole")]
+)
+def test_compile_takes_its_former_values(settings, text, mode):
+    """`off` is false in YAML; true and false were the values of earlier recipes and checkpoints."""
+    former, present = (overlay(settings, [f"train.compile={value}"]) for value in (text, f"'{mode}'"))
+    assert build(Recipe, former).train.compile == mode
+    assert changed_settings(former, build(Recipe, present).model_dump(mode="json")) == ([], [])
+
+
 def test_a_setting_given_by_both_names_is_refused(settings):
     data = settings["data"] | {"binarise": "none", "binarize": "dynamic"}
     with pytest.raises(ConfigError, match=r"data.binarise: the former name of data.binarize"):

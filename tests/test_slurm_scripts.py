@@ -110,6 +110,7 @@ exec "$PYTHON" "$0.py" "$@"
 PROGRAM = """import os, sys
 from pathlib import Path
 from pipeline.storage.status import StatusFile
+print(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 state, step = os.environ["ENDS"].split()
 file = StatusFile(Path(sys.argv[sys.argv.index("--run-dir") + 1]))
 file.begin(int(step), 100)
@@ -192,6 +193,14 @@ def test_a_finished_or_failed_run_is_not_requeued(tmp_path):
     failed = attempt(tmp_path, 0, "failed 3")
     assert failed.returncode == 1
     assert "not requeued" in failed.stderr
+
+
+def test_every_attempt_finds_the_code_that_an_earlier_one_compiled(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    write_stand_ins(tmp_path)
+    first, second = (attempt(tmp_path, number, "killed 1") for number in range(2))
+    assert first.stdout == second.stdout == f"{tmp_path / '.slurm' / 'torchinductor'}\n"
+    assert attempt(tmp_path, 2, "killed 1", TORCHINDUCTOR_CACHE_DIR="/scratch/me").stdout == "/scratch/me\n"
 
 
 def test_an_interrupted_run_is_not_requeued(tmp_path):

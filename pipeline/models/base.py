@@ -172,13 +172,13 @@ def use_channels_last(model: nn.Module) -> None:
             parameter.data = parameter.data.as_strided(parameter.shape, plain)
 
 
-def compile_cells(model: VAE) -> None:
+def compile_cells(model: VAE, backend: str = "inductor") -> None:
     """Compiles the model's cells one by one, each for the single input shape that it gets."""
     cells = list(model.compilable_cells())
     # Cells share their code, and the compiler gives up after 8 variants (shapes, training and evaluation) of one code.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(cells))
     for cell in cells:
-        cell.compile(dynamic=False)
+        cell.compile(backend=backend, dynamic=False)
 
 
 def check_divisible(image_shape: tuple[int, int, int], step: int, model: str, *other_fixes: str) -> None:

@@ -3,9 +3,10 @@
 import torch
 
 from pipeline.distributed.runtime import Runtime
-from pipeline.models.base import compile_cells, use_channels_last
+from pipeline.models.base import use_channels_last
 from pipeline.recipe import Recipe, build_model
 from pipeline.run.classifier_folder import load_frozen_classifier
+from pipeline.run.compilation import compile_training, prepare_compiler
 from pipeline.run.data import RunData
 from pipeline.training.ema import EMA
 from pipeline.training.objective import Objective
@@ -38,9 +39,11 @@ def build_trainer(recipe: Recipe, runtime: Runtime, data: RunData) -> Trainer:
     model = build_model(recipe, classifier).to(runtime.dtype)
     if train.channels_last:
         use_channels_last(model)
-    if train.compile:
-        compile_cells(model)
     model.to(runtime.device)
+    objective = Objective(recipe.objective, model.groups, data.total_steps, runtime.mean)
+    if train.compile != "off":
+        runtime.run_on_all(lambda: prepare_compiler(train, runtime.device), "trying the compiler")
+        compile_training(train, model, objective)
     wrapped, optimizer = runtime.prepare(model, build_optimizer(model, recipe.optim))
     ema = EMA(model, train.ema_decay) if train.ema_decay else None
     steps_per_epoch = data.order.epoch_size / train.batch_size
@@ -50,7 +53,7 @@ def build_trainer(recipe: Recipe, runtime: Runtime, data: RunData) -> Trainer:
         data=data,
         state=TrainingState(model, optimizer, Regularizers(recipe.regularizers, model, train.seed), ema),
         wrapped_model=wrapped,
-        objective=Objective(recipe.objective, model.groups, data.total_steps, runtime.mean),
+        objective=objective,
         learning_rate=LearningRate(recipe.optim, data.total_steps, steps_per_epoch),
         clip=recipe.optim.clip,
     )

@@ -6,7 +6,7 @@ Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow"
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -85,33 +85,52 @@ class Objective:
 
         Statistics: `elbo`, `log_px` and `kl` without weights, the model's own penalties, and per group `kl/NAME`.
         """
-        loss = (self.charged_kl(out.kl, step) - out.log_px + sum(out.penalties.values())).mean()
-        return loss, self._statistics(out)
+        return self._terms(out, *self._charges(out.kl, step))
 
     def charged_kl(self, kl: Tensor, step: int) -> Tensor:
         """The KL term of the loss, (B,) nats, after free bits, balancing and warm-up, from the KL per group (B, G)."""
-        balancing = self.config.kl_balancing != "none" and self.warmup(step) < 1
-        if balancing or self.config.free_bits:
-            kl = self._weighted_kl(kl, balancing)  # (B, G)
-        return self.beta(step) * kl.sum(dim=1)
+        return self._charged(kl, *self._charges(kl, step))
 
-    def _weighted_kl(self, kl: Tensor, balancing: bool) -> Tensor:
+    def compile(self, **options: Any) -> None:
+        """Compiles what follows the collective. `options`: those of torch.compile."""
+        self._terms = torch.compile(self._terms, **options)
+
+    def _charges(self, kl: Tensor, step: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """beta (), whether each group is free of charge (G,), and its balancing weight (G,); None where not used.
+
+        Tensors, because compiled code is compiled again for every new number.
+        """
+        beta, free_bits = kl.new_full((), self.beta(step)), self.config.free_bits
+        balancing = self.config.kl_balancing != "none" and self.warmup(step) < 1
+        if not (balancing or free_bits):
+            return beta, None, None
         constant = kl.detach()  # no gradient through weights and decisions
         means = torch.stack([constant.mean(dim=0), constant.abs().mean(dim=0)])  # (2, G)
         mean_kl, mean_abs_kl = self.mean_over_ranks(means)  # one collective for both
-        if self.config.free_bits:
-            free = mean_kl <= self.config.free_bits  # false for NaN, which must reach the loss
+        self._alpha = self._alpha.to(kl)  # copies only the first time
+        free = (
+            mean_kl <= self.config.free_bits if self.config.free_bits else None
+        )  # false for NaN: it must reach the loss
+        return beta, free, balancing_weights(mean_abs_kl, self._alpha) if balancing else None
+
+    def _charged(self, kl: Tensor, beta: Tensor, free: Tensor | None, weights: Tensor | None) -> Tensor:
+        if free is not None:
             kl = kl.masked_fill(free, self.config.free_bits)
-        if balancing:
-            self._alpha = self._alpha.to(kl)  # copies only the first time
-            kl = balancing_weights(mean_abs_kl, self._alpha) * kl
-        return kl
+        if weights is not None:
+            kl = weights * kl
+        return beta * kl.sum(dim=1)
+
+    def _terms(
+        self, out: VAEOutput, beta: Tensor, free: Tensor | None, weights: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        charged = self._charged(out.kl, beta, free, weights)
+        return (charged - out.log_px + sum(out.penalties.values())).mean(), self._statistics(out)
 
     @torch.no_grad()
     def _statistics(self, out: VAEOutput) -> dict[str, Tensor]:
-        kl = out.kl.mean(dim=0)  # (G,)
-        log_px = out.log_px.mean()
-        statistics = {"elbo": log_px - kl.sum(), "log_px": log_px, "kl": kl.sum()}
+        kl, log_px = out.kl.mean(dim=0), out.log_px.mean()  # (G,), ()
+        total = kl.sum()
+        statistics = {"elbo": log_px - total, "log_px": log_px, "kl": total}
         for group, group_kl in zip(self.groups, kl, strict=True):
             statistics[f"kl/{group.name}"] = group_kl
         return statistics | {name: penalty.mean() for name, penalty in out.penalties.items()}

@@ -1,6 +1,8 @@
 """The settings of the training loop."""
 
-from pydantic import Field
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
 
 from pipeline.distributed.device_settings import DeviceSettings
 from pipeline.distributed.runtime import Precision
@@ -25,8 +27,10 @@ class TrainConfig(Section):
     """`bf16`: mixed precision by autocast (densities, KL and likelihoods stay in float32). `fp64` is for tests."""
     channels_last: bool = True
     """Memory layout of images and activations; faster for convolutions on CPUs and GPUs."""
-    compile: bool = False
-    """Compile the model's cells one by one with torch.compile."""
+    compile: Literal["off", "cells", "whole"] = "off"
+    """What torch.compile compiles. `cells`: the model's cells one by one. `whole`: the model's training pass and the
+    objective; validation and samples stay eager. The first step takes minutes; compiled code is kept in
+    TORCHINDUCTOR_CACHE_DIR for the next start. With several processes raise `collective_timeout` above that time."""
     tf32: bool = True
     """On GPUs, TensorFloat-32 for convolutions and matrix products of float32 numbers: 10 bits of mantissa, several
     times as fast."""
@@ -54,6 +58,12 @@ class TrainConfig(Section):
     checkpoint) may make no progress; then all end, and the message names the work."""
     max_skipped_steps: int = Field(20, gt=0)
     """Number of consecutive steps with a non-finite loss or gradient that ends the run."""
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _read_switch(cls, value: Any) -> Any:
+        """YAML reads `off` as false; `true` and `false` were the values before there was `whole`."""
+        return {True: "cells", False: "off"}[value] if isinstance(value, bool) else value
 
     @property
     def device_settings(self) -> DeviceSettings:

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch._inductor import config as inductor_config
 
 from pipeline.storage.run_lock import RunLock
 from pipeline.train import main
@@ -193,6 +195,20 @@ def test_wrong_input_gets_one_line_and_exit_code_2(recipe_file, train_here, tmp_
     assert re.search(message, error)
     assert "Traceback" not in error
     assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_without_a_compiler_a_compiled_run_ends_before_its_first_step(recipe_file, train_here, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    with inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        torch._dynamo.reset()
+        code, error = train_here(
+            "--config", str(recipe_file), "--run-dir", str(tmp_path / "run"), "train.compile=whole", "train.steps=1"
+        )
+    assert code == 2
+    assert "error: train.compile=whole: the compiler does not work on this machine: " in error
+    assert "install a C++ compiler (g++)" in error
+    assert "or set train.compile=off" in error
+    assert "Traceback" not in error
 
 
 def test_an_unwritable_run_folder_is_named(recipe_file, train_here, tmp_path):
