@@ -139,10 +139,19 @@ def _foreach(name: str, args: tuple) -> int:
     scalars = any(isinstance(value, (list, tuple)) and value and not isinstance(value[0], Tensor) for value in args)
     depth = len(lists) + (not name.endswith("_") and name != "_foreach_norm")  # results are a list too
     limits = MAX_TENSORS_WITH_SCALARS if scalars else MAX_TENSORS
-    if name == "_foreach_copy_" and any(a.dtype != b.dtype for a, b in zip(*lists, strict=True)):
-        return len(lists[0])  # torch copies one by one
+    if name == "_foreach_copy_" and not _copies_at_once(*lists):
+        return len(lists[0])
     launches = multi_tensor_launches([tensor.numel() for tensor in lists[0]], limits[min(depth, 5) - 1])
     return launches + (name == "_foreach_norm")  # a second kernel combines the chunks
+
+
+def _copies_at_once(targets: list[Tensor], sources: list[Tensor]) -> bool:
+    """Whether torch copies with multi-tensor kernels, which cast too, and not one tensor after another: all sources
+    have one dtype, all targets have one, and each pair has the same strides (ATen/native/cuda/ForeachBinaryOpList.cu).
+    """
+    dtypes = {tensor.dtype for tensor in targets}, {tensor.dtype for tensor in sources}
+    strides_fit = all(a.stride() == b.stride() for a, b in zip(targets, sources, strict=True))
+    return all(len(found) == 1 for found in dtypes) and strides_fit
 
 
 def kernels(func: OpOverload, args: tuple, kwargs: dict, out: Any) -> list[Kernel]:

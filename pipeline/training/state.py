@@ -3,6 +3,9 @@
 Nothing random is here. Noise, data order, learning rate and beta are functions of the step.
 """
 
+from collections import defaultdict
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +31,8 @@ class TrainingState:
         self.optimizer = optimizer
         self.regularizers = regularizers
         self.ema = ema
-        self._buffers = list(model.buffers())
-        self._kept = [buffer.clone() for buffer in self._buffers]
+        self._buffers = by_dtype(model.buffers())
+        self._kept = [[buffer.clone() for buffer in buffers] for buffers in self._buffers]
 
     def remember_buffers(self) -> None:
         """Copies batch norm's running statistics: a forward pass changes them before the step is known to be finite."""
@@ -130,6 +133,14 @@ def _laid_out_like(parameter: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor
 
 
-def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources)
+def by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Groups of one dtype: torch copies a list with two dtypes one tensor after another."""
+    groups = defaultdict(list)
+    for tensor in tensors:
+        groups[tensor.dtype].append(tensor)
+    return list(groups.values())
+
+
+def _copy_all(targets: list[list[Tensor]], sources: list[list[Tensor]]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        torch._foreach_copy_(target, source)
