@@ -17,7 +17,7 @@ from pipeline.data.loader import DataConfig
 from pipeline.evaluation.likelihood_bounds import ValidationConfig
 from pipeline.evaluation.sample_grids import SamplesConfig
 from pipeline.models.attribute_vae import AttributeVAEConfig
-from pipeline.models.base import VAE
+from pipeline.models.base import VAE, recompute_activations
 from pipeline.models.classifier import FrozenClassifier
 from pipeline.models.conditions import Condition
 from pipeline.models.conv_vae import ConvVAEConfig
@@ -71,8 +71,14 @@ class Recipe(Section):
                 f"regularizers.strength={self.regularizers.strength:g}: the penalties are made for NVAE's layers; "
                 f"model.name={self.model.name} needs regularizers.strength=0"
             )
+        if train.recompute != "none" and train.compile != "off":
+            raise ValueError(
+                f"train.recompute: {train.recompute} is not supported with train.compile={train.compile}, because the "
+                "compiler chooses which activations it keeps; set one of them to its default"
+            )
         with torch.device("meta"):
-            build_model(self)  # the model's own checks: sizes that the scales divide, channels, likelihood
+            model = build_model(self)  # the model's own checks: sizes that the scales divide, channels, likelihood
+        recompute_activations(model, train.recompute)
         return self
 
 

@@ -7,12 +7,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.models.conditions import Condition
+from pipeline.nn.recompute import recompute
 from pipeline.schema import Section
 
 
@@ -146,7 +147,9 @@ class VAE(nn.Module, ABC):
         return self.decode(self.encode(x, noise, condition), condition)
 
     def compilable_cells(self) -> Iterator[nn.Module]:
-        """The submodules that `train.compile` compiles, each on its own; none by default."""
+        """The submodules that `train.compile` compiles, and `train.recompute=cells` recomputes, each on its own; none
+        by default.
+        """
         return iter(())
 
 
@@ -170,6 +173,20 @@ def use_channels_last(model: nn.Module) -> None:
             # which are the contiguous ones.
             plain = torch.empty(parameter.shape, device="meta").stride()
             parameter.data = parameter.data.as_strided(parameter.shape, plain)
+
+
+def recompute_activations(model: VAE, what: Literal["none", "norms", "cells"]) -> None:
+    """Makes backward passes in training recompute activations. Raises ValueError for what the model does not have."""
+    methods = {
+        "none": [],
+        "norms": [(module, name) for module in model.modules() for name in getattr(module, "regions", ())],
+        "cells": [(cell, "forward") for cell in model.compilable_cells()],
+    }
+    if what != "none" and not methods[what]:
+        supported = ", ".join(name for name, found in methods.items() if found or name == "none")
+        raise ValueError(f"train.recompute: {what} is not supported by this model; supported: {supported}")
+    for module, name in methods[what]:
+        recompute(module, name)
 
 
 def compile_cells(model: VAE, backend: str = "inductor") -> None:

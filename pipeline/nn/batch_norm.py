@@ -12,8 +12,12 @@ from pipeline.nn.global_batch_norm import GlobalBatchNorm, dense_format, global_
 
 MOMENTUM = 0.05
 
-_counters: list[Tensor] | None = None
-"""Inside `counted_at_the_end`: num_batches_tracked of the norms that have run."""
+Moments = tuple[Tensor, Tensor, Tensor]
+
+_counters: dict[int, Tensor] | None = None
+"""Inside `counted_at_the_end`: num_batches_tracked of the norms that have run, by identity."""
+_recorded: list[Moments] | None = None
+_replayed: Iterator[Moments] | None = None
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -44,12 +48,16 @@ class BatchNorm2d(nn.BatchNorm2d):
     def _normalized(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        _count_pass(self.num_batches_tracked)
+        if _replayed is None:
+            _count_pass(self.num_batches_tracked)
         if collectives.num_processes() > 1:
             return self._global(x)
         return self._local(x)
 
     def _local(self, x: Tensor) -> Tensor:
+        if _replayed is not None:
+            scratch = torch.empty_like(self.running_mean), torch.empty_like(self.running_var)
+            return F.batch_norm(x, *scratch, self.weight, self.bias, True, self.momentum, self.eps)
         count = x.numel() // x.shape[1]
         running_var = self.running_var
         # F.batch_norm updates with variance * count / (count - 1). With copies the factor is another, applied below.
@@ -63,9 +71,14 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def _global(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=dense_format(x))
-        buffers = self.running_mean, self.running_var
-        moments = global_statistics(x, *buffers, self._pixels(x), self.copies, self.momentum, self.eps)
+        moments = self._moments(x) if _replayed is None else next(_replayed)
+        if _recorded is not None:
+            _recorded.append(moments)
         return GlobalBatchNorm.apply(x, self.weight, self.bias, *moments, self.eps)
+
+    def _moments(self, x: Tensor) -> Moments:
+        buffers = self.running_mean, self.running_var
+        return global_statistics(x, *buffers, self._pixels(x), self.copies, self.momentum, self.eps)
 
     def _pixels(self, x: Tensor) -> Tensor:
         """(1,) pixels of a channel. Kept from pass to pass, because a fill is a kernel of its own."""
@@ -82,17 +95,45 @@ class BatchNorm2d(nn.BatchNorm2d):
 def counted_at_the_end() -> Iterator[None]:
     """Norms that run in training inside the block are counted (`num_batches_tracked`) in one operation at its end."""
     global _counters
-    _counters = []
+    _counters = {}
     try:
         yield
         if _counters:
-            torch._foreach_add_(_counters, 1)
+            torch._foreach_add_(list(_counters.values()), 1)
     finally:
         _counters = None
 
 
 def _count_pass(counter: Tensor) -> None:
-    if _counters is None or torch.compiler.is_compiling():
+    if _counters is None or id(counter) in _counters or torch.compiler.is_compiling():
         counter.add_(1)
     else:
-        _counters.append(counter)
+        _counters[id(counter)] = counter
+
+
+@contextmanager
+def recording(moments: list[Moments]) -> Iterator[None]:
+    """Norms that run in training inside the block append the statistics of all processes that they used."""
+    global _recorded
+    assert _recorded is _replayed is None, "recomputed regions do not nest"
+    _recorded = moments
+    try:
+        yield
+    finally:
+        _recorded = None
+
+
+@contextmanager
+def replaying(moments: list[Moments]) -> Iterator[None]:
+    """Norms inside the block normalize as they did when `moments` was recorded, and change nothing else.
+
+    With several processes they use the recorded statistics: no collective is repeated. With one they compute theirs
+    again, which gives the same result to the bit; normalizing by stored statistics would not.
+    """
+    global _replayed
+    assert _recorded is _replayed is None, "recomputed regions do not nest"
+    _replayed = iter(moments)
+    try:
+        yield
+    finally:
+        _replayed = None

@@ -2,6 +2,8 @@
 
 Every cell maps (B, C, H, W) to: the same shape ("same"); twice the channels at half the size ("down"); half the
 channels at twice the size ("up").
+
+`regions` of a module are methods that end in a convolution, for `train.recompute=norms`.
 """
 
 from collections.abc import Callable
@@ -23,6 +25,8 @@ BRANCH_SCALE = 0.1
 class BNSwishConv(nn.Module):
     """Batch norm, swish, nearest upsampling (resize "up" only), weight-normalized 3x3 convolution."""
 
+    regions = ("forward",)
+
     def __init__(self, channels: int, out_channels: int, resize: Resize, dilation: int = 1):
         super().__init__()
         self.resize = resize
@@ -37,6 +41,8 @@ class BNSwishConv(nn.Module):
 
 class BNELUConv(nn.Module):
     """Batch norm, ELU, nearest upsampling (resize "up" only), weight-normalized 3x3 convolution."""
+
+    regions = ("forward",)
 
     def __init__(self, channels: int, out_channels: int, resize: Resize):
         super().__init__()
@@ -56,6 +62,8 @@ class InvertedResidual(nn.Module):
     function is the same, but batch norm, 1x1 convolution and swish would then compute every pixel four times.
     """
 
+    regions = ("_expanded", "_filtered", "_projected")
+
     def __init__(self, channels, out_channels, resize: Resize, expansion: int, kernel: int = 5, group_width: int = 1):
         super().__init__()
         self.resize = resize
@@ -69,11 +77,17 @@ class InvertedResidual(nn.Module):
         self.bn_out = BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.bn_expand(self.expand(self.bn_in(x)))  # (B, hidden, H, W)
-        if self.resize == "up":
-            h = upsample(h)  # (B, hidden, 2H, 2W)
-        h = self.bn_depthwise(self.depthwise(h))
-        return self.bn_out(self.project(h))
+        return self.bn_out(self._projected(self._filtered(self._expanded(x))))
+
+    def _expanded(self, x: Tensor) -> Tensor:
+        return self.expand(self.bn_in(x))  # (B, hidden, H, W)
+
+    def _filtered(self, h: Tensor) -> Tensor:
+        h = self.bn_expand(h)
+        return self.depthwise(upsample(h) if self.resize == "up" else h)  # (B, hidden, 2H, 2W) in an "up" cell
+
+    def _projected(self, h: Tensor) -> Tensor:
+        return self.project(self.bn_depthwise(h))
 
 
 def _spatial_conv(channels: int, kernel: int, stride: int, group_width: int) -> nn.Module:
@@ -89,6 +103,7 @@ class FactorizedReduce(nn.Module):
 
     TAPS = ((0, 0), (1, 1), (0, 1), (1, 0))
     """(row, column) inside the square for each convolution."""
+    regions = ("forward",)
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()

@@ -3,7 +3,7 @@
 import torch
 
 from pipeline.distributed.runtime import Runtime
-from pipeline.models.base import use_channels_last
+from pipeline.models.base import recompute_activations, use_channels_last
 from pipeline.recipe import Recipe, build_model
 from pipeline.run.classifier_folder import load_frozen_classifier
 from pipeline.run.compilation import compile_training, prepare_compiler
@@ -39,6 +39,7 @@ def build_trainer(recipe: Recipe, runtime: Runtime, data: RunData) -> Trainer:
     model = build_model(recipe, classifier).to(runtime.dtype)
     if train.channels_last:
         use_channels_last(model)
+    recompute_activations(model, train.recompute)
     model.to(runtime.device)
     objective = Objective(recipe.objective, model.groups, data.total_steps, runtime.mean)
     if train.compile != "off":

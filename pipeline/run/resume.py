@@ -21,6 +21,7 @@ CHANGEABLE = (
     "train.precision",
     "train.channels_last",
     "train.compile",
+    "train.recompute",
     "train.tf32",
     "train.cudnn_benchmark",
     "train.deterministic",

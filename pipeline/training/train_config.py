@@ -8,6 +8,8 @@ from pipeline.distributed.device_settings import DeviceSettings
 from pipeline.distributed.runtime import Precision
 from pipeline.schema import Section
 
+Recompute = Literal["none", "norms", "cells"]
+
 
 class TrainConfig(Section):
     """Length, batch size, precision and processes."""
@@ -42,6 +44,9 @@ class TrainConfig(Section):
     on GPUs. CPUs do so without it."""
     ddp_bucket_mb: int = Field(25, gt=0, le=2**16)
     """With several processes, MiB of gradients that one collective averages, while backward computes the next ones."""
+    recompute: Recompute = "none"
+    """Activations that the backward pass computes again instead of keeping them; the results are the same. `norms`:
+    those of batch norms and activations in front of convolutions. `cells`: all inside of each cell."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Decay of the moving average of weights that validation and samples use; 0: none."""
     cpu_threads: int | None = Field(None, gt=0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.data.preprocess import to_model_input
 from pipeline.evaluation.sample_grids import readjust_batch_norm
-from pipeline.models.base import VAEOutput
+from pipeline.models.base import VAEOutput, recompute_activations
 from pipeline.models.nvae import NVAE
 from pipeline.models.nvae_conversion import (
     config_from_reference,
@@ -206,6 +206,17 @@ def test_training_loss_and_gradients(case):
             backward(model, total)
             check_gradients(model, row)
     assert any("grad_norm" in row for row in expected["rows"])
+
+
+@pytest.mark.parametrize("what", ["norms", "cells"])
+def test_gradients_with_recomputed_activations(case, what):
+    expected = case.file["train_loss"]
+    row = next(row for row in expected["rows"] if "grad_norm" in row)
+    model = case.model(training=True)
+    recompute_activations(model, what)
+    total = check_loss(case, row, model, case.regularizers(model), case.noise("eps"), expected["total_iters"])
+    backward(model, total)
+    check_gradients(model, row)
 
 
 def check_loss(

@@ -1,0 +1,151 @@
+"""Recomputed activations: equal numbers, less memory, no second update of statistics, no more collectives."""
+
+import os
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.config import ConfigError
+from pipeline.distributed import collectives
+from pipeline.models.base import recompute_activations, use_channels_last
+from pipeline.models.noise import draw_noise
+from pipeline.models.nvae import NVAE
+from pipeline.recipe import load_recipe, recipe_path
+from tests.helpers.nvae_cases import build_nvae
+
+WHAT = ("norms", "cells")
+VARIANTS = {
+    "default": {"num_flows": 1},
+    "mbconv_sep": {"cells": "mbconv_sep", "squeeze_excitation": False},
+    "res_bnelu": {"cells": "res_bnelu"},
+}
+
+
+def small_nvae(what: str, dtype: torch.dtype = torch.float32, **changes) -> NVAE:
+    model = build_nvae(**changes).to(dtype)
+    use_channels_last(model)
+    recompute_activations(model, what)
+    return model
+
+
+def batch(model: NVAE, first: int, size: int = 4) -> tuple[Tensor, list[Tensor]]:
+    """Images and noise at positions from `first` on."""
+    dtype = model.output.weight.dtype
+    images = [torch.rand(model.image_shape, generator=torch.Generator().manual_seed(first + i)) for i in range(size)]
+    noise = draw_noise(model.noise_groups, 1, "test", list(range(first, first + size)), dtype=dtype)
+    return torch.stack(images).to(dtype, memory_format=torch.channels_last), noise
+
+
+def train_pass(model, x: Tensor, noise: list[Tensor], autocast: bool = False) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        loss = -model(x, noise).elbo.mean()
+    loss.backward()
+    return loss.detach()
+
+
+def results(model: NVAE) -> dict[str, Tensor]:
+    return {name: tensor.grad for name, tensor in model.named_parameters()} | dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_gradients_and_statistics_are_the_same_to_the_bit(variant, precision):
+    """Two accumulated passes, then one without gradients that moves the statistics, and one in evaluation."""
+    found = {}
+    for what in ("none", *WHAT):
+        model = small_nvae(what, torch.float64 if precision == "fp64" else torch.float32, **VARIANTS[variant])
+        losses = [train_pass(model, *batch(model, first), autocast=precision == "bf16") for first in (0, 4)]
+        with torch.no_grad():
+            losses.append(model(*batch(model, 8)).elbo)
+            losses.append(model.eval()(*batch(model, 8)).elbo)
+        found[what] = results(model) | {f"loss {number}": loss for number, loss in enumerate(losses)}
+        assert {int(n) for name, n in model.named_buffers() if name.endswith("num_batches_tracked")} == {3}
+    for what in WHAT:
+        for name, tensor in found["none"].items():
+            assert torch.equal(found[what][name], tensor), f"{what}: {name}"
+
+
+def saved_bytes(model: NVAE) -> int:
+    """Of the activations that a pass keeps for backward."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(*batch(model, 0, size=32)).elbo.mean()
+    size = sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in parameters)
+    del loss
+    return size
+
+
+def test_fewer_activations_are_kept():
+    changes = {"num_decoder_cells": 2, "num_postprocess_cells": 3}
+    plain = saved_bytes(small_nvae("none", **changes))
+    assert saved_bytes(small_nvae("norms", **changes)) < 0.5 * plain
+    assert saved_bytes(small_nvae("cells", **changes)) < 0.2 * plain
+    in_evaluation = saved_bytes(small_nvae("none", **changes).eval())
+    for what in WHAT:
+        assert saved_bytes(small_nvae(what, **changes).eval()) == in_evaluation
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "supported"),
+    [("mlp_vae", "norms", "none"), ("mlp_vae", "cells", "none"), ("conv_vae", "cells", "none")],
+)
+def test_a_model_without_what_is_recomputed_is_refused(name, what, supported):
+    message = f"train.recompute: {what} is not supported by this model; supported: {supported}"
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(recipe_path(name), [f"train.recompute={what}"])
+
+
+def test_the_compiler_is_not_combined_with_it():
+    with pytest.raises(ConfigError, match="train.recompute: norms is not supported with train.compile=cells"):
+        load_recipe(recipe_path("nvae"), ["train.recompute=norms", "train.compile=cells"])
+
+
+# ---- two processes ---------------------------------------------------------------------------------------------------
+
+
+def recompute_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    for what in ("none", *WHAT):
+        model = small_nvae(what)
+        wrapped = DistributedDataParallel(model)
+        before = collectives.num_collectives()
+        with wrapped.no_sync():
+            train_pass(wrapped, *batch(model, 4 * rank))
+        train_pass(wrapped, *batch(model, 8 + 4 * rank))
+        number = torch.tensor(collectives.num_collectives() - before)
+        torch.save(results(model) | {"collectives": number}, os.path.join(folder, f"{what}-{rank}.pt"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two_processes")
+    mp.spawn(recompute_worker, (str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("what", WHAT)
+def test_two_processes_reuse_the_statistics_of_all(two_processes, what):
+    """No collective is repeated, and no running statistic is updated twice."""
+    plain, recomputed = (torch.load(two_processes / f"{name}-0.pt", weights_only=True) for name in ("none", what))
+    assert int(plain["collectives"]) > 100
+    largest = max(tensor.norm() for name, tensor in plain.items() if name.endswith("weight"))
+    for name, tensor in plain.items():
+        exact = name == "collectives" or "running" in name or "num_batches" in name
+        tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-6, "atol": 1e-6 * float(largest)}
+        torch.testing.assert_close(recomputed[name], tensor, **tolerance, msg=lambda text, n=name: f"{n}: {text}")
