@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo chaos mutate test test-slow test-slurm lint format bench clean help
+.PHONY: demo chaos mutate test test-slow test-slurm lint format bench gpu gpu-check clean help
 
 help:            ## List the targets
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,12 @@ bench: $(STAMP)  ## Measure training steps, shard sets and checkpoints (takes mi
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.checkpoint
+
+gpu: $(STAMP)    ## Measure training on one GPU; results in benchmarks/results (ten minutes)
+	$(BIN)/python -m benchmarks.gpu
+
+gpu-check: $(STAMP) ## Check that the GPU computes what a CPU computes (five minutes)
+	$(BIN)/python -m benchmarks.gpu_check
 
 clean:           ## Remove the environment and caches; keep data/ and runs/
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

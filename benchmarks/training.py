@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -116,44 +115,26 @@ def random_images(case: str, batch_size: int) -> torch.Tensor:
 
 def build_ours(case: str, **train) -> Callable[[int], None]:
     """A function that takes one training step, given its number, with this project's trainer."""
-    from pipeline.data.loader import Batch
-    from pipeline.data.preprocess import to_model_input
-    from pipeline.distributed.runtime import Runtime
-    from pipeline.training.objective import Objective, ObjectiveConfig
-    from pipeline.training.optim import LearningRate, OptimConfig, build_optimizer
-    from pipeline.training.regularizers import RegularizerConfig, Regularizers
-    from pipeline.training.state import TrainingState
+    from benchmarks.steps import new_trainer
+    from pipeline.data.loader import DataConfig
+    from pipeline.recipe import Recipe
+    from pipeline.training.optim import OptimConfig
     from pipeline.training.train_config import TrainConfig
-    from pipeline.training.trainer import Trainer
     from tests.helpers.nvae_cases import nvae_from_reference
 
     options, batch_size = reference_options(case)
-    config = TrainConfig(steps=TOTAL_STEPS, batch_size=batch_size, **train)
-    runtime = Runtime(config.precision)
-    torch.manual_seed(0)
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = nvae_from_reference(options).to(memory_format=layout).to(runtime.device)
-    wrapped, optimizer = runtime.prepare(model, build_optimizer(model, OptimConfig(warmup_steps=50)))
-
-    def model_inputs(batch: Batch) -> tuple[torch.Tensor, None]:
-        return to_model_input(batch.images.to(runtime.device)).contiguous(memory_format=layout), None
-
-    trainer = Trainer(
-        config,
-        runtime=runtime,
-        data=SimpleNamespace(total_steps=TOTAL_STEPS, model_inputs=model_inputs),
-        state=TrainingState(model, optimizer, Regularizers(RegularizerConfig(), model, 0), None),
-        wrapped_model=wrapped,
-        objective=Objective(ObjectiveConfig(), model.groups, TOTAL_STEPS),
-        learning_rate=LearningRate(OptimConfig(warmup_steps=50), TOTAL_STEPS, TOTAL_STEPS),
-        clip=None,
+    model = nvae_from_reference(options)
+    channels, side, _ = model.image_shape
+    recipe = Recipe(
+        model=model.config,
+        data=DataConfig(size=side - 2 * model.border, channels=channels, pad=model.border, bits=model.bits),
+        train=TrainConfig(steps=TOTAL_STEPS, batch_size=batch_size, seed=0, **train),
+        optim=OptimConfig(warmup_steps=50),
     )
-    images = random_images(case, batch_size)
+    trainer = new_trainer(recipe, images=random_images(case, batch_size))
 
     def step(number: int) -> None:
-        positions = torch.arange(number * batch_size, (number + 1) * batch_size)
-        empty = torch.empty(batch_size, 0)
-        assert trainer.train_step(number, [Batch(images, positions, positions, positions, empty, empty)])
+        assert trainer.train_step(number, [next(trainer.data.batches(number))])
 
     return step
 

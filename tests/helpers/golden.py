@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+DEVICE = os.environ.get("NVAE_TEST_DEVICE", "cpu")
+"""Where the models of the golden tests compute; `make gpu-check` sets it to cuda. What is expected stays on the CPU."""
+
 OPTIONAL_ARCHITECTURES = ("res_bnswish", "mbconv_sep")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -39,8 +42,8 @@ def double(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def noise(golden: dict, key: str = "eps") -> list[Tensor]:
     """The float64 noise of key eps, eps2, eps3; "zero" is noise of the same shapes."""
     if key == "zero":
-        return [torch.zeros_like(eps, dtype=torch.float64) for eps in golden["eps"]]
-    return [eps.double() for eps in golden[key]]
+        return [torch.zeros_like(eps, dtype=torch.float64, device=DEVICE) for eps in golden["eps"]]
+    return [eps.double().to(DEVICE) for eps in golden[key]]
 
 
 def reference_input(golden: dict) -> Tensor:
@@ -69,7 +72,7 @@ def close(actual, expected, rtol: float = 1e-9, what: str = "", slack: float = 0
 
 
 def in_double(value: Tensor | float | list) -> Tensor:
-    return value.detach().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    return value.detach().cpu().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
 def close_buffers(actual: dict[str, Tensor], expected: dict[str, Tensor], slack: float = 0.0) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.preprocess import to_model_input
+from pipeline.distributed.device_settings import DeviceSettings
 from pipeline.evaluation.sample_grids import readjust_batch_norm
 from pipeline.models.base import VAEOutput, recompute_activations
 from pipeline.models.nvae import NVAE
@@ -29,6 +30,9 @@ from pipeline.training.regularizers import RegularizerConfig, Regularizers
 from tests.helpers import golden
 from tests.helpers.golden import close, close_buffers
 
+if golden.DEVICE != "cpu":
+    DeviceSettings(cudnn_benchmark=False, tf32=False).apply()
+
 
 class Case:
     """One golden file and what is built from its options."""
@@ -38,10 +42,10 @@ class Case:
         self.args = self.file["args"]
         binary = self.args["dataset"] in ("mnist", "omniglot")
         pixels = self.file["x_uint8"] * (255 if binary else 1)  # binary images are stored as 0 and 1
-        self.x = to_model_input(pixels, self.args["num_x_bits"], torch.float64)
+        self.x = to_model_input(pixels.to(golden.DEVICE), self.args["num_x_bits"], torch.float64)
 
     def model(self, training: bool = False, dtype: torch.dtype = torch.float64) -> NVAE:
-        model = NVAE(*config_from_reference(self.args)).to(dtype)
+        model = NVAE(*config_from_reference(self.args)).to(golden.DEVICE, dtype)
         model.load_state_dict(state_dict_from_reference(self.file["state_dict"]))
         return model.train(training)
 
@@ -101,7 +105,7 @@ def test_names_sizes_and_order(case):
     exported = state_dict_to_reference(model.state_dict())
     assert list(exported) == list(case.file["state_dict"])
     for name, tensor in case.file["state_dict"].items():
-        assert torch.equal(exported[name], tensor.to(exported[name].dtype)), name
+        assert torch.equal(exported[name], tensor.to(exported[name])), name
     assert reference_parameter_names(model) == case.file["param_order"]
     assert sum(parameter.numel() for parameter in model.parameters()) == case.file["n_params"]
     assert list(model.config.groups_per_scale) == case.file["groups_per_scale"][::-1]
@@ -233,7 +237,7 @@ def check_loss(
     close(objective.charged_kl(out.kl, step), row["balanced_kl"], what=f"balanced KL at step {step}")
     close(torch.stack([statistics[f"kl/{group.name}"] for group in model.groups]), row["kl_group_means"])
     if objective.warmup(step) < 1:
-        alpha = torch.tensor(resolution_factors(model.groups, "square"), dtype=torch.float64)
+        alpha = torch.tensor(resolution_factors(model.groups, "square")).to(out.kl)
         close(balancing_weights(out.kl.abs().mean(dim=0), alpha), row["kl_group_coeffs"])
     close(regularizers.spectral(), row["norm_loss"])
     close(regularizers.batch_norm(), row["bn_loss"])
@@ -252,7 +256,9 @@ def check_gradients(model: NVAE, row: dict) -> None:
                 expected = torch.as_tensor(row[key][name], dtype=torch.float64)
                 # A sum over n elements has n times their allowance.
                 allowed = atol * (parameter.numel() ** 0.5 if key == "grad_sum" else 1)
-                torch.testing.assert_close(value, expected, rtol=1e-9, atol=allowed, msg=lambda t, n=name: f"{n}: {t}")
+                torch.testing.assert_close(
+                    value.cpu(), expected, rtol=1e-9, atol=allowed, msg=lambda t, n=name: f"{n}: {t}"
+                )
 
 
 def test_adamax_trajectory(case):
@@ -317,7 +323,7 @@ def test_prior_samples(case):
         if "mean" in row:
             close(model.sample(eps, row["temp"]), row["mean"])
         if "u_mix" in row:
-            uniforms, pixels = (row["u_mix"].double(), row["u_logistic"].double()), model.likelihood(outputs)
+            uniforms, pixels = [row[key].to(outputs) for key in ("u_mix", "u_logistic")], model.likelihood(outputs)
             close(pixels.sample(*uniforms), row["sample_t1"])
             close(pixels.sample(*uniforms, row["temp"]), row["sample_t"])
 
