@@ -4,8 +4,9 @@
 
 Each run trains on two processes with timeouts of 10 s. One of its processes (launcher, a rank, a loader worker) is
 stopped for up to 20 s and then continued, or stopped for good. The run must either finish and equal an uninterrupted
-run to the byte, or end with a line that names a rank; then the same command again must finish and equal it. (The
-launcher waits for a rank that was stopped for good after it had finished: that is said, and is no failure.)
+run to the byte, or end with a line that names a rank or a loader worker; then the same command again must finish and
+equal it. (The launcher waits for a rank that was stopped for good after it had finished: that is said, and is no
+failure.)
 """
 
 import argparse
@@ -27,7 +28,7 @@ from tests.helpers.run_folders import differences
 
 TIMEOUT = 10.0
 TARGETS = ("launcher", "rank", "worker")
-NAMED = re.compile(r"^.*\brank \d+ on .*$", re.MULTILINE)
+NAMED = re.compile(r"^.*\b(?:rank \d+ on|data loader worker \d+ \(process) .*$", re.MULTILINE)
 GRACE = 90.0
 """Seconds beyond the timeout within which a run must end: joining takes 30 s more, and torch's launcher then waits 30 s
 for a stopped process."""
@@ -94,7 +95,7 @@ def outcome(data: Path, run_dir: Path, reference: Path) -> tuple[bool, str]:
     finished = "is finished: step" in log
     named = NAMED.findall(log)
     if not finished and not named:
-        return False, "ended without a line that names a rank"
+        return False, "ended without a line that names a rank or a worker"
     train(data, run_dir)
     different = differences(reference, run_dir)
     how = "finished" if finished else f"ended ({named[0].strip()[:110]})"
