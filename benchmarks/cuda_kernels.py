@@ -6,7 +6,7 @@ Bytes: an operator that launches something reads its tensor arguments once and w
 second passes of batch norm, convolution and gathering. Caches and workspaces are not counted.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -136,22 +136,30 @@ def multi_tensor_launches(sizes: list[int], max_tensors: int) -> int:
 
 def _foreach(name: str, args: tuple) -> int:
     lists = [value for value in args if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor)]
+    if name.startswith("_foreach_") and not takes_fast_route(lists, may_cast=name == "_foreach_copy_"):
+        return len(lists[0])
     scalars = any(isinstance(value, (list, tuple)) and value and not isinstance(value[0], Tensor) for value in args)
     depth = len(lists) + (not name.endswith("_") and name != "_foreach_norm")  # results are a list too
     limits = MAX_TENSORS_WITH_SCALARS if scalars else MAX_TENSORS
-    if name == "_foreach_copy_" and not _copies_at_once(*lists):
-        return len(lists[0])
     launches = multi_tensor_launches([tensor.numel() for tensor in lists[0]], limits[min(depth, 5) - 1])
     return launches + (name == "_foreach_norm")  # a second kernel combines the chunks
 
 
-def _copies_at_once(targets: list[Tensor], sources: list[Tensor]) -> bool:
-    """Whether torch copies with multi-tensor kernels, which cast too, and not one tensor after another: all sources
-    have one dtype, all targets have one, and each pair has the same strides (ATen/native/cuda/ForeachBinaryOpList.cu).
+def takes_fast_route(lists: list[Sequence[Tensor]], may_cast: bool = False) -> bool:
+    """Whether torch uses multi-tensor kernels; else it takes the tensors one by one (ATen/native/ForeachUtils.h).
+
+    All tensors need one dtype (`may_cast`: one in each list), and those at one place in the lists one shape and layout.
     """
-    dtypes = {tensor.dtype for tensor in targets}, {tensor.dtype for tensor in sources}
-    strides_fit = all(a.stride() == b.stride() for a, b in zip(targets, sources, strict=True))
-    return all(len(found) == 1 for found in dtypes) and strides_fit
+    dtypes = [{tensor.dtype for tensor in tensors} for tensors in lists]
+    uniform = all(len(found) == 1 for found in dtypes) if may_cast else len(set().union(*dtypes)) == 1
+    layouts = ({_layout(tensor) for tensor in tensors} for tensors in zip(*lists, strict=True))
+    return uniform and all(len(found) == 1 for found in layouts)
+
+
+def _layout(tensor: Tensor) -> tuple:
+    """Shape, and the strides that matter."""
+    strides = (stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1)
+    return tuple(tensor.shape), tuple(strides)
 
 
 def kernels(func: OpOverload, args: tuple, kwargs: dict, out: Any) -> list[Kernel]:

@@ -134,6 +134,24 @@ def test_launches_of_multi_tensor_kernels(sizes, limit, launches):
     assert multi_tensor_launches(sizes, limit) == launches
 
 
+def test_lists_of_tensors_that_differ_are_taken_one_by_one():
+    def copy(sources, targets):
+        return lambda: torch._foreach_copy_(targets(), sources())
+
+    def many(*shapes_and_dtypes):
+        return lambda: [torch.empty(shape, dtype=dtype) for shape, dtype in shapes_and_dtypes]
+
+    single, half, integer = ((3, 2), torch.float32), ((3, 2), torch.bfloat16), ((3, 2), torch.int64)
+    cases = [
+        (copy(many(single, single), many(single, single)), 1),
+        (copy(many(single, single), many(half, half)), 1),
+        (copy(many(single, integer), many(single, integer)), 2),
+        (copy(many(single, single), lambda: [torch.empty(2, 3).t(), torch.empty(3, 2)]), 2),
+        (lambda: torch._foreach_add_(many(single, half)(), 1), 2),
+    ]
+    assert [sum(counted_calls(case).kernels["forward"].values()) for case, _ in cases] == [n for _, n in cases]
+
+
 def test_saved_storages_count_once():
     def forward():
         x = torch.empty(4, 16, requires_grad=True)  # 256 bytes
