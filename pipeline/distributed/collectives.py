@@ -3,6 +3,8 @@
 With one process each collective is the identity and needs no process group. `group` None is the default group.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +18,23 @@ Store = dist.Store
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before 2.13
 
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside this context this process computes as if it were the only one."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
 def num_processes() -> int:
+    if _alone:
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

@@ -13,6 +13,8 @@ from pipeline.distributed.preemption import StopRequest
 from pipeline.distributed.runtime import Runtime
 from pipeline.recipe import Recipe
 from pipeline.run.initialize import initialize
+from pipeline.run.micro_batch import resolve_micro_batch
+from pipeline.run.out_of_memory import OutOfMemory, explained
 from pipeline.run.prepare_data import prepare_data
 from pipeline.run.resume import ResumeRefused, find_checkpoint, restore, unused_name
 from pipeline.run.session import Session
@@ -23,7 +25,7 @@ from pipeline.training.progress import TrainingDiverged
 
 log = logging.getLogger("pipeline")
 
-FAILURES = {TrainingDiverged: 1, RunFolderLost: 2}
+FAILURES = {TrainingDiverged: 1, RunFolderLost: 2, OutOfMemory: 2}
 """Exit codes of the errors, besides ValueError and OSError, that end an attempt."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell reports it."""
@@ -42,7 +44,7 @@ def run_attempt(
     """Trains in a run folder that no other process uses. Returns how that ended, which status.json says too.
 
     `resume`, `init`: as on the command line of `train.py`. `wait`: seconds to wait for the processes of an earlier
-    attempt. Raises ValueError for a user error, ResumeRefused among them, TrainingDiverged and RunFolderLost.
+    attempt. Raises ValueError for a user error, ResumeRefused among them, TrainingDiverged, RunFolderLost, OutOfMemory.
     """
     runtime.run_on_all(lambda: check_batch(recipe, runtime.world_size), "checking the batch size")
     lock = runtime.run_on_main(lambda: RunLock(folder, wait), f"locking {folder}")  # the main process holds it
@@ -56,7 +58,11 @@ def run_attempt(
         return report_end(session, runtime, stop, completed)
     except ResumeRefused:
         raise
-    except (ValueError, TrainingDiverged) as error:  # not OSError: a disk may be there again at the next attempt
+    except (
+        ValueError,
+        TrainingDiverged,
+        OutOfMemory,
+    ) as error:  # not OSError: a disk may be there again at the next attempt
         if lock is not None:
             StatusFile(folder).end("failed", str(error))
         raise
@@ -91,6 +97,7 @@ def open_session(
         }
     )
     runtime.run_on_main(lambda: prepare_data(recipe, may_make_data), f"making {recipe.data.root}")
+    recipe = resolve_micro_batch(recipe, runtime, folder)
     session = Session(recipe, runtime, folder, lock.check if lock is not None else lambda: None)
     runtime.check_agreement({"training data": session.data.train.fingerprint})
     checkpoint = find_checkpoint(runtime, session.checkpoints, resume)
@@ -118,6 +125,7 @@ def train_with_tracker(session: Session, recipe: Recipe, runtime: Runtime, stop:
     with (
         runtime.run_on_main(lambda: tracker(is_main=True), "starting the tracker") or tracker(is_main=False) as opened,
         runtime.propagate_failure(),
+        explained(session.recipe, runtime),
     ):
         return session.run(opened, should_stop=lambda: stop.reason is not None)
 

@@ -1,5 +1,6 @@
 """What `train.py --dry-run` prints of a run: its settings, model, data and length. Nothing is made or written."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -7,8 +8,10 @@ import torch
 from pipeline.config import dump
 from pipeline.data.holdout import num_held_out
 from pipeline.data.remote import FetchError, check_address, fetch_manifest, is_address
-from pipeline.recipe import Recipe, build_model, total_steps
+from pipeline.models.base import VAE
+from pipeline.recipe import Recipe, total_steps
 from pipeline.run.data import check_set
+from pipeline.run.step_memory import estimate, meta_model, readable
 from pipeline.storage.status import read_status
 from pipeline.training.optim import LearningRate
 from shard_data import manifest as manifests
@@ -52,19 +55,43 @@ def num_trained_on(recipe: Recipe, manifest: manifests.Manifest) -> int:
 
 def describe_model(recipe: Recipe) -> list[str]:
     """Parameters, memory and latent groups."""
-    with torch.device("meta"):
-        model = build_model(recipe)
+    model = meta_model(recipe)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    copies = 4 + bool(recipe.train.ema_decay)  # weights, gradients, two moments of the optimizer, moving average
-    mib = 4 * parameters / 2**20
-    averaged = " and moving average" if recipe.train.ema_decay else ""
     dimensions = sum(torch.Size(group.shape).numel() for group in model.groups)
     return [
         f"model       {recipe.model.name}: {parameters:,} parameters in {len(list(model.parameters()))} tensors",
-        f"memory      {mib:,.1f} MiB of weights; {copies * mib:,.1f} MiB with gradients, optimizer{averaged}",
+        *describe_memory(recipe, model, 4 * parameters),
         f"latents     {len(model.groups)} groups, {dimensions:,} dimensions",
         *(f"  {group.name:<18} {'x'.join(map(str, group.shape))}" for group in model.groups),
     ]
+
+
+def describe_memory(recipe: Recipe, model: VAE, weights: int) -> list[str]:
+    """The weights, and an estimate of the peak of a training step. `weights`: their bytes."""
+    lines = [f"memory      {weights / 2**20:,.1f} MiB of weights"]
+    found = estimate(recipe, model=model)
+    if found is None:
+        return [*lines, "  a step's memory has not been counted for these settings (python -m benchmarks.step_memory)"]
+    averaged = ", moving average" if recipe.train.ema_decay else ""
+    parts = (
+        f"weights, optimizer{averaged} {readable(found.state)}, gradients and temporary weights {readable(found.fixed)}"
+    )
+    lines += [f"  a step's peak, estimated: {parts}, and {readable(found.per_image)} for each image"]
+    if recipe.train.micro_batch == "auto":
+        return [*lines, "  train.micro_batch=auto: the largest that fits is found when the run starts"]
+    images = recipe.train.images_per_pass
+    for processes in process_counts(images):
+        peak = estimate(recipe, processes, model).peak(images // processes)
+        name = "process" if processes == 1 else "processes"
+        lines += [f"  {readable(peak):>10} on each GPU with {processes} {name}, {images // processes} images each"]
+    return lines
+
+
+def process_counts(images: int) -> list[int]:
+    """The number of processes that were launched, or those that are usual on one machine and can share the images."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    counts = [launched] if launched > 1 else [1, 2, 4, 8]
+    return [count for count in counts if images % count == 0]
 
 
 def describe_length(recipe: Recipe, epoch_size: int | None) -> list[str]:

@@ -1,6 +1,6 @@
 """The settings of the training loop."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -20,9 +20,10 @@ class TrainConfig(Section):
     """Passes over the training split. Give this or `steps`."""
     batch_size: int = Field(32, gt=0, lt=2**31)
     """Images per optimizer step over all processes."""
-    micro_batch: int | None = Field(None, gt=0)
+    micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
     """Images per forward pass over all processes; gradients accumulate up to `batch_size`. Default: the whole batch.
-    Batch norm's statistics are those of one micro-batch over all processes, so the result depends on this number."""
+    Batch norm's statistics are those of one micro-batch over all processes, so the result depends on this number.
+    `auto`: the largest that fits in memory, found at the start of the run, which keeps it."""
     seed: int = Field(1, ge=0, lt=2**63)
     """Of initial weights, data order, augmentation and latent noise."""
     precision: Precision = "fp32"
@@ -77,8 +78,8 @@ class TrainConfig(Section):
 
     @property
     def images_per_pass(self) -> int:
-        """Images per forward pass over all processes."""
-        return self.micro_batch or self.batch_size
+        """Images per forward pass over all processes. The whole batch as long as `micro_batch` is `auto`."""
+        return self.micro_batch if isinstance(self.micro_batch, int) else self.batch_size
 
     @property
     def micro_batches(self) -> int:

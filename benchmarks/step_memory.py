@@ -1,0 +1,64 @@
+"""Counts the memory of a step of the paper's recipes, and writes the figures that `train.py --dry-run` uses.
+
+    python -m benchmarks.step_memory
+
+The peak is counted on fake tensors (benchmarks/counts.py) with the paper's batch per GPU and with half of it: the
+difference is what images add, the rest (gradients, copies of weights) what a step adds whatever its batch; with
+recomputation the rest is taken to be the same. Run it after a change to a model, to a recipe or to the trainer; it
+takes some minutes. Settings without figures are estimated more coarsely.
+"""
+
+import argparse
+import json
+import sys
+
+import torch
+
+from benchmarks.counts import IMAGES_PER_GPU, count_step, read_recipe
+from pipeline.recipe import Recipe
+from pipeline.run.step_memory import COUNTED, key_of, meta_model
+
+RECOMPUTE = ("none", "norms", "cells")
+
+
+def count_peaks(name: str) -> dict[str, dict]:
+    """{key of the settings: figures} of a recipe, with each kind of recomputation."""
+    images, fixed, figures = IMAGES_PER_GPU[name], 0, {}
+    for recompute in RECOMPUTE:
+        recipe = read_recipe(name, 1, [f"train.recompute={recompute}"])
+        peak = peak_of(recipe, images)
+        if recompute == "none":
+            fixed = peak - 2 * (peak - peak_of(recipe, images // 2))
+        facts = {"recipe": name, "precision": recipe.train.precision, "recompute": recompute}
+        figures[key_of(recipe, meta_model(recipe))] = facts | {"fixed": fixed, "per_image": (peak - fixed) // images}
+        print(f"{name}, {recompute}: {peak / images / 1e6:.0f} MB per image", file=sys.stderr)
+    return figures
+
+
+def peak_of(recipe: Recipe, images: int) -> int:
+    """Bytes that a step of this many images makes and that are alive at once."""
+    train = recipe.train.model_copy(update={"batch_size": images})
+    return count_step(recipe.model_copy(update={"train": train}), 1).memory.peak
+
+
+def main() -> int:
+    head, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step_memory",
+        description=head,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--recipes", nargs="+", default=list(IMAGES_PER_GPU), choices=list(IMAGES_PER_GPU))
+    parsed = parser.parse_args()
+    figures = json.loads(COUNTED.read_text())["figures"] if COUNTED.is_file() else {}
+    figures = {key: one for key, one in figures.items() if one["recipe"] not in parsed.recipes}
+    for name in parsed.recipes:
+        figures |= count_peaks(name)
+    text = json.dumps({"torch": torch.__version__.partition("+")[0], "figures": figures}, indent=1)
+    COUNTED.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

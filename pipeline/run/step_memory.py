@@ -1,0 +1,108 @@
+"""An estimate of the memory that a training step takes on each device."""
+
+import hashlib
+import json
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from pipeline.models.base import VAE, recompute_activations
+from pipeline.recipe import RECIPES, Recipe, build_model
+
+COUNTED = RECIPES / "step_memory.json"
+"""Figures of the shipped recipes, counted operator by operator: `python -m benchmarks.step_memory` writes them."""
+MAX_TENSORS = 800
+"""Models of more parameter tensors are not counted here: it would take more than a second."""
+ROWS = 13
+"""Images of the forward pass that is counted. What is saved with this number of rows grows with the batch."""
+
+
+class StepMemory(NamedTuple):
+    """Bytes on one device."""
+
+    state: int
+    """Weights, the optimizer's moments and the moving average; with several processes DDP's buckets too."""
+    fixed: int
+    """What a step adds whatever the number of images: gradients, normalized weights, temporary copies."""
+    per_image: int
+    """What a step adds for each image: activations."""
+
+    def peak(self, images: int) -> int:
+        """Of a step with this number of images per forward pass on this device."""
+        return self.state + self.fixed + images * self.per_image
+
+
+def estimate(recipe: Recipe, processes: int = 1, model: VAE | None = None) -> StepMemory | None:
+    """From the figures counted for these settings; else from a forward pass without values, if the model is small
+    enough; else None. Workspaces of convolutions and the allocator's rounding are not in it.
+
+    `model`: the recipe's, on the meta device, where it has been built already.
+    """
+    model = meta_model(recipe) if model is None else model
+    weights = sum(tensor.numel() for tensor in model.parameters()) * (8 if recipe.train.precision == "fp64" else 4)
+    state = weights * (3 + bool(recipe.train.ema_decay) + (processes > 1))
+    counted = counted_figures().get(key_of(recipe, model))
+    if counted is not None:
+        return StepMemory(state, counted["fixed"], counted["per_image"])
+    if len(list(model.parameters())) > MAX_TENSORS:
+        return None
+    recompute_activations(model, recipe.train.recompute)
+    fixed, per_image = count_saved(model, {"bf16": 0.5, "fp32": 1, "fp64": 2}[recipe.train.precision])
+    return StepMemory(state, weights + fixed, per_image)
+
+
+def meta_model(recipe: Recipe) -> VAE:
+    with torch.device("meta"):
+        return build_model(recipe)
+
+
+@cache
+def counted_figures() -> dict[str, dict[str, int]]:
+    """{key: {"fixed": bytes, "per_image": bytes}}"""
+    return json.loads(COUNTED.read_text())["figures"]
+
+
+def key_of(recipe: Recipe, model: VAE) -> str:
+    """A hash of the settings that a step's memory depends on, besides the number of images and of processes."""
+    train = recipe.train
+    facts = {
+        "model": recipe.model.model_dump(mode="json"),
+        "parameters": [list(parameter.shape) for parameter in model.parameters()],
+        "image": model.image_shape,
+        "train": [train.precision, train.channels_last, train.recompute],
+        "regularizers": recipe.regularizers.strength > 0,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def count_saved(model: VAE, scale: float) -> tuple[int, int]:
+    """Bytes that a forward pass saves for backward: whatever the batch, and for each image.
+
+    `model` is on the meta device and in float32; `scale` is the ratio of its activations' bytes to that.
+    """
+    saved: dict[int, tuple[int, bool]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage.nbytes(), tensor.shape[:1] == (ROWS,)
+        return tensor
+
+    x = torch.empty(ROWS, *model.image_shape, device="meta")
+    noise = [torch.empty(ROWS, *group.shape, device="meta") for group in model.noise_groups]
+    condition = torch.empty(ROWS, model.condition_size, device="meta") if model.condition_size else None
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(x, noise, condition)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        saved.pop(tensor.untyped_storage()._cdata, None)
+    del out
+    fixed = sum(size for size, grows in saved.values() if not grows)
+    per_image = sum(size for size, grows in saved.values() if grows) / ROWS
+    return round(fixed * scale), round(per_image * scale)
+
+
+def readable(count: float) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

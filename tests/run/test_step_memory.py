@@ -1,0 +1,58 @@
+"""The estimate of a step's memory."""
+
+import pytest
+
+from benchmarks.counts import IMAGES_PER_GPU, count_step
+from pipeline.recipe import load_recipe, recipe_path
+from pipeline.run.dry_run import describe_memory
+from pipeline.run.step_memory import counted_figures, estimate, key_of, meta_model
+
+
+@pytest.mark.parametrize("name", IMAGES_PER_GPU)
+def test_the_papers_recipes_have_figures(name):
+    """Counted for the present architecture, with each kind of recomputation; else:
+    python -m benchmarks.step_memory.
+    """
+    recipe = load_recipe(recipe_path(name), [])
+    model, found = meta_model(recipe), []
+    for what in ("none", "norms", "cells"):
+        train = recipe.train.model_copy(update={"recompute": what})
+        found.append(counted_figures()[key_of(recipe.model_copy(update={"train": train}), model)])
+    assert [(one["recipe"], one["recompute"]) for one in found] == [(name, what) for what in ("none", "norms", "cells")]
+    assert found[0]["per_image"] > found[1]["per_image"] > found[2]["per_image"]
+
+
+def test_figures_are_of_one_architecture():
+    recipe = load_recipe(recipe_path("nvae_mnist"), ["model.num_encoder_cells=3"])
+    assert key_of(recipe, meta_model(recipe)) not in counted_figures()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_small_model_is_estimated_by_a_forward_pass(make_recipe, precision):
+    """Against the memory that is alive in a whole step, counted operator by operator."""
+    changes = ("model.encoder_channels=16", "model.decoder_channels=16", "train.batch_size=32")
+    recipe = make_recipe(f"train.precision={precision}", *changes)
+    found = estimate(recipe)
+    assert found.peak(32) - found.state == pytest.approx(count_step(recipe, 1).memory.peak, rel=0.3)
+
+
+def test_several_processes_keep_the_gradients_in_buckets(make_recipe):
+    recipe = make_recipe()
+    weights = 4 * sum(parameter.numel() for parameter in meta_model(recipe).parameters())
+    assert estimate(recipe).state == 4 * weights  # two moments and the moving average
+    assert estimate(recipe, processes=2).state == 5 * weights
+
+
+def test_a_dry_run_states_the_peak_by_the_number_of_processes(make_recipe, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    recipe = make_recipe("train.micro_batch=4")
+    lines = describe_memory(recipe, meta_model(recipe), 1)
+    assert "estimated" in lines[1]
+    assert [line.split("on each GPU with ")[1] for line in lines[2:]] == [
+        "1 process, 4 images each",
+        "2 processes, 2 images each",
+        "4 processes, 1 images each",
+    ]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert len(describe_memory(recipe, meta_model(recipe), 1)) == 3
+    assert "auto" in describe_memory(make_recipe("train.micro_batch=auto"), meta_model(recipe), 1)[-1]
