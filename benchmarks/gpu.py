@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -34,12 +35,12 @@ from benchmarks.ranks import train_on_ranks
 from benchmarks.steps import (
     EPOCH_SIZES,
     SMALL,
-    accepts,
     free_memory,
     new_runtime,
     new_trainer,
     one_gpu_recipe,
     peak_gib,
+    refusal,
     sample_noise,
     seconds_per_step,
     synchronize,
@@ -112,22 +113,22 @@ def grid(compile_mode: str) -> Callable[[Report, bool], None]:
 
     def work(report: Report, tiny: bool) -> None:
         flops = flops_per_image(one_gpu_recipe("nvae_cifar10", tiny))
-        too_large: set[str] = set()
-        for batch, recompute in [(b, r) for b in (BATCHES[:1] if tiny else BATCHES) for r in RECOMPUTE]:
+        too_large: dict[str, int] = {}  # recompute -> the batch that did not fit
+        for batch, recompute in product(BATCHES[:1] if tiny else BATCHES, RECOMPUTE):
+            if batch >= too_large.get(recompute, batch + 1):
+                continue
             variant = {"compile": compile_mode, "recompute": recompute, "batch": batch}
-            overrides = [f"train.compile={compile_mode}", f"train.recompute={recompute}"]
-            known = [override for override in overrides if accepts(override)]
-            if len(known) < 2 and not (recompute == "none" and f"train.compile={compile_mode}" in known):
-                report(**variant, **dict.fromkeys(("images/s", "ms/step", "peak GiB", "MFU")), note="no such setting")
-                continue
-            if recompute in too_large:
-                continue
-            try:
-                with without_compiling(tiny):
-                    found = measure(batch, known, flops, tiny)
-            except torch.OutOfMemoryError:
-                too_large.add(recompute)
-                found = dict.fromkeys(("images/s", "ms/step", "peak GiB", "MFU")) | {"note": "out of memory"}
+            settings = [f"train.compile={compile_mode}", f"train.recompute={recompute}"]
+            found = dict.fromkeys(("images/s", "ms/step", "peak GiB", "MFU")) | {"note": refusal(*settings)}
+            if not found["note"]:
+                try:
+                    with without_compiling(tiny):
+                        found = measure(batch, settings, flops, tiny)
+                except torch.OutOfMemoryError:
+                    too_large[recompute] = batch
+                    found["note"] = "out of memory"
+            elif batch != BATCHES[0]:
+                continue  # it was reported once
             report(**variant, **found)
             free_memory()
 
@@ -241,8 +242,8 @@ def checkpoint(report: Report, tiny: bool) -> None:
 
 def loader(report: Report, tiny: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        root = noise_set(Path(folder), 16 if tiny else 32, 3, 64 if tiny else 10_000)
-        steps = 2 if tiny else 40
+        root = noise_set(Path(folder), 16 if tiny else 32, 3, 64 if tiny else 4000)
+        steps = 2 if tiny else 30
         overrides = (f"data.root={root}", f"train.steps={2 * steps}", "validation.split=train")
         recipe = one_gpu_recipe("nvae_cifar10", tiny, *overrides)
         runtime = new_runtime(recipe)

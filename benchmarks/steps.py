@@ -76,13 +76,13 @@ def read_recipe(name: str, *overrides: str) -> Recipe:
     return load_recipe(recipe_path(name), list(overrides))
 
 
-def accepts(*overrides: str) -> bool:
-    """Whether this version of the code has these settings with these values."""
+def refusal(*overrides: str) -> str:
+    """Why this version of the code does not have these settings together; empty where it does."""
     try:
-        read_recipe("nvae_cifar10", *overrides)
-    except ValueError:
-        return False
-    return True
+        small_recipe(*overrides)
+    except ValueError as error:
+        return str(error).splitlines()[-1].strip()
+    return ""
 
 
 def small_recipe(*overrides: str) -> Recipe:
