@@ -137,7 +137,7 @@ def test_the_process_of_a_part_prints_its_records(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--part", "depthwise"])
     assert gpu.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert all(json.loads(line.removeprefix(parts.MARK))["GB/s"] > 0 for line in lines)
 
 
