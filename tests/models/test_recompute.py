@@ -1,5 +1,6 @@
 """Recomputed activations: equal numbers, less memory, no second update of statistics, no more collectives."""
 
+import copy
 import os
 from contextlib import nullcontext
 from datetime import timedelta
@@ -96,6 +97,17 @@ def test_fewer_activations_are_kept():
     in_evaluation = saved_bytes(small_nvae("none", **changes).eval())
     for what in WHAT:
         assert saved_bytes(small_nvae(what, **changes).eval()) == in_evaluation
+
+
+@pytest.mark.parametrize("what", WHAT)
+def test_a_copy_of_the_model_runs_its_own_layers(what):
+    """As the copy whose running statistics are estimated again for samples."""
+    model = small_nvae(what)
+    copied = copy.deepcopy(model)
+    train_pass(copied, *batch(copied, 0))
+    assert all(parameter.grad is not None for parameter in copied.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(int(n) for name, n in model.named_buffers() if name.endswith("num_batches_tracked"))
 
 
 @pytest.mark.parametrize(

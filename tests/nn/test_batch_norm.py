@@ -119,7 +119,8 @@ def norm_and_input(case: Case) -> tuple[BatchNorm2d, Tensor, Tensor]:
     layout = torch.channels_last if case.channels_last else torch.contiguous_format
     norm = randomized(BatchNorm2d(3, None if case in ROUNDED else F.silu, case.copies))
     x, dy = images(5, 3, 4, 4) + 100, images(5, 3, 4, 4, seed=2)
-    x, dy = (tensor.to(memory_format=layout).to(case.dtype) for tensor in (x, dy))
+    x = x.to(case.dtype, memory_format=layout)
+    dy = dy.to(case.dtype) if case in ROUNDED else dy.to(memory_format=layout)  # ROUNDED: not in the layout of x
     return (norm if case.dtype == torch.float64 else norm.float()), x, dy
 
 
