@@ -7,13 +7,20 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).parents[2])
 
 from pipeline.distributed.runtime import Runtime  # noqa: E402
+from tests.helpers.compiling import no_compiler_needed  # noqa: E402
 from tests.helpers.model_cases import TWO_PROCESS_CASES, make_recipe, train_losses  # noqa: E402
 
+COMPILED_CASES = ["nvae", "conv_vae by attributes"]
 data, out = Path(sys.argv[1]), Path(sys.argv[2])
 runtime = Runtime("fp64", cpu_threads=1)
 losses = {
     case: train_losses(make_recipe(case, data, "train.precision=fp64"), runtime, steps=3) for case in TWO_PROCESS_CASES
 }
+with no_compiler_needed("aot_eager"):
+    compiled = {
+        case: train_losses(make_recipe(case, data, "train.precision=fp64", "train.compile=whole"), runtime, steps=3)
+        for case in COMPILED_CASES
+    }
 if runtime.is_main:
-    out.write_text(json.dumps({"world_size": runtime.world_size, "losses": losses}))
+    out.write_text(json.dumps({"world_size": runtime.world_size, "losses": losses, "compiled": compiled}))
 runtime.close()

@@ -70,7 +70,9 @@ def test_reconstructions_improve_at_a_small_beta_and_the_kl_falls_at_a_large_one
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(data, tmp_path):
-    """All models in one launch: float64, three steps with regularizers, clipping and moving average, to 1e-10."""
+    """All models in one launch: float64, three steps with regularizers, clipping and moving average, to 1e-10. Some of
+    them also compiled as a whole.
+    """
     worker, out = str(ROOT / "tests" / "models" / "models_worker.py"), tmp_path / "losses.json"
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs/cpu_2proc.yaml")]
     command = [sys.executable, *launcher, "--main_process_port", "0", worker, str(data), str(out)]
@@ -83,6 +85,7 @@ def test_two_processes_give_the_losses_of_one(data, tmp_path):
     for case, losses in two["losses"].items():
         one = train_losses(make_recipe(case, data, "train.precision=fp64"), runtime, steps=3)
         assert one == pytest.approx(losses, rel=1e-10), case
+        assert one == pytest.approx(two["compiled"].get(case, losses), rel=1e-10), case
     assert set(two["losses"]) == set(TWO_PROCESS_CASES)
 
 

@@ -14,7 +14,16 @@ from pipeline.models.base import VAE
 from pipeline.run.compilation import compile_training
 from pipeline.training.objective import Objective, ObjectiveConfig
 from pipeline.training.train_config import TrainConfig
-from tests.helpers.model_cases import CASES, ONE_PER_MODEL, build_case, noise_for
+from tests.helpers.compiling import no_compiler_needed
+from tests.helpers.model_cases import (
+    CASES,
+    ONE_PER_MODEL,
+    build_case,
+    make_recipe,
+    noise_for,
+    train_losses,
+    write_data,
+)
 
 COMPILERS = ("g++", "clang++", "c++")
 needs_compiler = pytest.mark.skipif(
@@ -87,6 +96,19 @@ def test_training_and_evaluation_alternate_without_a_recompilation():
         loss_of(model.train(), objective, 1, x, condition)
         with torch.no_grad():
             loss_of(model.eval(), objective, 2, x, condition)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_run_has_the_losses_of_an_eager_one(tmp_path, make_runtime, precision):
+    """Behind autocast and with micro-batches; nothing is compiled after the first step."""
+    write_data(tmp_path)
+    options = f"train.precision={precision}", "train.micro_batch=4"
+    eager = train_losses(make_recipe("conv_vae by attributes", tmp_path, *options), make_runtime(precision), steps=3)
+    recipe = make_recipe("conv_vae by attributes", tmp_path, *options, "train.compile=whole")
+    with no_compiler_needed("eager") as stats:
+        compiled = train_losses(recipe, make_runtime(precision), steps=3)
+    assert stats["unique_graphs"] == 2
+    assert compiled == pytest.approx(eager, rel=1e-5 if precision == "fp32" else 1e-2)
 
 
 def assert_equal_gradients(ours: VAE, theirs: VAE, tolerance: float) -> None:
