@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pipeline.distributed import collectives
 from pipeline.distributed.agreement import disagreement
 from pipeline.distributed.device_settings import DEFAULT_SETTINGS, DeviceSettings
+from pipeline.distributed.host_memory import keep_freed_memory
 from pipeline.distributed.logs import launched_rank, report_error
 from pipeline.distributed.watchdog import Watchdog, Work, World, wait_until
 
@@ -76,6 +77,7 @@ class Runtime:
         check_gpus()
         if self.device.type == "cpu":
             torch.set_num_threads(cpu_threads or cores_per_process())
+            keep_freed_memory()
         # Flags and objects in host memory use their own group, so that no device has to wait. None: the default group.
         on_gpus = self.device.type == "cuda" and self.world_size > 1
         self._hosts = collectives.new_host_group(timeout) if on_gpus else None

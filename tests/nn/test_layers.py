@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.nn import depthwise
 from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.nn.cells import CELLS, FactorizedReduce, InvertedResidual, ResidualCell, UpsampleProject
 from pipeline.nn.depthwise import depthwise_conv2d
@@ -120,7 +121,9 @@ def test_flow_pair_preserves_volume():
 
 
 @pytest.mark.parametrize(("kernel", "padding"), [(5, 2), (3, 1), (3, 0)])
-def test_depthwise_gradients_equal_the_librarys(kernel, padding):
+@pytest.mark.parametrize("images_per_call", [1, 2, 3])
+def test_depthwise_gradients_equal_the_librarys(kernel, padding, images_per_call, monkeypatch):
+    monkeypatch.setattr(depthwise, "ELEMENTS_PER_CALL", images_per_call * 6 * 9 * 7)
     x = images(3, 6, 9, 7).float().contiguous(memory_format=torch.channels_last).requires_grad_()
     weight = images(6, 1, kernel, kernel, seed=2).float().requires_grad_()
     ours = depthwise_conv2d(x, weight, padding)

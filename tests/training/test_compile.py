@@ -101,10 +101,10 @@ def test_training_and_evaluation_alternate_without_a_recompilation():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_compiled_run_has_the_losses_of_an_eager_one(tmp_path, make_runtime, precision):
     """Behind autocast and with micro-batches; nothing is compiled after the first step."""
-    write_data(tmp_path)
+    data = write_data(tmp_path)
     options = f"train.precision={precision}", "train.micro_batch=4"
-    eager = train_losses(make_recipe("conv_vae by attributes", tmp_path, *options), make_runtime(precision), steps=3)
-    recipe = make_recipe("conv_vae by attributes", tmp_path, *options, "train.compile=whole")
+    eager = train_losses(make_recipe("conv_vae by attributes", data, *options), make_runtime(precision), steps=3)
+    recipe = make_recipe("conv_vae by attributes", data, *options, "train.compile=whole")
     with no_compiler_needed("eager") as stats:
         compiled = train_losses(recipe, make_runtime(precision), steps=3)
     assert stats["unique_graphs"] == 2
