@@ -41,7 +41,9 @@ from pipeline.nn.batch_norm import counted_at_the_end
 from pipeline.nn.cells import CELLS, ResidualCell
 from pipeline.nn.distributions import ClampedNormal, Normal, at_least_float32
 from pipeline.nn.flows import FlowPair
-from pipeline.nn.layers import CachedLayer, WNConv2d, cached_weights
+from pipeline.nn.layers import WNConv2d
+from pipeline.nn.memory_order import is_channels_last
+from pipeline.nn.weight_cache import WeightCache
 from pipeline.schema import Count, Layers
 
 Architecture = Literal[tuple(CELLS)]
@@ -169,7 +171,7 @@ class NVAE(VAE):
             self.conditioning = Conditioning(
                 self.condition_size, decoder_width, config.latent_channels, len(self.groups)
             )
-        self._cached_layers = [module for module in self.modules() if isinstance(module, CachedLayer)]
+        self.weight_cache = WeightCache(self)
 
     # ---- the interface of VAE: each method is one pass, and prepares the weights once -------------------------------
 
@@ -233,7 +235,7 @@ class NVAE(VAE):
 
     @contextmanager
     def _one_pass(self) -> Iterator[None]:
-        with cached_weights(self._cached_layers), counted_at_the_end():
+        with self.weight_cache.prepared(), counted_at_the_end():
             yield
 
     def _features(self, x: Tensor, condition: Tensor | None) -> list[Tensor]:
@@ -321,12 +323,8 @@ class NVAE(VAE):
     def _memory_format(self, like: Tensor) -> torch.memory_format:
         """channels_last if the first latent or the weights are in it."""
         weight = self.output.weight
-        last = any(_is_channels_last(tensor) for tensor in (like, weight))
+        last = any(is_channels_last(tensor) for tensor in (like, weight))
         return torch.channels_last if last else torch.contiguous_format
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 def _mean_and_log_sigma(raw: Tensor) -> Sequence[Tensor]:

@@ -1,8 +1,6 @@
-"""Convolutions with weight normalization, squeeze-and-excitation, and weights that are prepared once per pass.
+"""Convolutions with weight normalization, squeeze-and-excitation, and layers whose weights are prepared once per pass.
 
-NVAE has hundreds of normalized convolutions, and a thousand other small weights and biases. Normalizing each weight and
-casting each tensor on its own would launch thousands of small kernels per step. `effective_weights` therefore
-normalizes all weights of one shape as one stack, and the model enters `cached_weights` once per pass.
+The preparation itself: weight_cache.py.
 """
 
 from collections import defaultdict
@@ -13,17 +11,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from pipeline.nn.depthwise import depthwise_conv2d
+from pipeline.nn.memory_order import in_logical_order, in_memory_order, stack_in_memory_order
+from pipeline.nn.weight_norm import normalize_stacks
 
-NORM_EPSILON = 1e-5
 INITIAL_NORM_EPSILON = 1e-2
 
 
 class CachedLayer(nn.Module):
-    """A layer with a weight and perhaps a bias, which inside `cached_weights` takes those prepared for the pass."""
+    """A layer with a weight and perhaps a bias, which takes those that `WeightCache` prepared for the pass."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -82,7 +79,7 @@ class WNConv2d(Conv2d):
         return (tuple(self.weight.shape),)
 
     def current_weight(self) -> Tensor:
-        """The normalized weight: the cached one inside `cached_weights`, otherwise computed at this call."""
+        """The normalized weight: the cached one if there is one, otherwise computed at this call."""
         return self.cached_weight if self.cached_weight is not None else effective_weights([self])[0]
 
 
@@ -138,96 +135,40 @@ def find_convs(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
 
 
-def effective_weights(convs: Sequence[nn.Module], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """The weight that each convolution applies, after normalization and mask if it has them. Differentiable.
+class WeightStack(NamedTuple):
+    """The weights of normalized convolutions of one shape, after normalization and mask."""
 
-    Normalized convolutions of equal shape are stacked: one norm, one scale and, given a `dtype`, one cast per shape.
-    """
-    weights: list[Tensor] = [conv.weight for conv in convs]
-    stacks = defaultdict(list)
-    for index, conv in enumerate(convs):
-        if isinstance(conv, WNConv2d):
-            stacks[conv.stack_key].append(index)
-    for indices in stacks.values():
-        stack = _normalized_stack([convs[index] for index in indices])
-        for index, weight in zip(indices, (stack if dtype is None else stack.to(dtype)).unbind(0), strict=True):
-            weights[index] = weight
-    return weights
+    convs: list[WNConv2d]
+    weights: Tensor
+    """(n, C_out, ...): one weight per convolution, with the other dimensions in memory order."""
+
+    def unstacked(self) -> tuple[Tensor, ...]:
+        """The weight (C_out, C_in / groups, k, k) of each convolution, in the memory format of its parameter."""
+        return in_logical_order(self.weights, like=self.convs[0].weight).unbind(0)
 
 
-def _normalized_stack(convs: list[WNConv2d]) -> Tensor:
-    """Effective weights (n, C_out, C_in / groups, k, k) of convolutions of one `stack_key`, in their memory format."""
-    first = convs[0].weight
-    channels_last = not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last)
-    order = (0, 2, 3, 1) if channels_last else (0, 1, 2, 3)  # in memory order, so that stacking copies contiguously
-    v = torch.stack([conv.weight.permute(order) for conv in convs])
-    if convs[0].mask is not None:
-        v = v * convs[0].mask.permute(order)
-    log_norm = torch.stack([conv.log_norm for conv in convs])
-    scale = torch.exp(log_norm) / (v.flatten(2).norm(dim=2)[..., None, None, None] + NORM_EPSILON)
-    weights = v * scale
-    return weights.permute(0, 1, 4, 2, 3) if channels_last else weights
+def weight_stacks(convs: Sequence[WNConv2d]) -> list[WeightStack]:
+    """The weights that normalized convolutions apply, in one stack for each `stack_key`. Differentiable once."""
+    if not convs:
+        return []
+    by_key = defaultdict(list)
+    for conv in convs:
+        by_key[conv.stack_key].append(conv)
+    groups = list(by_key.values())
+    stacks = [stack_in_memory_order([conv.weight for conv in group]) for group in groups]
+    for index, group in enumerate(groups):
+        if group[0].mask is not None:
+            stacks[index] = stacks[index] * in_memory_order(group[0].mask, like=group[0].weight)
+    log_norms = torch.cat([conv.log_norm.flatten() for group in groups for conv in group])
+    return [WeightStack(*each) for each in zip(groups, normalize_stacks(stacks, log_norms), strict=True)]
 
 
-@contextmanager
-def cached_weights(layers: Sequence[CachedLayer]) -> Iterator[None]:
-    """Prepare the weights of these layers once, at the start of the block; every call inside it uses them.
-
-    These are the normalized weights and, under autocast, casts of all plain weights and biases. The parameters must not
-    change inside the block. Blocks do not nest.
-    """
-    assert all(layer.cached_weight is None for layer in layers), "cached_weights: the block was entered twice"
-    normalized = [layer for layer in layers if isinstance(layer, WNConv2d)]
-    device = layers[0].weight.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else layers[0].weight.dtype
-    for conv, weight in zip(normalized, effective_weights(normalized, dtype), strict=True):
-        conv.cached_weight = weight
-    if autocast:
-        _cache_casts(layers, dtype)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.cached_weight = layer.cached_bias = None
-
-
-def _cache_casts(layers: Sequence[CachedLayer], dtype: torch.dtype) -> None:
-    """Caches casts of all biases, and of the weights that are not normalized."""
-    plain = [layer for layer in layers if not isinstance(layer, WNConv2d)]
-    biased = [layer for layer in layers if layer.bias is not None]
-    parameters = [layer.weight for layer in plain] + [layer.bias for layer in biased]
-    if not parameters:
-        return
-    casts = _CastAll.apply(dtype, *parameters)
-    for layer, weight in zip(plain, casts[: len(plain)], strict=True):
-        layer.cached_weight = weight
-    for layer, bias in zip(biased, casts[len(plain) :], strict=True):
-        layer.cached_bias = bias
-
-
-class _CastAll(Function):
-    """(dtype, tensors of one dtype...) -> their casts, in a few kernels, as are the casts of the gradients."""
-
-    @staticmethod
-    def forward(ctx, dtype, *tensors):
-        ctx.set_materialize_grads(False)
-        ctx.dtype = tensors[0].dtype
-        return tuple(_cast_all(tensors, dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *gradients):
-        present = [gradient for gradient in gradients if gradient is not None]
-        casts = iter(_cast_all(present, ctx.dtype))
-        return None, *(None if gradient is None else next(casts) for gradient in gradients)
-
-
-def _cast_all(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    casts = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-    if casts:
-        torch._foreach_copy_(casts, list(tensors))
-    return casts
+def effective_weights(convs: Sequence[nn.Module]) -> list[Tensor]:
+    """The weight that each convolution applies, after normalization and mask if it has them. Differentiable once."""
+    weights = {}
+    for stack in weight_stacks([conv for conv in convs if isinstance(conv, WNConv2d)]):
+        weights.update(zip(stack.convs, stack.unstacked(), strict=True))
+    return [weights.get(conv, conv.weight) for conv in convs]
 
 
 class Cached(NamedTuple):
@@ -246,7 +187,7 @@ def cached_in(module: nn.Module) -> list[Cached]:
 
 @contextmanager
 def caching(entries: Sequence[Cached]) -> Iterator[None]:
-    """Inside the block the layers have these tensors cached, as for a recomputation after `cached_weights` has ended.
+    """Inside the block the layers have these tensors cached, as for a recomputation after the pass.
 
     Afterwards they have again what they had before. The tensors keep their graph.
     """

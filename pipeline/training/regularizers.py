@@ -16,10 +16,12 @@ from torch.nn.functional import normalize
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.models.noise import sample_seed
-from pipeline.nn.layers import effective_weights, find_convs
+from pipeline.nn.distributions import at_least_float32
+from pipeline.nn.layers import WNConv2d, find_convs
+from pipeline.nn.memory_order import in_memory_order
+from pipeline.nn.weight_cache import WeightCache
 from pipeline.schema import Section
-
-SMALLEST_NORM = 1e-3  # shorter vectors are not scaled to unit length
+from pipeline.training.spectral import SMALLEST_NORM, sum_of_singular_values
 
 
 class RegularizerConfig(Section):
@@ -51,7 +53,11 @@ class Regularizers:
     def __init__(self, config: RegularizerConfig, model: nn.Module, seed: int):
         self.config = config
         self._seed = seed
-        self._convs = list(find_convs(model).values())
+        self._convs = defaultdict(list)  # by matrix shape "RxC", in registration order
+        for conv in find_convs(model).values():
+            self._convs[_matrix_shape(conv)].append(conv)
+        self._weights: WeightCache = getattr(model, "weight_cache", None) or WeightCache(model)
+        self._weights.shared = bool(config.strength)
         self._scales = batch_norm_scales(model)
         self._reference = next(model.parameters())
         # Left singular vectors (n, R) by matrix shape "RxC"; empty until the first commit. The right ones follow.
@@ -81,14 +87,14 @@ class Regularizers:
         The value is a lower bound by power iteration; its gradient treats the singular vectors as constants.
         """
         iterations = self.config.power_iterations if self._vectors else self.config.first_power_iterations
-        total = self._reference.new_zeros(())
         # bfloat16 is too imprecise for a power iteration.
         with torch.autocast(self._reference.device.type, enabled=False):
-            for name, matrices in self._matrices().items():
-                u = self._vectors[name] if self._vectors else self._first_vectors(name, matrices)
-                u, v = power_iteration(matrices.detach(), u, iterations)
-                self._pending[name] = u
-                total = total + torch.einsum("nr,nrc,nc->", u, matrices, v)
+            matrices = self._matrices()
+            if not matrices:
+                return self._reference.new_zeros(())
+            starts = self._vectors or {name: self._first_vectors(name, stack) for name, stack in matrices.items()}
+            total, u = sum_of_singular_values(list(matrices.values()), [starts[name] for name in matrices], iterations)
+        self._pending = dict(zip(matrices, u, strict=True))
         return total
 
     def batch_norm(self) -> Tensor:
@@ -110,7 +116,7 @@ class Regularizers:
 
     def state(self) -> dict[str, Tensor]:
         """The kept vectors (n, R) by matrix shape "RxC", for a checkpoint. Empty before the first commit."""
-        return dict(self._vectors)
+        return {name: vectors.contiguous() for name, vectors in self._vectors.items()}
 
     def expected_state(self) -> dict[str, Tensor]:
         """Tensors of the names, shapes and dtypes that `state` has after a commit."""
@@ -128,13 +134,23 @@ class Regularizers:
         self._pending = {}
 
     def _matrices(self) -> dict[str, Tensor]:
-        """Effective convolution weights as matrices, equal shapes stacked in registration order: "RxC" -> (n, R, C)."""
-        by_shape = defaultdict(list)
-        for weight in effective_weights(self._convs):
-            matrix = weight.flatten(1)  # (C_out, C_in / groups * k * k)
-            by_shape["{}x{}".format(*matrix.shape)].append(matrix)
-        stacks = {name: torch.stack(matrices) for name, matrices in by_shape.items()}
-        return {name: stack if stack.dtype == torch.float64 else stack.float() for name, stack in stacks.items()}
+        """Effective convolution weights as matrices, equal shapes stacked in registration order: "RxC" -> (n, R, C).
+
+        Columns are in memory order, which saves copies. Singular values and left vectors do not depend on it.
+        """
+        convs = [conv for of_shape in self._convs.values() for conv in of_shape if not isinstance(conv, WNConv2d)]
+        single = {conv: in_memory_order(conv.weight).flatten(1) for conv in convs}
+        stacks = {}
+        for convs, weights in self._weights.stacks():
+            name, matrices = _matrix_shape(convs[0]), weights.flatten(2)
+            if len(convs) == len(self._convs[name]):
+                stacks[name] = matrices
+            else:
+                single.update(zip(convs, matrices.unbind(0), strict=True))
+        for name, convs in self._convs.items():
+            if name not in stacks:
+                stacks[name] = torch.stack([single[conv] for conv in convs])
+        return {name: at_least_float32(stacks[name]) for name in self._convs}
 
     def _first_vectors(self, name: str, matrices: Tensor) -> Tensor:
         """Random unit vectors (n, R), a function of the seed and the shape: the same on every process and device."""
@@ -148,10 +164,6 @@ def batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
     return [module.weight for module in model.modules() if isinstance(module, _BatchNorm) and module.affine]
 
 
-@torch.no_grad()
-def power_iteration(matrices: Tensor, u: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Singular vectors u (n, R) and v (n, C) to the largest singular values of matrices (n, R, C), starting from u."""
-    for _ in range(iterations):
-        v = normalize(torch.bmm(u.unsqueeze(1), matrices).squeeze(1), dim=1, eps=SMALLEST_NORM)
-        u = normalize(torch.bmm(matrices, v.unsqueeze(2)).squeeze(2), dim=1, eps=SMALLEST_NORM)
-    return u, v
+def _matrix_shape(conv: nn.Module) -> str:
+    rows = conv.weight.shape[0]
+    return f"{rows}x{conv.weight.numel() // rows}"

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from pipeline.models.likelihoods import BernoulliLikelihood
 from pipeline.models.noise import draw_noise
 from pipeline.models.nvae import NVAE, NVAEConfig
-from pipeline.nn import layers
-from pipeline.nn.layers import WNConv2d, find_convs
+from pipeline.nn import weight_cache
+from pipeline.nn.layers import WeightStack, WNConv2d, find_convs
 from tests.helpers.nvae_cases import NVAE_VARIANTS, SMALL_NVAE, build_nvae
 
 
@@ -261,13 +261,13 @@ def test_a_public_method_normalizes_all_weights_once(method, monkeypatch):
     x, noise = batch(model)
     arguments = {"features": (x,), "bound": (x, model.features(x), noise), "decode": (model.encode(x, noise),)}
     arguments |= dict.fromkeys(("sample", "generate"), (noise,))
-    computed, plain = [], layers.effective_weights
+    computed, plain = [], weight_cache.weight_stacks
 
-    def counted(convs: list[WNConv2d], *rest) -> list[Tensor]:
+    def counted(convs: list[WNConv2d]) -> list[WeightStack]:
         computed.append(len(convs))
-        return plain(convs, *rest)
+        return plain(convs)
 
-    monkeypatch.setattr(layers, "effective_weights", counted)
+    monkeypatch.setattr(weight_cache, "weight_stacks", counted)
     getattr(model, method)(*arguments.get(method, (x, noise)))
     convs = [conv for conv in find_convs(model).values() if isinstance(conv, WNConv2d)]
     assert computed == [len(convs)]

@@ -160,16 +160,23 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "power iteration restarts at each step",
         "pipeline/training/regularizers.py",
-        "u = self._vectors[name] if self._vectors else self._first_vectors(name, matrices)",
-        "u = self._first_vectors(name, matrices)",
+        "starts = self._vectors or {",
+        "starts = {",
         ("tests/training/test_wiring.py", "tests/training/test_regularizers.py"),
     ),
     Mutation(
         "the norms of raw weights",
         "pipeline/training/regularizers.py",
-        "for weight in effective_weights(self._convs):",
-        "for weight in [conv.weight for conv in self._convs]:",
+        "name, matrices = _matrix_shape(convs[0]), weights.flatten(2)",
+        "name, matrices = _matrix_shape(convs[0]), torch.stack([conv.weight.flatten(1) for conv in convs])",
         ("tests/training/test_regularizers.py",),
+    ),
+    Mutation(
+        "the penalty of an earlier state of the weights",
+        "pipeline/nn/weight_cache.py",
+        "current = self._kept is not None and self._kept_version == self._version()",
+        "current = self._kept is not None",
+        ("tests/training/test_shared_weights.py",),
     ),
     Mutation(
         "ties take the whole gradient",

@@ -71,6 +71,17 @@ def test_stacked_weights_equal_those_of_each_layer(memory_format):
             torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-13)
 
 
+def test_a_channel_of_zeros_has_a_finite_gradient():
+    """That of the quotient alone: the norm has none at zero."""
+    conv = randomized(WNConv2d(4, 6, 3))
+    with torch.no_grad():
+        conv.weight[2] = 0
+    probe = images(*conv.weight.shape)
+    dweight, dlog_norm = torch.autograd.grad((conv.current_weight() * probe).sum(), [conv.weight, conv.log_norm])
+    torch.testing.assert_close(dweight[2], probe[2] * conv.log_norm[2].exp() / 1e-5)
+    assert dlog_norm[2] == 0
+
+
 def test_find_convs_lists_convolutions_in_order_without_linear_layers():
     cell = ResidualCell(8, "down", CELLS["mbconv_sep"]["encoder"], squeeze_excitation=True)
     assert list(find_convs(cell)) == [

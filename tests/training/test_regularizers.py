@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.nn.layers import SqueezeExcitation, WNConv2d, effective_weights
-from pipeline.training.regularizers import RegularizerConfig, Regularizers, power_iteration
+from pipeline.training.regularizers import RegularizerConfig, Regularizers
+from pipeline.training.spectral import power_iteration
 
 
 class SmallNet(nn.Module):
@@ -69,29 +70,29 @@ def test_spectral_gradient_is_that_of_the_singular_values():
 
 
 def test_batched_iteration_equals_one_by_one():
+    """Also for matrices of several shapes at once."""
     generator = torch.Generator().manual_seed(0)
-    matrices = torch.randn(5, 4, 7, generator=generator, dtype=torch.float64)
-    start = torch.randn(5, 4, generator=generator, dtype=torch.float64)
-    u, v = power_iteration(matrices, start, iterations=3)
-    for i, matrix in enumerate(matrices):
-        left = start[i]
-        for _ in range(3):
-            right = left @ matrix / (left @ matrix).norm()
-            left = matrix @ right / (matrix @ right).norm()
-        torch.testing.assert_close(u[i], left)
-        torch.testing.assert_close(v[i], right)
+    stacks = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5, 4, 7), (2, 6, 3))]
+    starts = [torch.randn(stack.shape[:2], generator=generator, dtype=torch.float64) for stack in stacks]
+    for stack, start, *found in zip(stacks, starts, *power_iteration(stacks, starts, iterations=3), strict=True):
+        for matrix, left, u, v in zip(stack, start, *found, strict=True):
+            for _ in range(3):
+                right = left @ matrix / (left @ matrix).norm()
+                left = matrix @ right / (matrix @ right).norm()
+            torch.testing.assert_close(u, left)
+            torch.testing.assert_close(v, right)
 
 
 def test_a_vanishing_matrix_gives_no_nan():
-    u, v = power_iteration(torch.zeros(1, 3, 3), torch.ones(1, 3), iterations=4)
+    (u,), (v,) = power_iteration([torch.zeros(1, 3, 3)], [torch.ones(1, 3)], iterations=4)
     assert not u.any()
     assert not v.any()
 
 
 def test_a_short_vector_is_not_blown_up():
     """Vectors are divided by their length or by 1e-3, whichever is larger."""
-    matrix = 1e-4 * torch.eye(2, dtype=torch.float64)
-    u, v = power_iteration(matrix[None], torch.tensor([[1.0, 0.0]], dtype=torch.float64), iterations=1)
+    matrix, start = 1e-4 * torch.eye(2, dtype=torch.float64), torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    (u,), (v,) = power_iteration([matrix[None]], [start], iterations=1)
     torch.testing.assert_close(v, torch.tensor([[0.1, 0.0]], dtype=torch.float64))
     torch.testing.assert_close(u, torch.tensor([[0.01, 0.0]], dtype=torch.float64))
 

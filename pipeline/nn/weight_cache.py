@@ -1,0 +1,117 @@
+"""The weights of a model's layers, prepared once per pass.
+
+NVAE has hundreds of normalized convolutions, and a thousand other small weights and biases. Normalizing each weight and
+casting each tensor on its own would launch thousands of small kernels per step.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from pipeline.nn.layers import CachedLayer, WeightStack, WNConv2d, weight_stacks
+
+
+class WeightCache:
+    """Prepares the weights of a model's layers for each pass, and shares the normalized ones with the regularizers.
+
+    `shared`: `stacks` may return those of the last training pass. They hold its graph until a backward pass.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.layers = [module for module in model.modules() if isinstance(module, CachedLayer)]
+        self.normalized = [layer for layer in self.layers if isinstance(layer, WNConv2d)]
+        self.shared = False
+        self._kept: list[WeightStack] | None = None
+        self._kept_version = 0
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_kept": None}  # a copy of the model has no part in the graph
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Prepare the weights at the start of the block; every call of the layers inside it uses them.
+
+        These are the normalized weights and, under autocast, casts of all weights and biases. The parameters must not
+        change inside the block. Blocks do not nest.
+        """
+        layers = self.layers
+        assert all(layer.cached_weight is None for layer in layers), "the weights of this pass are already prepared"
+        stacks = weight_stacks(self.normalized)
+        self._keep(stacks)
+        device = layers[0].weight.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            stacks = _cache_casts(layers, stacks, torch.get_autocast_dtype(device))
+        for stack in stacks:
+            for conv, weight in zip(stack.convs, stack.unstacked(), strict=True):
+                conv.cached_weight = weight
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.cached_weight = layer.cached_bias = None
+
+    def stacks(self) -> list[WeightStack]:
+        """The normalized weights, differentiable: those of the last training pass, or computed now.
+
+        The former if neither a backward pass nor a change of the parameters came after that pass.
+        """
+        current = self._kept is not None and self._kept_version == self._version()
+        return self._kept if current else weight_stacks(self.normalized)
+
+    def _keep(self, stacks: list[WeightStack]) -> None:
+        """Keeps the stacks of a training pass. Any other pass drops those before it."""
+        training = self.layers[0].training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        self._kept = stacks if self.shared and training else None
+        if self._kept is not None:
+            self._kept_version = self._version()
+            stacks[0].weights.register_hook(lambda gradient: self._drop())
+
+    def _drop(self) -> None:
+        """After a backward pass the graph of the stacks cannot be used again."""
+        self._kept = None
+
+    def _version(self) -> int:
+        """Grows with every change of the parameters behind the stacks."""
+        return sum(conv.weight._version + conv.log_norm._version for conv in self.normalized)
+
+
+def _cache_casts(layers: Sequence[CachedLayer], stacks: Sequence[WeightStack], dtype: torch.dtype) -> list[WeightStack]:
+    """Caches casts of all biases, and of the weights that are not normalized. Returns casts of the stacks."""
+    plain = [layer for layer in layers if not isinstance(layer, WNConv2d)]
+    biased = [layer for layer in layers if layer.bias is not None]
+    tensors = [stack.weights for stack in stacks] + [layer.weight for layer in plain] + [layer.bias for layer in biased]
+    casts = iter(_CastAll.apply(dtype, *tensors))
+    cast_stacks = [stack._replace(weights=next(casts)) for stack in stacks]
+    for layer in plain:
+        layer.cached_weight = next(casts)
+    for layer in biased:
+        layer.cached_bias = next(casts)
+    return cast_stacks
+
+
+class _CastAll(Function):
+    """(dtype, tensors of one dtype...) -> their casts, in a few kernels, as are the casts of the gradients."""
+
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        ctx.set_materialize_grads(False)
+        ctx.dtype = tensors[0].dtype
+        return tuple(_cast_all(tensors, dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        present = [gradient for gradient in gradients if gradient is not None]
+        casts = iter(_cast_all(present, ctx.dtype))
+        return None, *(None if gradient is None else next(casts) for gradient in gradients)
+
+
+def _cast_all(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    casts = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if casts:
+        torch._foreach_copy_(casts, list(tensors))
+    return casts
