@@ -8,6 +8,7 @@ feature. The latent, sampled from one of them, is merged into the decoder's stat
 Shape legend: base.py. The parts, and how they are put together from the config: nvae_parts.py.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
@@ -39,10 +40,10 @@ from pipeline.models.nvae_parts import (
 )
 from pipeline.nn.batch_norm import counted_at_the_end
 from pipeline.nn.cells import CELLS, ResidualCell
-from pipeline.nn.distributions import ClampedNormal, Normal, at_least_float32
+from pipeline.nn.distributions import JointClampedNormal, Normal, at_least_float32
 from pipeline.nn.flows import FlowPair
 from pipeline.nn.layers import WNConv2d
-from pipeline.nn.memory_order import is_channels_last
+from pipeline.nn.memory_order import is_channels_last, stack_with_format
 from pipeline.nn.weight_cache import WeightCache
 from pipeline.schema import Count, Layers
 
@@ -112,14 +113,25 @@ class NVAEConfig(ModelConfig):
 
 
 class InferredLatent(NamedTuple):
-    """The latent of one group, inferred for a batch. Every tensor is (B, *group.shape)."""
+    """The latent of one group, inferred for a batch: tensors (B, *group.shape).
 
-    posterior: Normal
-    prior: Normal
+    Or those of n groups of one shape, (n, B, *group.shape). Raw parameters have twice the channels: means, log sigmas.
+    """
+
+    raw_posterior: Tensor
+    raw_prior: Tensor
     base: Tensor
     """The posterior's sample before flows, at which its density is evaluated."""
     z: Tensor
     """The latent: `base` after flows."""
+
+    @property
+    def posterior(self) -> Normal:
+        return JointClampedNormal(self.raw_posterior)
+
+    @property
+    def prior(self) -> Normal:
+        return JointClampedNormal(self.raw_prior)
 
 
 class NVAE(VAE):
@@ -222,7 +234,7 @@ class NVAE(VAE):
         check_temperature(temperature)
 
         def sample_group(k: int, h: Tensor | None) -> Tensor:
-            return ClampedNormal(*self._raw_prior(k, h, noise[k], condition), temperature).sample(noise[k])
+            return JointClampedNormal(self._raw_prior(k, h, noise[k], condition), temperature).sample(noise[k])
 
         with self._one_pass():
             return self._decode(sample_group, condition)
@@ -253,20 +265,33 @@ class NVAE(VAE):
         outputs, latents = self._infer(features, noise, condition)
         likelihood = self.config.likelihood.build(without_border(outputs, self.border), self.bits)
         log_px = likelihood.log_prob(without_border(x, self.border)).flatten(1).sum(1)  # (B,)
-        log_q = [latent.posterior.log_prob(latent.base) for latent in latents]  # G tensors (B, *group.shape)
-        log_p = [latent.prior.log_prob(latent.z) for latent in latents]
-        if self.config.num_flows > 0:
-            kl = [q - p for q, p in zip(log_q, log_p, strict=True)]
-        else:
-            kl = [latent.posterior.kl(latent.prior) for latent in latents]
-        kl_units = [group.sum((2, 3)) for group in kl]  # G tensors (B, channels)
+        terms = [self._latent_terms(of_shape) for of_shape in self._by_shape(latents)]
+        log_qz, log_pz, kl_units = zip(*terms, strict=True)
+        kl_units = torch.cat(kl_units)  # (G, B, channels)
         return VAEOutput(
             log_px=log_px,
-            kl=torch.stack([group.sum(1) for group in kl_units], dim=1),
-            log_qz=sum(group.flatten(1).sum(1) for group in log_q),
-            log_pz=sum(group.flatten(1).sum(1) for group in log_p),
-            kl_units=tuple(group.mean(0) for group in kl_units),
+            kl=kl_units.sum(2).t(),
+            log_qz=torch.stack(log_qz).sum(0),
+            log_pz=torch.stack(log_pz).sum(0),
+            kl_units=kl_units.mean(1).unbind(0),
         )
+
+    def _by_shape(self, latents: list[InferredLatent]) -> Iterator[InferredLatent]:
+        """The latents of all groups of one shape, stacked: their densities take as many kernels as those of one."""
+        start = 0
+        for count in Counter(group.shape for group in self.groups).values():  # groups of one shape are neighbors
+            of_shape = latents[start : start + count]
+            start += count
+            raw_posterior, raw_prior, base, z = zip(*of_shape, strict=True)
+            stacks = [stack_with_format(tensors, like=z[-1]) for tensors in (raw_posterior, raw_prior, base)]
+            yield InferredLatent(*stacks, stack_with_format(z, like=z[-1]) if self.config.num_flows > 0 else stacks[-1])
+
+    def _latent_terms(self, latent: InferredLatent) -> tuple[Tensor, Tensor, Tensor]:
+        """log q and log p, both (B,) and summed over n stacked groups, and the KL of every channel (n, B, channels)."""
+        posterior, prior = latent.posterior, latent.prior
+        log_q, log_p = posterior.log_prob(latent.base), prior.log_prob(latent.z)
+        kl = log_q - log_p if self.config.num_flows > 0 else posterior.kl(prior)
+        return log_q.sum((0, 2, 3, 4)), log_p.sum((0, 2, 3, 4)), kl.sum((3, 4))
 
     def _infer(
         self, features: list[Tensor], noise: Sequence[Tensor], condition: Tensor | None
@@ -304,29 +329,24 @@ class NVAE(VAE):
         raw_prior = self._raw_prior(k, h, noise, condition)
         if k > 0:
             feature = feature + self.encoder[-1 - k].combine(h)
-        raw_posterior = _mean_and_log_sigma(self.posteriors[k](feature))
+        raw_posterior = self.posteriors[k](feature)  # (B, 2 latent_channels, H_k, W_k)
         if k > 0 and self.config.residual_posterior:
-            raw_posterior = [a + b for a, b in zip(raw_posterior, raw_prior, strict=True)]
-        posterior = ClampedNormal(*raw_posterior)
-        base = posterior.sample(noise)
-        return InferredLatent(posterior, ClampedNormal(*raw_prior), base, self.flows[k](base))
+            raw_posterior = raw_posterior + raw_prior  # in float32 or better, as is all that follows
+        base = JointClampedNormal(raw_posterior).sample(noise)
+        return InferredLatent(raw_posterior, raw_prior, base, self.flows[k](base))
 
-    def _raw_prior(self, k: int, h: Tensor | None, noise: Tensor, condition: Tensor | None) -> Sequence[Tensor]:
+    def _raw_prior(self, k: int, h: Tensor | None, noise: Tensor, condition: Tensor | None) -> Tensor:
+        """Raw parameters of the prior (B, 2 latent_channels, H_k, W_k), in float32 or better."""
         if k > 0:
-            raw = self.priors[k - 1](F.elu(h))  # (B, 2 latent_channels, H_k, W_k)
+            raw = self.priors[k - 1](F.elu(h))
         else:
             raw = torch.zeros_like(noise, dtype=self.stem.weight.dtype).repeat(1, 2, 1, 1)
         if condition is not None:
             raw = raw + self.conditioning.priors[k](condition)[:, :, None, None]
-        return _mean_and_log_sigma(raw)
+        return at_least_float32(raw)
 
     def _memory_format(self, like: Tensor) -> torch.memory_format:
         """channels_last if the first latent or the weights are in it."""
         weight = self.output.weight
         last = any(is_channels_last(tensor) for tensor in (like, weight))
         return torch.channels_last if last else torch.contiguous_format
-
-
-def _mean_and_log_sigma(raw: Tensor) -> Sequence[Tensor]:
-    """Raw mean and raw log sigma, each (B, latent_channels, H, W), in float32 or better, as are all densities."""
-    return at_least_float32(raw).chunk(2, dim=1)

@@ -69,9 +69,23 @@ class ClampedNormal(Normal):
     """
 
     def __init__(self, raw_mean: Tensor, raw_log_sigma: Tensor, temperature: float = 1.0):
-        sigma = torch.exp(soft_clamp(at_least_float32(raw_log_sigma))) + MIN_SIGMA
-        self.sigma = sigma if temperature == 1.0 else sigma * temperature
-        self.mean, self.log_sigma = soft_clamp(at_least_float32(raw_mean)), torch.log(self.sigma)
+        self._set(soft_clamp(at_least_float32(raw_mean)), soft_clamp(at_least_float32(raw_log_sigma)), temperature)
+
+    def _set(self, mean: Tensor, log_sigma: Tensor, temperature: float) -> None:
+        sigma = torch.exp(log_sigma) + MIN_SIGMA
+        self.mean, self.sigma = mean, sigma if temperature == 1.0 else sigma * temperature
+
+    @property
+    def log_sigma(self) -> Tensor:
+        """Computed at each use: samples do without it."""
+        return torch.log(self.sigma)
+
+
+class JointClampedNormal(ClampedNormal):
+    """The same from outputs (..., 2C, H, W), all raw means and then all raw log sigmas, which are clamped at once."""
+
+    def __init__(self, raw: Tensor, temperature: float = 1.0):
+        self._set(*soft_clamp(at_least_float32(raw)).chunk(2, dim=-3), temperature)
 
 
 class PixelNormal:

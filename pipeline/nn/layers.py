@@ -76,7 +76,7 @@ class WNConv2d(Conv2d):
     @property
     def stack_key(self) -> tuple:
         """Convolutions of equal key are normalized in one stack."""
-        return (tuple(self.weight.shape),)
+        return "normalized", tuple(self.weight.shape)
 
     def current_weight(self) -> Tensor:
         """The normalized weight: the cached one if there is one, otherwise computed at this call."""
@@ -105,7 +105,7 @@ class MaskedWNConv2d(WNConv2d):
 
     @property
     def stack_key(self) -> tuple:
-        return tuple(self.weight.shape), self.groups, self.strict, self.mirrored
+        return "masked", tuple(self.weight.shape), self.groups, self.strict, self.mirrored
 
 
 def causal_mask(in_channels, out_channels, kernel_size, strict, mirrored, groups) -> Tensor:
@@ -136,9 +136,9 @@ def find_convs(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class WeightStack(NamedTuple):
-    """The weights of normalized convolutions of one shape, after normalization and mask."""
+    """The weights that convolutions of one shape apply: after normalization and mask, if they have them."""
 
-    convs: list[WNConv2d]
+    convs: list[nn.Conv2d]
     weights: Tensor
     """(n, C_out, ...): one weight per convolution, with the other dimensions in memory order."""
 
@@ -147,28 +147,33 @@ class WeightStack(NamedTuple):
         return in_logical_order(self.weights, like=self.convs[0].weight).unbind(0)
 
 
-def weight_stacks(convs: Sequence[WNConv2d]) -> list[WeightStack]:
-    """The weights that normalized convolutions apply, in one stack for each `stack_key`. Differentiable once."""
-    if not convs:
-        return []
-    by_key = defaultdict(list)
+def weight_stacks(convs: Sequence[nn.Conv2d]) -> list[WeightStack]:
+    """The weights that convolutions apply, stacked where shape and kind are equal. Differentiable once."""
+    groups = defaultdict(list)
     for conv in convs:
-        by_key[conv.stack_key].append(conv)
-    groups = list(by_key.values())
-    stacks = [stack_in_memory_order([conv.weight for conv in group]) for group in groups]
-    for index, group in enumerate(groups):
-        if group[0].mask is not None:
-            stacks[index] = stacks[index] * in_memory_order(group[0].mask, like=group[0].weight)
-    log_norms = torch.cat([conv.log_norm.flatten() for group in groups for conv in group])
-    return [WeightStack(*each) for each in zip(groups, normalize_stacks(stacks, log_norms), strict=True)]
+        groups[conv.stack_key if isinstance(conv, WNConv2d) else tuple(conv.weight.shape)].append(conv)
+    plain, normalized = [], []
+    for group in groups.values():
+        like = group[0].weight
+        weights = stack_in_memory_order([conv.weight for conv in group], like)
+        if isinstance(group[0], MaskedWNConv2d):
+            weights = weights * in_memory_order(group[0].mask, like)
+        (normalized if isinstance(group[0], WNConv2d) else plain).append(WeightStack(group, weights))
+    return plain + (_normalized(normalized) if normalized else [])
 
 
-def effective_weights(convs: Sequence[nn.Module]) -> list[Tensor]:
+def _normalized(stacks: list[WeightStack]) -> list[WeightStack]:
+    log_norms = torch.cat([conv.log_norm.flatten() for stack in stacks for conv in stack.convs])
+    weights = normalize_stacks([stack.weights for stack in stacks], log_norms)
+    return [stack._replace(weights=each) for stack, each in zip(stacks, weights, strict=True)]
+
+
+def effective_weights(convs: Sequence[nn.Conv2d]) -> list[Tensor]:
     """The weight that each convolution applies, after normalization and mask if it has them. Differentiable once."""
     weights = {}
-    for stack in weight_stacks([conv for conv in convs if isinstance(conv, WNConv2d)]):
+    for stack in weight_stacks(convs):
         weights.update(zip(stack.convs, stack.unstacked(), strict=True))
-    return [weights.get(conv, conv.weight) for conv in convs]
+    return [weights[conv] for conv in convs]
 
 
 class Cached(NamedTuple):

@@ -11,21 +11,21 @@ def is_channels_last(tensor: Tensor) -> bool:
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
-def in_memory_order(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """A view of (A, B, H, W) with its dimensions in memory order: (A, H, W, B) if `like` is in channels_last."""
-    return tensor.permute(0, 2, 3, 1) if is_channels_last(tensor if like is None else like) else tensor
+def in_memory_order(tensor: Tensor, like: Tensor) -> Tensor:
+    """A view of (A, B, H, W) with the dimensions in the order of the other's memory: (A, H, W, B) in channels_last."""
+    return tensor.permute(0, 2, 3, 1) if is_channels_last(like) else tensor
 
 
-def stack_in_memory_order(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors (A, B, H, W), stacked contiguously along a new first dimension, in memory order."""
-    return torch.stack([in_memory_order(tensor, like=tensors[0]) for tensor in tensors])
+def stack_in_memory_order(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Tensors (A, B, H, W), stacked contiguously along a new first dimension, in the order of the other's memory."""
+    return torch.stack([in_memory_order(tensor, like) for tensor in tensors])
 
 
 def in_logical_order(stack: Tensor, like: Tensor) -> Tensor:
-    """The inverse for stacks: a view (n, A, B, H, W) of what `stack_in_memory_order` made of tensors like this one."""
+    """The inverse for stacks: a view (n, A, B, H, W) of what `stack_in_memory_order` made."""
     return stack.permute(0, 1, 4, 2, 3) if is_channels_last(like) else stack
 
 
-def stack_with_format(tensors: Sequence[Tensor]) -> Tensor:
-    """(n, A, B, H, W), in which every tensor has the memory format of the first."""
-    return in_logical_order(stack_in_memory_order(tensors), like=tensors[0])
+def stack_with_format(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+    """(n, A, B, H, W), in which every tensor (A, B, H, W) has the other's memory format."""
+    return in_logical_order(stack_in_memory_order(tensors, like), like)

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pipeline.nn.layers import CachedLayer, WeightStack, WNConv2d, weight_stacks
+from pipeline.nn.layers import CachedLayer, Linear, WeightStack, find_convs, weight_stacks
 
 
 class WeightCache:
-    """Prepares the weights of a model's layers for each pass, and shares the normalized ones with the regularizers.
+    """Prepares the weights of a model's layers for each pass, and shares those of convolutions with the regularizers.
 
     `shared`: `stacks` may return those of the last training pass. They hold its graph until a backward pass.
     """
 
     def __init__(self, model: nn.Module):
         self.layers = [module for module in model.modules() if isinstance(module, CachedLayer)]
-        self.normalized = [layer for layer in self.layers if isinstance(layer, WNConv2d)]
+        self.convs = list(find_convs(model).values())
         self.shared = False
         self._kept: list[WeightStack] | None = None
         self._kept_version = 0
@@ -35,12 +35,12 @@ class WeightCache:
     def prepared(self) -> Iterator[None]:
         """Prepare the weights at the start of the block; every call of the layers inside it uses them.
 
-        These are the normalized weights and, under autocast, casts of all weights and biases. The parameters must not
-        change inside the block. Blocks do not nest.
+        These are the weights of convolutions and, under autocast, casts of all weights and biases. The parameters must
+        not change inside the block. Blocks do not nest.
         """
         layers = self.layers
         assert all(layer.cached_weight is None for layer in layers), "the weights of this pass are already prepared"
-        stacks = weight_stacks(self.normalized)
+        stacks = weight_stacks(self.convs)
         self._keep(stacks)
         device = layers[0].weight.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
@@ -55,12 +55,12 @@ class WeightCache:
                 layer.cached_weight = layer.cached_bias = None
 
     def stacks(self) -> list[WeightStack]:
-        """The normalized weights, differentiable: those of the last training pass, or computed now.
+        """The weights that all convolutions apply, differentiable: those of the last training pass, or computed now.
 
         The former if neither a backward pass nor a change of the parameters came after that pass.
         """
         current = self._kept is not None and self._kept_version == self._version()
-        return self._kept if current else weight_stacks(self.normalized)
+        return self._kept if current else weight_stacks(self.convs)
 
     def _keep(self, stacks: list[WeightStack]) -> None:
         """Keeps the stacks of a training pass. Any other pass drops those before it."""
@@ -76,17 +76,19 @@ class WeightCache:
 
     def _version(self) -> int:
         """Grows with every change of the parameters behind the stacks."""
-        return sum(conv.weight._version + conv.log_norm._version for conv in self.normalized)
+        return sum(parameter._version for conv in self.convs for parameter in conv.parameters(recurse=False))
 
 
 def _cache_casts(layers: Sequence[CachedLayer], stacks: Sequence[WeightStack], dtype: torch.dtype) -> list[WeightStack]:
-    """Caches casts of all biases, and of the weights that are not normalized. Returns casts of the stacks."""
-    plain = [layer for layer in layers if not isinstance(layer, WNConv2d)]
+    """Caches casts of all biases and of the weights of linear layers. Returns casts of the stacks."""
+    linear = [layer for layer in layers if isinstance(layer, Linear)]
     biased = [layer for layer in layers if layer.bias is not None]
-    tensors = [stack.weights for stack in stacks] + [layer.weight for layer in plain] + [layer.bias for layer in biased]
+    tensors = (
+        [stack.weights for stack in stacks] + [layer.weight for layer in linear] + [layer.bias for layer in biased]
+    )
     casts = iter(_CastAll.apply(dtype, *tensors))
     cast_stacks = [stack._replace(weights=next(casts)) for stack in stacks]
-    for layer in plain:
+    for layer in linear:
         layer.cached_weight = next(casts)
     for layer in biased:
         layer.cached_bias = next(casts)

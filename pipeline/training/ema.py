@@ -6,6 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+Place = tuple[dict[str, Tensor | None], str]
+"""A module's dictionary of parameters or buffers, and a key of it."""
+
 
 class EMA:
     """A moving average of the parameters and floating-point buffers of `model`; other buffers are copied.
@@ -19,16 +22,26 @@ class EMA:
             raise ValueError(f"decay {decay} of the moving average is not in [0, 1)")
         self.decay = decay
         self._average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        floating = [name for name, tensor in self._average.items() if tensor.is_floating_point()]
+        self._floating, self._other = floating, [name for name in self._average if name not in set(floating)]
+        self._places: tuple[nn.Module, dict[str, Place]] = model, _places(model)
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Updates the average with the weights after optimizer step `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        live = model.state_dict()
-        floating = [name for name, tensor in self._average.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([self._average[name] for name in floating], [live[name] for name in floating], 1 - decay)
-        for name in self._average.keys() - set(floating):
-            self._average[name].copy_(live[name])
+        if self._places[0] is not model:
+            self._places = model, _places(model)
+        average, live = self._pairs(self._floating)
+        torch._foreach_lerp_(average, live, 1 - decay)
+        average, live = self._pairs(self._other)
+        if average:
+            torch._foreach_copy_(average, live)
+
+    def _pairs(self, names: list[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """The averaged tensors and the model's."""
+        places = [self._places[1][name] for name in names]
+        return [self._average[name] for name in names], [tensors[key] for tensors, key in places]
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -63,3 +76,16 @@ def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     """Copies values into the target's tensors, which keep their storage and layout."""
     for name, tensor in target.items():
         tensor.copy_(source[name])
+
+
+def _places(model: nn.Module) -> dict[str, Place]:
+    """Where the model holds its tensors, by name. Unlike the tensors the places stay, also after `model.to`.
+
+    `state_dict` takes 15 ms for the thousands of tensors of an NVAE.
+    """
+    return {
+        f"{prefix}.{key}" if prefix else key: (tensors, key)
+        for prefix, module in model.named_modules()
+        for tensors in (module._parameters, module._buffers)
+        for key in tensors
+    }

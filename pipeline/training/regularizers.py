@@ -17,8 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.models.noise import sample_seed
 from pipeline.nn.distributions import at_least_float32
-from pipeline.nn.layers import WNConv2d, find_convs
-from pipeline.nn.memory_order import in_memory_order
+from pipeline.nn.layers import find_convs
 from pipeline.nn.weight_cache import WeightCache
 from pipeline.schema import Section
 from pipeline.training.spectral import SMALLEST_NORM, sum_of_singular_values
@@ -53,9 +52,9 @@ class Regularizers:
     def __init__(self, config: RegularizerConfig, model: nn.Module, seed: int):
         self.config = config
         self._seed = seed
-        self._convs = defaultdict(list)  # by matrix shape "RxC", in registration order
+        self._convs: dict[str, list[nn.Conv2d]] = {}  # by matrix shape "RxC", in registration order
         for conv in find_convs(model).values():
-            self._convs[_matrix_shape(conv)].append(conv)
+            self._convs.setdefault(_matrix_shape(conv), []).append(conv)
         self._weights: WeightCache = getattr(model, "weight_cache", None) or WeightCache(model)
         self._weights.shared = bool(config.strength)
         self._scales = batch_norm_scales(model)
@@ -138,9 +137,7 @@ class Regularizers:
 
         Columns are in memory order, which saves copies. Singular values and left vectors do not depend on it.
         """
-        convs = [conv for of_shape in self._convs.values() for conv in of_shape if not isinstance(conv, WNConv2d)]
-        single = {conv: in_memory_order(conv.weight).flatten(1) for conv in convs}
-        stacks = {}
+        stacks, single = {}, {}
         for convs, weights in self._weights.stacks():
             name, matrices = _matrix_shape(convs[0]), weights.flatten(2)
             if len(convs) == len(self._convs[name]):
@@ -164,6 +161,5 @@ def batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
     return [module.weight for module in model.modules() if isinstance(module, _BatchNorm) and module.affine]
 
 
-def _matrix_shape(conv: nn.Module) -> str:
-    rows = conv.weight.shape[0]
-    return f"{rows}x{conv.weight.numel() // rows}"
+def _matrix_shape(conv: nn.Conv2d) -> str:
+    return f"{conv.out_channels}x{conv.in_channels // conv.groups * math.prod(conv.kernel_size)}"

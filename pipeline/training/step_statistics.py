@@ -26,7 +26,13 @@ class StepStatistics:
 
     def commit(self) -> None:
         """The step was finite: its statistics enter the means."""
+        joined: list[dict[str, Tensor]] = []  # scalars of different names take one operation
         for scalars in self._scalars:
+            if joined and not joined[-1].keys() & scalars.keys():
+                joined[-1] |= scalars
+            else:
+                joined.append(scalars)
+        for scalars in joined:
             self._meter.add_all(scalars, 1)
         for kl_units in self._kl_units:
             self._active_units.add(kl_units)

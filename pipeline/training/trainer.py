@@ -120,7 +120,11 @@ class Trainer:
 
     def _clip_gradients(self) -> Tensor:
         """Returns the global gradient norm before clipping."""
-        return nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or float("inf"), foreach=True)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        if self.clip:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm, foreach=True)
+        return norm
 
     def _set_learning_rate(self, value: float) -> None:
         for group in self.state.optimizer.param_groups:

@@ -10,7 +10,7 @@ from pipeline.models.likelihoods import BernoulliLikelihood
 from pipeline.models.noise import draw_noise
 from pipeline.models.nvae import NVAE, NVAEConfig
 from pipeline.nn import weight_cache
-from pipeline.nn.layers import WeightStack, WNConv2d, find_convs
+from pipeline.nn.layers import WeightStack, find_convs
 from tests.helpers.nvae_cases import NVAE_VARIANTS, SMALL_NVAE, build_nvae
 
 
@@ -256,20 +256,20 @@ def test_every_layer_keeps_channels_last_and_the_result_is_the_same(converted):
 
 
 @pytest.mark.parametrize("method", ["forward", "features", "bound", "encode", "decode", "sample", "infer", "generate"])
-def test_a_public_method_normalizes_all_weights_once(method, monkeypatch):
+def test_a_public_method_prepares_all_weights_once(method, monkeypatch):
     model = build_nvae(num_flows=1)
     x, noise = batch(model)
     arguments = {"features": (x,), "bound": (x, model.features(x), noise), "decode": (model.encode(x, noise),)}
     arguments |= dict.fromkeys(("sample", "generate"), (noise,))
     computed, plain = [], weight_cache.weight_stacks
 
-    def counted(convs: list[WNConv2d]) -> list[WeightStack]:
+    def counted(convs: list[nn.Conv2d]) -> list[WeightStack]:
         computed.append(len(convs))
         return plain(convs)
 
     monkeypatch.setattr(weight_cache, "weight_stacks", counted)
     getattr(model, method)(*arguments.get(method, (x, noise)))
-    convs = [conv for conv in find_convs(model).values() if isinstance(conv, WNConv2d)]
+    convs = find_convs(model).values()
     assert computed == [len(convs)]
     assert all(conv.cached_weight is None for conv in convs)
 

@@ -69,7 +69,7 @@ def test_no_weight_stays_cached_after_an_error():
 def test_what_is_cached_follows_no_grad_and_autocast():
     convs = various_layers()
     with WeightCache(convs).prepared():
-        assert all((layer.cached_weight is not None) == isinstance(layer, WNConv2d) for layer in convs)
+        assert all((layer.cached_weight is not None) == isinstance(layer, nn.Conv2d) for layer in convs)
         assert all(layer.cached_bias is None for layer in convs)
     with torch.no_grad(), WeightCache(convs).prepared():
         assert not convs[0].cached_weight.requires_grad
@@ -110,8 +110,12 @@ def gradients(model: NVAE, channels_last: bool = True) -> tuple[dict[str, Tensor
 
 
 def cast_of_each_stack(layers, stacks: list[WeightStack], dtype: torch.dtype) -> list[WeightStack]:
-    """Leaves the other weights and biases to autocast."""
-    return [stack._replace(weights=stack.weights.to(dtype)) for stack in stacks]
+    """Of normalized weights; leaves the others and biases to autocast."""
+    normalized = [isinstance(stack.convs[0], WNConv2d) for stack in stacks]
+    return [
+        stack._replace(weights=stack.weights.to(dtype)) if cast else stack
+        for cast, stack in zip(normalized, stacks, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("variant", ["default", "flows", "mbconv_sep", "vanilla", "conditional"])
@@ -122,7 +126,7 @@ def test_one_cast_of_all_equals_a_cast_of_each(variant, monkeypatch):
     assert casts == 0
     monkeypatch.setattr(weight_cache, "_cache_casts", cast_of_each_stack)
     theirs, casts = gradients(copy.deepcopy(model))
-    assert casts > 20
+    assert casts > 10
     for name, gradient in theirs.items():
         assert torch.equal(ours[name], gradient), name
         assert ours[name].stride() == gradient.stride(), name

@@ -53,6 +53,18 @@ def test_average_of_parameters_and_statistics():
             torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
 
 
+def test_the_average_follows_a_model_whose_buffers_were_replaced():
+    """As `model.to` does."""
+    model = small_model()
+    ema = EMA(model, decay=0.5)
+    before = ema.state()["1.running_mean"].clone()
+    model._apply(torch.clone)
+    disturb(model, 1)
+    ema.update(model, step=0)
+    torch.testing.assert_close(ema.state()["1.running_mean"], 0.1 * before + 0.9 * model[1].running_mean)
+    assert ema.state()["1.num_batches_tracked"] == 1
+
+
 def test_early_decay():
     model = small_model()
     ema = EMA(model, decay=0.999)
