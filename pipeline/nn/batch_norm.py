@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.distributed import collectives
 from pipeline.nn.global_batch_norm import GlobalBatchNorm, dense_format, global_statistics
+from pipeline.nn.layers import CachedLayer
 
 MOMENTUM = 0.05
 
@@ -20,7 +21,7 @@ _recorded: list[Moments] | None = None
 _replayed: Iterator[Moments] | None = None
 
 
-class BatchNorm2d(nn.BatchNorm2d):
+class BatchNorm2d(CachedLayer, nn.BatchNorm2d):
     """Batch norm, optionally followed by an activation. In training, the statistics are over all processes.
 
     torch's SyncBatchNorm does not support CPU tensors. This layer supports any backend, and its result equals that of
@@ -47,7 +48,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def _normalized(self, x: Tensor) -> Tensor:
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            return F.batch_norm(x, self.running_mean, self.running_var, self.current_weight(), self.bias, eps=self.eps)
         if _replayed is None:
             _count_pass(self.num_batches_tracked)
         if collectives.num_processes() > 1:
@@ -57,13 +58,15 @@ class BatchNorm2d(nn.BatchNorm2d):
     def _local(self, x: Tensor) -> Tensor:
         if _replayed is not None:
             scratch = torch.empty_like(self.running_mean), torch.empty_like(self.running_var)
-            return F.batch_norm(x, *scratch, self.weight, self.bias, True, self.momentum, self.eps)
+            return F.batch_norm(x, *scratch, self.current_weight(), self.bias, True, self.momentum, self.eps)
         count = x.numel() // x.shape[1]
         running_var = self.running_var
         # F.batch_norm updates with variance * count / (count - 1). With copies the factor is another, applied below.
         if self.copies > 1:
             running_var = torch.zeros_like(running_var)
-        y = F.batch_norm(x, self.running_mean, running_var, self.weight, self.bias, True, self.momentum, self.eps)
+        y = F.batch_norm(
+            x, self.running_mean, running_var, self.current_weight(), self.bias, True, self.momentum, self.eps
+        )
         if self.copies > 1:
             correction = (count - 1) * self.copies / (count * self.copies - 1)
             self.running_var.mul_(1 - self.momentum).add_(running_var, alpha=correction)
@@ -74,7 +77,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         moments = self._moments(x) if _replayed is None else next(_replayed)
         if _recorded is not None:
             _recorded.append(moments)
-        return GlobalBatchNorm.apply(x, self.weight, self.bias, *moments, self.eps)
+        return GlobalBatchNorm.apply(x, self.current_weight(), self.bias, *moments, self.eps)
 
     def _moments(self, x: Tensor) -> Moments:
         buffers = self.running_mean, self.running_var

@@ -4,15 +4,35 @@ NVAE has hundreds of normalized convolutions, and a thousand other small weights
 casting each tensor on its own would launch thousands of small kernels per step.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.nn.layers import CachedLayer, Linear, WeightStack, find_convs, weight_stacks
+
+
+class ScaleStack(NamedTuple):
+    """The scales of batch norms of one width."""
+
+    norms: list[_BatchNorm]
+    scales: Tensor
+    """(n, C)."""
+
+
+def scale_stacks(norms: Sequence[_BatchNorm]) -> list[ScaleStack]:
+    """The scales of batch norms, stacked where the width is equal."""
+    by_width = defaultdict(list)
+    for norm in norms:
+        by_width[norm.num_features].append(norm)
+    return [ScaleStack(of_width, torch.stack([norm.weight for norm in of_width])) for of_width in by_width.values()]
 
 
 class WeightCache:
@@ -25,7 +45,8 @@ class WeightCache:
         self.layers = [module for module in model.modules() if isinstance(module, CachedLayer)]
         self.convs = list(find_convs(model).values())
         self.shared = False
-        self._kept: list[WeightStack] | None = None
+        self.norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.affine]
+        self._kept: tuple[list[WeightStack], list[ScaleStack]] | None = None
         self._kept_version = 0
 
     def __getstate__(self) -> dict:
@@ -35,19 +56,22 @@ class WeightCache:
     def prepared(self) -> Iterator[None]:
         """Prepare the weights at the start of the block; every call of the layers inside it uses them.
 
-        These are the weights of convolutions and, under autocast, casts of all weights and biases. The parameters must
-        not change inside the block. Blocks do not nest.
+        These are the weights of convolutions, the scales of batch norms and, under autocast, casts of all weights and
+        biases of convolutions and linear layers. The parameters must not change inside the block. Blocks do not nest.
         """
         layers = self.layers
         assert all(layer.cached_weight is None for layer in layers), "the weights of this pass are already prepared"
-        stacks = weight_stacks(self.convs)
-        self._keep(stacks)
+        stacks, scales = weight_stacks(self.convs), scale_stacks(self.norms)
+        self._keep(stacks, scales)
         device = layers[0].weight.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             stacks = _cache_casts(layers, stacks, torch.get_autocast_dtype(device))
         for stack in stacks:
             for conv, weight in zip(stack.convs, stack.unstacked(), strict=True):
                 conv.cached_weight = weight
+        for norms, scales_of_width in scales:
+            for norm, scale in zip(norms, scales_of_width.unbind(0), strict=True):
+                norm.cached_weight = scale
         try:
             yield
         finally:
@@ -59,13 +83,19 @@ class WeightCache:
 
         The former if neither a backward pass nor a change of the parameters came after that pass.
         """
-        current = self._kept is not None and self._kept_version == self._version()
-        return self._kept if current else weight_stacks(self.convs)
+        return self._kept[0] if self._current() else weight_stacks(self.convs)
 
-    def _keep(self, stacks: list[WeightStack]) -> None:
+    def scales(self) -> list[ScaleStack]:
+        """The scales of all batch norms, differentiable, as `stacks`."""
+        return self._kept[1] if self._current() else scale_stacks(self.norms)
+
+    def _current(self) -> bool:
+        return self._kept is not None and self._kept_version == self._version()
+
+    def _keep(self, stacks: list[WeightStack], scales: list[ScaleStack]) -> None:
         """Keeps the stacks of a training pass. Any other pass drops those before it."""
         training = self.layers[0].training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        self._kept = stacks if self.shared and training else None
+        self._kept = (stacks, scales) if self.shared and training else None
         if self._kept is not None:
             self._kept_version = self._version()
             stacks[0].weights.register_hook(lambda gradient: self._drop())
@@ -76,13 +106,14 @@ class WeightCache:
 
     def _version(self) -> int:
         """Grows with every change of the parameters behind the stacks."""
-        return sum(parameter._version for conv in self.convs for parameter in conv.parameters(recurse=False))
+        modules = chain(self.convs, self.norms)
+        return sum(parameter._version for module in modules for parameter in module.parameters(recurse=False))
 
 
 def _cache_casts(layers: Sequence[CachedLayer], stacks: Sequence[WeightStack], dtype: torch.dtype) -> list[WeightStack]:
     """Caches casts of all biases and of the weights of linear layers. Returns casts of the stacks."""
     linear = [layer for layer in layers if isinstance(layer, Linear)]
-    biased = [layer for layer in layers if layer.bias is not None]
+    biased = [layer for layer in layers if layer.bias is not None and not isinstance(layer, _BatchNorm)]
     tensors = (
         [stack.weights for stack in stacks] + [layer.weight for layer in linear] + [layer.bias for layer in biased]
     )

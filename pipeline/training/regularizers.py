@@ -5,7 +5,6 @@ regularization, and the penalty on batch norm's scale). Both bound activations, 
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Self
 
@@ -13,7 +12,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.models.noise import sample_seed
 from pipeline.nn.distributions import at_least_float32
@@ -57,7 +55,6 @@ class Regularizers:
             self._convs.setdefault(_matrix_shape(conv), []).append(conv)
         self._weights: WeightCache = getattr(model, "weight_cache", None) or WeightCache(model)
         self._weights.shared = bool(config.strength)
-        self._scales = batch_norm_scales(model)
         self._reference = next(model.parameters())
         # Left singular vectors (n, R) by matrix shape "RxC"; empty until the first commit. The right ones follow.
         self._vectors: dict[str, Tensor] = {}
@@ -98,11 +95,8 @@ class Regularizers:
 
     def batch_norm(self) -> Tensor:
         """Sum over batch-norm layers of the largest |scale|. Channels that tie for it share its gradient equally."""
-        by_width = defaultdict(list)
-        for scale in self._scales:
-            by_width[scale.numel()].append(scale)
         # amax divides the gradient among ties; max along a dimension would give it all to one channel.
-        largest = [torch.stack(scales).abs().amax(dim=1) for scales in by_width.values()]
+        largest = [scales.abs().amax(dim=1) for _, scales in self._weights.scales()]
         return torch.cat(largest).sum() if largest else self._reference.new_zeros(())
 
     def commit(self) -> None:
@@ -154,11 +148,6 @@ class Regularizers:
         generator = torch.Generator().manual_seed(sample_seed(self._seed, f"spectral {name}", 0))
         vectors = torch.randn(matrices.shape[:2], generator=generator).to(matrices)
         return normalize(vectors, dim=1, eps=SMALLEST_NORM)
-
-
-def batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
-    """The learned scales (C,) of the model's batch-norm layers, in registration order."""
-    return [module.weight for module in model.modules() if isinstance(module, _BatchNorm) and module.affine]
 
 
 def _matrix_shape(conv: nn.Conv2d) -> str:

@@ -174,15 +174,15 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the penalty of an earlier state of the weights",
         "pipeline/nn/weight_cache.py",
-        "current = self._kept is not None and self._kept_version == self._version()",
-        "current = self._kept is not None",
+        "return self._kept is not None and self._kept_version == self._version()",
+        "return self._kept is not None",
         ("tests/training/test_shared_weights.py",),
     ),
     Mutation(
         "ties take the whole gradient",
         "pipeline/training/regularizers.py",
-        "torch.stack(scales).abs().amax(dim=1)",
-        "torch.stack(scales).abs().max(dim=1).values",
+        "scales.abs().amax(dim=1)",
+        "scales.abs().max(dim=1).values",
         ("tests/training/test_regularizers.py",),
     ),
     Mutation(
