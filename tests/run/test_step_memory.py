@@ -1,11 +1,13 @@
 """The estimate of a step's memory."""
 
 import pytest
+import torch
+from torch import nn
 
 from benchmarks.counts import IMAGES_PER_GPU, count_step
 from pipeline.recipe import load_recipe, recipe_path
 from pipeline.run.dry_run import describe_memory
-from pipeline.run.step_memory import counted_figures, estimate, key_of, meta_model
+from pipeline.run.step_memory import count_saved, counted_figures, estimate, key_of, meta_model
 
 
 @pytest.mark.parametrize("name", IMAGES_PER_GPU)
@@ -34,6 +36,27 @@ def test_a_small_model_is_estimated_by_a_forward_pass(make_recipe, precision):
     recipe = make_recipe(f"train.precision={precision}", *changes)
     found = estimate(recipe)
     assert found.peak(32) - found.state == pytest.approx(count_step(recipe, 1).memory.peak, rel=0.3)
+
+
+class Scaled(nn.Module):
+    """relu(x @ exp(weight)^T) with 5 columns of x and 4 of the result."""
+
+    image_shape, noise_groups, condition_size = (5, 1, 1), (), 0
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(4, 5))
+
+    def forward(self, x, noise, condition):
+        return torch.relu(x.flatten(1) @ self.weight.exp().t())
+
+
+def test_what_is_saved_once_and_for_each_image():
+    with torch.device("meta"):
+        model = Scaled()
+    # The exponential of 20 numbers is saved once; x and the result for each image. The parameter itself is no copy.
+    assert count_saved(model, scale=1) == (4 * 20, 4 * (5 + 4))
+    assert count_saved(model, scale=0.5) == (2 * 20, 2 * (5 + 4))
 
 
 def test_several_processes_keep_the_gradients_in_buckets(make_recipe):
