@@ -48,7 +48,7 @@ def test_every_measurement_runs(part, tmp_path):
     assert costs == sorted(costs, reverse=True)
 
 
-@pytest.mark.parametrize("part", [part for part in gpu_check.PARTS if part.name != "memory"], ids=lambda p: p.name)
+@pytest.mark.parametrize("part", gpu_check.PARTS, ids=lambda part: part.name)
 def test_every_check_passes_on_the_cpu(part, tmp_path):
     records = run(part, tmp_path)
     skipped = part.name == "golden" and golden_folder() is None
