@@ -40,7 +40,7 @@ from pipeline.models.nvae_parts import (
 )
 from pipeline.nn.batch_norm import counted_at_the_end
 from pipeline.nn.cells import CELLS, ResidualCell
-from pipeline.nn.distributions import JointClampedNormal, Normal, at_least_float32
+from pipeline.nn.distributions import JointClampedNormal, Normal, NormalOfSigma, at_least_float32
 from pipeline.nn.flows import FlowPair
 from pipeline.nn.layers import WNConv2d
 from pipeline.nn.memory_order import is_channels_last, stack_with_format
@@ -115,11 +115,14 @@ class NVAEConfig(ModelConfig):
 class InferredLatent(NamedTuple):
     """The latent of one group, inferred for a batch: tensors (B, *group.shape).
 
-    Or those of n groups of one shape, (n, B, *group.shape). Raw parameters have twice the channels: means, log sigmas.
+    Or those of n groups of one shape, (n, B, *group.shape).
     """
 
-    raw_posterior: Tensor
+    mean: Tensor
+    sigma: Tensor
+    """Of the posterior."""
     raw_prior: Tensor
+    """With twice the channels: raw means, then raw log sigmas."""
     base: Tensor
     """The posterior's sample before flows, at which its density is evaluated."""
     z: Tensor
@@ -127,7 +130,7 @@ class InferredLatent(NamedTuple):
 
     @property
     def posterior(self) -> Normal:
-        return JointClampedNormal(self.raw_posterior)
+        return NormalOfSigma(self.mean, self.sigma)
 
     @property
     def prior(self) -> Normal:
@@ -282,8 +285,8 @@ class NVAE(VAE):
         for count in Counter(group.shape for group in self.groups).values():  # groups of one shape are neighbors
             of_shape = latents[start : start + count]
             start += count
-            raw_posterior, raw_prior, base, z = zip(*of_shape, strict=True)
-            stacks = [stack_with_format(tensors, like=z[-1]) for tensors in (raw_posterior, raw_prior, base)]
+            *others, z = zip(*of_shape, strict=True)
+            stacks = [stack_with_format(tensors, like=z[-1]) for tensors in others]
             yield InferredLatent(*stacks, stack_with_format(z, like=z[-1]) if self.config.num_flows > 0 else stacks[-1])
 
     def _latent_terms(self, latent: InferredLatent) -> tuple[Tensor, Tensor, Tensor]:
@@ -332,8 +335,9 @@ class NVAE(VAE):
         raw_posterior = self.posteriors[k](feature)  # (B, 2 latent_channels, H_k, W_k)
         if k > 0 and self.config.residual_posterior:
             raw_posterior = raw_posterior + raw_prior  # in float32 or better, as is all that follows
-        base = JointClampedNormal(raw_posterior).sample(noise)
-        return InferredLatent(raw_posterior, raw_prior, base, self.flows[k](base))
+        posterior = JointClampedNormal(raw_posterior)
+        base = posterior.sample(noise)
+        return InferredLatent(posterior.mean, posterior.sigma, raw_prior, base, self.flows[k](base))
 
     def _raw_prior(self, k: int, h: Tensor | None, noise: Tensor, condition: Tensor | None) -> Tensor:
         """Raw parameters of the prior (B, 2 latent_channels, H_k, W_k), in float32 or better."""

@@ -61,7 +61,18 @@ class Normal:
         return 0.5 * (distance + ratio - 1) + (other.log_sigma - self.log_sigma)
 
 
-class ClampedNormal(Normal):
+class NormalOfSigma(Normal):
+    """Diagonal normal, elementwise, from its mean and sigma. log sigma is computed at each use: samples need none."""
+
+    def __init__(self, mean: Tensor, sigma: Tensor):
+        self.mean, self.sigma = mean, sigma
+
+    @property
+    def log_sigma(self) -> Tensor:
+        return torch.log(self.sigma)
+
+
+class ClampedNormal(NormalOfSigma):
     """Diagonal normal, elementwise, from unbounded network outputs a and l.
 
     mu = 5 tanh(a/5), sigma = temperature * (exp(5 tanh(l/5)) + 0.01). The bounds make training stable (NVAE section
@@ -69,23 +80,21 @@ class ClampedNormal(Normal):
     """
 
     def __init__(self, raw_mean: Tensor, raw_log_sigma: Tensor, temperature: float = 1.0):
-        self._set(soft_clamp(at_least_float32(raw_mean)), soft_clamp(at_least_float32(raw_log_sigma)), temperature)
-
-    def _set(self, mean: Tensor, log_sigma: Tensor, temperature: float) -> None:
-        sigma = torch.exp(log_sigma) + MIN_SIGMA
-        self.mean, self.sigma = mean, sigma if temperature == 1.0 else sigma * temperature
-
-    @property
-    def log_sigma(self) -> Tensor:
-        """Computed at each use: samples do without it."""
-        return torch.log(self.sigma)
+        mean, log_sigma = soft_clamp(at_least_float32(raw_mean)), soft_clamp(at_least_float32(raw_log_sigma))
+        super().__init__(mean, _sigma(log_sigma, temperature))
 
 
-class JointClampedNormal(ClampedNormal):
-    """The same from outputs (..., 2C, H, W), all raw means and then all raw log sigmas, which are clamped at once."""
+class JointClampedNormal(NormalOfSigma):
+    """`ClampedNormal` from outputs (..., 2C, H, W), all raw means and then all raw log sigmas, clamped at once."""
 
     def __init__(self, raw: Tensor, temperature: float = 1.0):
-        self._set(*soft_clamp(at_least_float32(raw)).chunk(2, dim=-3), temperature)
+        mean, log_sigma = soft_clamp(at_least_float32(raw)).chunk(2, dim=-3)
+        super().__init__(mean, _sigma(log_sigma, temperature))
+
+
+def _sigma(log_sigma: Tensor, temperature: float) -> Tensor:
+    sigma = torch.exp(log_sigma) + MIN_SIGMA
+    return sigma if temperature == 1.0 else sigma * temperature
 
 
 class PixelNormal:
