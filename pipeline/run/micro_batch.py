@@ -14,7 +14,7 @@ import torch
 
 from pipeline.distributed import collectives
 from pipeline.distributed.runtime import Runtime
-from pipeline.models.base import use_channels_last
+from pipeline.models.base import recompute_activations, use_channels_last
 from pipeline.models.noise import draw_noise
 from pipeline.recipe import Recipe, build_model, divisors
 from pipeline.run.classifier_folder import load_frozen_classifier
@@ -113,6 +113,7 @@ def take_trial_step(recipe: Recipe, runtime: Runtime, images: int) -> None:
     model = build_model(recipe, load_frozen_classifier(folder) if folder else None).to(device, runtime.dtype)
     if train.channels_last:
         use_channels_last(model)
+    recompute_activations(model, train.recompute)
     buckets = [torch.empty_like(p) for p in model.parameters()] if runtime.world_size > 1 else []  # as DDP has them
     ema = EMA(model, train.ema_decay) if train.ema_decay else None
     regularizers = Regularizers(recipe.regularizers, model, train.seed)

@@ -114,6 +114,23 @@ def test_a_trial_step_reaches_no_other_process_and_changes_nothing(make_recipe, 
     assert len(steps) == 1
 
 
+def test_a_trial_step_keeps_what_the_runs_steps_will_keep(make_recipe, make_runtime):
+    """With recomputation it saves fewer bytes for backward."""
+
+    def saved(what: str) -> int:
+        sizes = {}
+
+        def pack(tensor):
+            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            take_trial_step(make_recipe(f"train.recompute={what}"), make_runtime(), 8)
+        return sum(sizes.values())
+
+    assert saved("cells") < 0.7 * saved("none")
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(CUDA_ERROR), None])
 def test_a_step_out_of_memory_names_the_settings_that_help(attempt, tmp_path, monkeypatch, error):
     error = error or RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
