@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipeline.cli import run_tool  # noqa: E402
+from pipeline.distributed.device_settings import DeviceSettings  # noqa: E402
 from pipeline.distributed.logs import launched_rank  # noqa: E402
 from pipeline.distributed.runtime import Runtime  # noqa: E402
 from pipeline.inference.evaluate_run import EvaluationRequest, evaluate  # noqa: E402
@@ -73,7 +74,8 @@ def run(parsed: argparse.Namespace) -> None:
             print("\n".join(list_reports(parsed.run)) or f"no evaluations in {parsed.run}")
         return
     check_numbers(parsed)
-    runtime = Runtime(parsed.precision, parsed.threads)
+    # Reported figures are those of the precision that they state: no TensorFloat-32 on GPUs.
+    runtime = Runtime(parsed.precision, parsed.threads, device_settings=DeviceSettings(tf32=False))
     with runtime.closing():
         evaluate(build_request(parsed), runtime)
 

@@ -52,14 +52,14 @@ def train(data: Path, run_dir: Path) -> float:
 
 
 def stop_one(launcher: subprocess.Popen, target: str, after: float, chance: random.Random) -> psutil.Process | None:
-    """Stops a process of that kind after `after` seconds, or as soon as there are one and a rank: a launcher that is
-    stopped before it has started a rank can be named by nobody. None if the run ended before.
+    """Stops a process of that kind after `after` seconds, or as soon as there are one and both ranks: a launcher that
+    is stopped before it has started the ranks can be named by nobody. None if the run ended before.
     """
     moment = time.monotonic() + after
     while launcher.poll() is None:
         root = psutil.Process(launcher.pid)
         found = victims(root, target) if time.monotonic() >= moment else []
-        if found and victims(root, "rank"):
+        if found and len(victims(root, "rank")) == 2:
             victim = chance.choice(found)
             with suppress(psutil.NoSuchProcess):
                 victim.send_signal(signal.SIGSTOP)
