@@ -16,11 +16,12 @@ runtime = Runtime("fp64", cpu_threads=1)
 losses = {
     case: train_losses(make_recipe(case, data, "train.precision=fp64"), runtime, steps=3) for case in TWO_PROCESS_CASES
 }
-with no_compiler_needed("aot_eager"):
+with no_compiler_needed("aot_eager") as stats:
     compiled = {
         case: train_losses(make_recipe(case, data, "train.precision=fp64", "train.compile=whole"), runtime, steps=3)
         for case in COMPILED_CASES
     }
+results = {"world_size": runtime.world_size, "losses": losses, "compiled": compiled, "graphs": stats["unique_graphs"]}
 if runtime.is_main:
-    out.write_text(json.dumps({"world_size": runtime.world_size, "losses": losses, "compiled": compiled}))
+    out.write_text(json.dumps(results))
 runtime.close()

@@ -80,6 +80,7 @@ def test_two_processes_give_the_losses_of_one(data, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     two = json.loads(out.read_text())
     assert two["world_size"] == 2
+    assert two["graphs"] >= 2 * len(two["compiled"])  # of each a model and an objective
     AcceleratorState._reset_state(reset_partial_state=True)
     runtime = Runtime("fp64", cpu_threads=1)
     for case, losses in two["losses"].items():

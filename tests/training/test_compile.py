@@ -11,7 +11,7 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo.utils import counters
 
 from pipeline.models.base import VAE
-from pipeline.run.compilation import compile_training
+from pipeline.run.compilation import compile_training, prepare_compiler
 from pipeline.training.objective import Objective, ObjectiveConfig
 from pipeline.training.train_config import TrainConfig
 from tests.helpers.compiling import no_compiler_needed
@@ -120,3 +120,42 @@ def assert_equal_gradients(ours: VAE, theirs: VAE, tolerance: float) -> None:
     for name, parameter in ours.named_parameters():
         distance = (parameter.grad - expected[name]).norm()
         assert distance <= tolerance * (expected[name].norm() + 1e-3 * largest), name
+
+
+# ---- machine code
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_the_smallest_model_compiled_to_machine_code_trains_as_the_eager_one():
+    model, x, _, condition = small_case("mlp_vae")
+    eager = copy.deepcopy(model)
+    objectives = [Objective(ObjectiveConfig(), model.groups, STEPS) for _ in range(2)]
+    prepare_compiler(WHOLE, x.device)
+    compile_training(WHOLE, model, objectives[0])
+    for step in range(2):
+        loss, expected = (loss_of(*pair, step, x, condition) for pair in zip((model, eager), objectives, strict=True))
+        loss.backward()
+        expected.backward()
+        torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    assert counters["stats"]["unique_graphs"] == 3  # one of them is the trial of the compiler
+    assert_equal_gradients(model, eager, 1e-8)
+
+
+# ---- cells
+
+
+def test_cells_are_one_graph_per_shape_and_train_as_eager_ones():
+    model, x, _, condition = build_case("nvae", "model.groups_per_scale=[2]")
+    eager = copy.deepcopy(model)
+    objective = Objective(ObjectiveConfig(), model.groups, STEPS)
+    cells = list(model.compilable_cells())
+    assert {type(cell).__name__ for cell in cells} == {"ResidualCell"}
+    compile_training(TrainConfig(steps=1, compile="cells"), model, objective, backend="aot_eager")
+    for recompilation_is_an_error in (False, True):
+        with dynamo_config.patch(error_on_recompile=recompilation_is_an_error):
+            loss_of(model, objective, 0, x, condition).backward()
+        loss_of(eager, objective, 0, x, condition).backward()
+    assert 0 < counters["stats"]["unique_graphs"] <= len(cells)
+    assert not counters["graph_break"]
+    assert_equal_gradients(model, eager, 1e-8)
