@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.nn.depthwise import depthwise_conv2d
 from pipeline.nn.memory_order import in_logical_order, in_memory_order, stack_in_memory_order
-from pipeline.nn.weight_norm import normalize_stacks
+from pipeline.nn.weight_norm import RawStack, normalize_stacks
 
 INITIAL_NORM_EPSILON = 1e-2
 
@@ -152,20 +152,33 @@ def weight_stacks(convs: Sequence[nn.Conv2d]) -> list[WeightStack]:
     groups = defaultdict(list)
     for conv in convs:
         groups[conv.stack_key if isinstance(conv, WNConv2d) else tuple(conv.weight.shape)].append(conv)
-    plain, normalized = [], []
-    for group in groups.values():
-        like = group[0].weight
-        weights = stack_in_memory_order([conv.weight for conv in group], like)
-        if isinstance(group[0], MaskedWNConv2d):
-            weights = weights * in_memory_order(group[0].mask, like)
-        (normalized if isinstance(group[0], WNConv2d) else plain).append(WeightStack(group, weights))
-    return plain + (_normalized(normalized) if normalized else [])
+    normalized = [group for group in groups.values() if isinstance(group[0], WNConv2d)]
+    plain = [group for group in groups.values() if not isinstance(group[0], WNConv2d)]
+    stacks = [WeightStack(group, stack_in_memory_order(_weights(group), like=_like(group))) for group in plain]
+    return stacks + (_normalized(normalized) if normalized else [])
 
 
-def _normalized(stacks: list[WeightStack]) -> list[WeightStack]:
-    log_norms = torch.cat([conv.log_norm.flatten() for stack in stacks for conv in stack.convs])
-    weights = normalize_stacks([stack.weights for stack in stacks], log_norms)
-    return [stack._replace(weights=each) for stack, each in zip(stacks, weights, strict=True)]
+def _normalized(groups: list[list[WNConv2d]]) -> list[WeightStack]:
+    log_norms = torch.cat([conv.log_norm.flatten() for group in groups for conv in group])
+    raw = [
+        RawStack(
+            [in_memory_order(weight, like=_like(group)) for weight in _weights(group)],
+            None if group[0].mask is None else in_memory_order(group[0].mask, like=_like(group)),
+        )
+        for group in groups
+    ]
+    return [
+        WeightStack(group, weights) for group, weights in zip(groups, normalize_stacks(raw, log_norms), strict=True)
+    ]
+
+
+def _weights(convs: Sequence[nn.Conv2d]) -> list[Tensor]:
+    return [conv.weight for conv in convs]
+
+
+def _like(convs: Sequence[nn.Conv2d]) -> Tensor:
+    """A weight in the memory format of all."""
+    return convs[0].weight
 
 
 def effective_weights(convs: Sequence[nn.Conv2d]) -> list[Tensor]:
