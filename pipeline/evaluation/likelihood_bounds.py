@@ -173,7 +173,7 @@ def repeated(value: Any, times: int) -> Any:
     if times == 1 or value is None:
         return value
     if isinstance(value, Tensor):
-        return value.repeat(times, *[1] * (value.dim() - 1))
+        return torch.cat([value] * times)  # unlike `repeat`, it keeps channels_last
     if isinstance(value, Mapping):
         return {name: repeated(part, times) for name, part in value.items()}
     assert isinstance(value, list | tuple), f"features of an unknown kind: {type(value)}"
