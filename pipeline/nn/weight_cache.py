@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.nn.layers import CachedLayer, Linear, WeightStack, find_convs, weight_stacks
+from pipeline.nn.memory_order import with_usual_strides
 
 
 class ScaleStack(NamedTuple):
@@ -138,7 +139,7 @@ class _CastAll(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):
-        present = [gradient for gradient in gradients if gradient is not None]
+        present = [with_usual_strides(gradient) for gradient in gradients if gradient is not None]
         casts = iter(_cast_all(present, ctx.dtype))
         return None, *(None if gradient is None else next(casts) for gradient in gradients)
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from pipeline.nn.memory_order import with_usual_strides
+
 NORM_EPSILON = 1e-5
 SMALLEST_NORM = 1e-30  # instead of the zero of a weight of zeros, in a divisor
 
@@ -76,7 +78,7 @@ class _NormalizeStacks(Function):
         ]
         masks = iter(tensors)
         dstacks = [d * next(masks) if masked else d for d, masked in zip(dstacks, ctx.is_masked, strict=True)]
-        dweights = chain.from_iterable(dstack.unbind(0) for dstack in dstacks)
+        dweights = chain.from_iterable(with_usual_strides(dstack.contiguous()).unbind(0) for dstack in dstacks)
         return None, None, dlog_norms, *(None for _ in range(sum(ctx.is_masked))), *dweights
 
 

@@ -37,7 +37,8 @@ class StepMemory(NamedTuple):
 
 def estimate(recipe: Recipe, processes: int = 1, model: VAE | None = None) -> StepMemory | None:
     """From the figures counted for these settings; else from a forward pass without values, if the model is small
-    enough; else None. Workspaces of convolutions and the allocator's rounding are not in it.
+    enough and trains without a classifier; else None. Workspaces of convolutions and the allocator's rounding are not
+    in it.
 
     `model`: the recipe's, on the meta device, where it has been built already.
     """
@@ -47,7 +48,7 @@ def estimate(recipe: Recipe, processes: int = 1, model: VAE | None = None) -> St
     counted = counted_figures().get(key_of(recipe, model))
     if counted is not None:
         return StepMemory(state, counted["fixed"], counted["per_image"])
-    if len(list(model.parameters())) > MAX_TENSORS:
+    if len(list(model.parameters())) > MAX_TENSORS or recipe.model.classifier_folder is not None:
         return None
     recompute_activations(model, recipe.train.recompute)
     fixed, per_image = count_saved(model, {"bf16": 0.5, "fp32": 1, "fp64": 2}[recipe.train.precision])

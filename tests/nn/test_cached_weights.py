@@ -129,7 +129,6 @@ def test_one_cast_of_all_equals_a_cast_of_each(variant, monkeypatch):
     assert casts > 10
     for name, gradient in theirs.items():
         assert torch.equal(ours[name], gradient), name
-        assert ours[name].stride() == gradient.stride(), name
 
 
 def test_layers_outside_the_loss_get_no_gradient():
@@ -160,3 +159,23 @@ def test_a_pass_can_be_computed_again_after_the_block():
         *(torch.autograd.grad(y, parameters, retain_graph=True) for y in (again, first)), strict=True
     ):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_have_the_strides_of_their_parameters(dtype, shared):
+    """Those of dimensions of size 1 too: DDP warns where they differ."""
+    model = build_nvae(**NVAE_VARIANTS["flows"])
+    use_channels_last(model)
+    model.weight_cache.shared = shared
+    x = torch.rand(2, *model.image_shape).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = model(x, draw_noise(model.noise_groups, 0, "train", range(2)))
+    penalty = sum(stack.weights.square().sum() for stack in model.weight_cache.stacks()) if shared else 0.0
+    (penalty - out.elbo.mean()).backward()
+    different = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and parameter.grad.stride() != parameter.stride()
+    ]
+    assert not different
