@@ -1,14 +1,10 @@
-"""Grids of images, and PNG files of them."""
+"""Grids of images."""
 
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-
-from pipeline.storage.atomic import replacing
 
 MIN_SIDE = 64
 """Pixels. Smaller images are enlarged by a whole factor, since 28-pixel digits are hard to see."""
@@ -36,12 +32,6 @@ def reconstruction_grid(originals: Tensor, reconstructions: Tensor, columns: int
     pairs = zip(to_uint8(originals).split(columns), to_uint8(reconstructions).split(columns), strict=True)
     rows = [torch.cat([_fill_row(above, columns), _fill_row(below, columns)]) for above, below in pairs]
     return image_grid(torch.cat(rows), columns)
-
-
-def save_png(path: Path | str, grid: np.ndarray) -> None:
-    """Writes a uint8 array (height, width, 3). At any time `path` holds a complete picture or does not exist."""
-    with replacing(Path(path)) as file:
-        Image.fromarray(grid).save(file, format="PNG")
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.images import image_grid, save_png, to_uint8
+from pipeline.evaluation.images import image_grid, to_uint8
 from pipeline.evaluation.sample_grids import readjust_batch_norm
 from pipeline.inference.folders import open_split
 from pipeline.inference.parse_condition import check_attributes
@@ -23,6 +23,7 @@ from pipeline.inference.trained import IMAGES_PER_PASS, TrainedModel
 from pipeline.models.conditions import UNKNOWN, AttributeCondition, ClassCondition
 from pipeline.models.noise import draw_noise
 from pipeline.storage.atomic import replacing
+from pipeline.storage.pictures import save_png
 
 MOST_SHOWN = 400
 """Samples in a picture; a .npz has them all."""

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from pipeline.data.shards import TarShards
-from pipeline.evaluation.images import image_grid, save_png, to_uint8
+from pipeline.evaluation.images import image_grid, to_uint8
 from pipeline.inference import editing
 from pipeline.inference.editing import Subject
 from pipeline.inference.folders import open_split
 from pipeline.inference.parse_condition import parse_settings
 from pipeline.inference.read_image import open_picture
 from pipeline.inference.trained import TrainedModel
+from pipeline.storage.pictures import save_png
 
 log = logging.getLogger("pipeline")
 

@@ -13,7 +13,7 @@ import torch
 from pipeline.config import dump
 from pipeline.data.loader import Batch
 from pipeline.distributed.runtime import Runtime
-from pipeline.evaluation.images import image_grid, reconstruction_grid, save_png
+from pipeline.evaluation.images import image_grid, reconstruction_grid
 from pipeline.evaluation.likelihood_bounds import Evaluator
 from pipeline.evaluation.sample_grids import Pictures, plan_grid
 from pipeline.recipe import Recipe, build_model
@@ -26,6 +26,7 @@ from pipeline.storage.atomic import replacing
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.storage.checkpoint_writer import CheckpointWriter
 from pipeline.storage.optional_files import OptionalFiles
+from pipeline.storage.pictures import save_png
 from pipeline.storage.run_id import find_run_id, write_run_id
 from pipeline.storage.status import StatusFile
 from pipeline.tracking.tracker import Tracker

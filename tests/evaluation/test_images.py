@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.evaluation import images
-from pipeline.evaluation.images import image_grid, reconstruction_grid, save_png, to_uint8
+from pipeline.evaluation.images import image_grid, reconstruction_grid, to_uint8
+from pipeline.storage.pictures import save_png
 
 ROOT = Path(images.__file__).parents[2]
 
