@@ -65,6 +65,14 @@ class TrainConfig(Section):
     max_skipped_steps: int = Field(20, gt=0)
     """Number of consecutive steps with a non-finite loss or gradient that ends the run."""
 
+    @field_validator("micro_batch", mode="before")
+    @classmethod
+    def _check_micro_batch(cls, value: Any) -> Any:
+        """One message for the two kinds of value."""
+        if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+            return value
+        raise ValueError(f"needs a whole number above 0, or auto (given: {value!r})")
+
     @field_validator("compile", mode="before")
     @classmethod
     def _read_switch(cls, value: Any) -> Any:
