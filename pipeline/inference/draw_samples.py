@@ -19,7 +19,8 @@ from pipeline.evaluation.images import image_grid, to_uint8
 from pipeline.evaluation.sample_grids import readjust_batch_norm
 from pipeline.inference.folders import open_split
 from pipeline.inference.parse_condition import check_attributes
-from pipeline.inference.trained import IMAGES_PER_PASS, TrainedModel
+from pipeline.inference.passes import IMAGES_PER_PASS, images_per_pass
+from pipeline.inference.trained import TrainedModel
 from pipeline.models.conditions import UNKNOWN, AttributeCondition, ClassCondition
 from pipeline.models.noise import draw_noise
 from pipeline.storage.atomic import replacing
@@ -98,8 +99,9 @@ def sample_images(trained: TrainedModel, plan: Plan, temperature: float, seed: i
     """uint8 (n, H, W, C)."""
     channels, height, width = trained.image_shape
     images = np.empty((plan.count, height, width, channels), np.uint8)
-    for start in range(0, plan.count, IMAGES_PER_PASS):
-        stop = min(start + IMAGES_PER_PASS, plan.count)
+    size = images_per_pass(trained.device)
+    for start in range(0, plan.count, size):
+        stop = min(start + size, plan.count)
         condition = None if plan.condition is None else plan.condition[start:stop]
         sampled = trained.sample(stop - start, temperature, seed, condition, first=start)
         images[start:stop] = to_uint8(sampled).permute(0, 2, 3, 1).numpy()

@@ -11,7 +11,8 @@ from pipeline.data.shards import TarShards
 from pipeline.inference.infer_condition import infer_attributes, infer_class
 from pipeline.inference.latents import Latents, MeanDifference, added, linear, moved, spherical
 from pipeline.inference.parse_condition import check_attributes, class_number, parse_settings
-from pipeline.inference.trained import IMAGES_PER_PASS, TrainedModel
+from pipeline.inference.passes import IMAGES_PER_PASS
+from pipeline.inference.trained import TrainedModel
 from pipeline.models.conditions import ClassCondition, find_name
 
 

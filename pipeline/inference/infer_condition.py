@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation.likelihood_bounds import Draws
-from pipeline.inference.trained import IMAGES_PER_PASS, TrainedModel
+from pipeline.inference.passes import IMAGES_PER_PASS
+from pipeline.inference.trained import TrainedModel
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.models.noise import draw_noise
 

@@ -23,6 +23,7 @@ from pipeline.data.preprocess import to_model_input
 from pipeline.evaluation.images import to_uint8
 from pipeline.evaluation.likelihood_bounds import Draws
 from pipeline.inference.parse_condition import ConditionLike, to_condition
+from pipeline.inference.passes import IMAGES_PER_PASS, in_passes
 from pipeline.inference.read_image import Images, to_tensor
 from pipeline.inference.text import printable
 from pipeline.models.base import VAE, use_channels_last, without_border
@@ -33,9 +34,6 @@ from pipeline.recipe import Recipe, build_model
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.storage.checkpoint_folder import META, Checkpoint
 from pipeline.storage.run_id import read_run_id
-
-IMAGES_PER_PASS = 128
-"""Larger batches take several passes. Results do not depend on it, except for rounding."""
 
 
 def load(
@@ -221,10 +219,11 @@ class TrainedModel:
         """
         x = to_tensor(x, self.image_shape)
         condition = self.condition(condition, len(x))
-        parts = [
-            self.model.encode(self.input(x[here]), self._noise("encode", here, seed), rows_of(condition, here))
-            for here in passes(len(x))
-        ]
+
+        def work(here: slice) -> list[Tensor]:
+            return self.model.encode(self.input(x[here]), self._noise("encode", here, seed), rows_of(condition, here))
+
+        parts = in_passes(work, len(x), self.device)
         return [torch.cat(group) for group in zip(*parts, strict=True)]
 
     @torch.no_grad()
@@ -232,11 +231,12 @@ class TrainedModel:
         """Images (B, C, H, W): the decoder's mean for these latents, one (B, *group.shape) per group."""
         count = self._check_latents(latents)
         condition = self.condition(condition, count)
-        parts = [
-            self.model.decode([group[here].to(self.device, self.dtype) for group in latents], rows_of(condition, here))
-            for here in passes(count)
-        ]
-        return self._output(parts)
+
+        def work(here: slice) -> Tensor:
+            rows = [group[here].to(self.device, self.dtype) for group in latents]
+            return self.model.decode(rows, rows_of(condition, here))
+
+        return self._output(in_passes(work, count, self.device))
 
     @torch.no_grad()
     def sample(
@@ -244,20 +244,23 @@ class TrainedModel:
     ) -> Tensor:
         """Images (count, C, H, W) from the prior, whose sigmas are scaled by `temperature`: the decoder's mean.
 
-        Every seed has a sequence of samples without end; these are the samples `first`, `first` + 1, ...
+        Every seed has a sequence of samples without end; these are the samples `first`, `first` + 1, ... On a GPU a
+        model that was trained in bf16 samples in bf16.
         """
         if count < 1:
             raise ValueError(f"count {count}: must be at least 1")
         condition = self.condition(condition, count)
-        parts = [
-            self.model.sample(
-                self._noise("sample", slice(first + here.start, first + here.stop), seed),
-                temperature,
-                rows_of(condition, here),
-            )
-            for here in passes(count)
-        ]
-        return self._output(parts)
+
+        def work(here: slice) -> Tensor:
+            noise = self._noise("sample", slice(first + here.start, first + here.stop), seed)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._samples_in_bf16()):
+                return self.model.sample(noise, temperature, rows_of(condition, here)).to(self.dtype)
+
+        return self._output(in_passes(work, count, self.device))
+
+    def _samples_in_bf16(self) -> bool:
+        on_gpu = self.device.type == "cuda"
+        return on_gpu and self.recipe.train.precision == "bf16" and self.dtype == torch.float32
 
     def reconstruct(self, x: Images, condition: ConditionLike = None, seed: int | None = 0) -> Tensor:
         """Images (B, C, H, W): `decode` of `encode`."""
@@ -276,16 +279,15 @@ class TrainedModel:
             raise ValueError(f"importance_samples {importance_samples}: must be at least 1")
         x = to_tensor(x, self.image_shape)
         condition = self.condition(condition, len(x))
-        parts = []
-        for here in passes(len(x)):
-            draws = Draws(
-                self.model,
-                self.input(x[here]),
-                rows_of(condition, here),
-                lambda draw, here=here: self._noise(f"validate/{draw}", here, seed, self.model.noise_groups),
-            )
-            parts.append(draws.log_likelihood(importance_samples, rows=IMAGES_PER_PASS))
-        return torch.cat(parts)
+
+        def work(here: slice) -> Tensor:
+            def noise(draw: int) -> list[Tensor]:
+                return self._noise(f"validate/{draw}", here, seed, self.model.noise_groups)
+
+            draws = Draws(self.model, self.input(x[here]), rows_of(condition, here), noise)
+            return draws.log_likelihood(importance_samples, rows=max(IMAGES_PER_PASS, here.stop - here.start))
+
+        return torch.cat(in_passes(work, len(x), self.device))
 
     def condition(self, condition: ConditionLike, count: int) -> Tensor | None:
         """The model's condition (count, K) on the device, or None. Raises as the class says."""
@@ -320,13 +322,6 @@ class TrainedModel:
         if [shape[1:] for shape in shapes] != wanted or len({shape[0] for shape in shapes}) != 1:
             raise ValueError(f"latents are one tensor per group, (B, ...) each of {wanted}; these are {shapes}")
         return shapes[0][0]
-
-
-def passes(count: int) -> list[slice]:
-    """The rows of each pass over a batch."""
-    if count < 1:
-        raise ValueError("no images were given")
-    return [slice(start, min(start + IMAGES_PER_PASS, count)) for start in range(0, count, IMAGES_PER_PASS)]
 
 
 def rows_of(condition: Tensor | None, here: slice) -> Tensor | None:

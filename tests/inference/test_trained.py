@@ -15,7 +15,7 @@ from PIL import Image
 import pipeline
 from pipeline.data.preprocess import to_model_input
 from pipeline.evaluation.likelihood_bounds import Draws
-from pipeline.inference.trained import IMAGES_PER_PASS
+from pipeline.inference.passes import IMAGES_PER_PASS
 from pipeline.models.noise import draw_noise
 from pipeline.storage.checkpoint import Checkpoints
 from tests.helpers.model_cases import CASES, make_recipe
