@@ -60,6 +60,7 @@ class Names(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_fake_tensors_run_the_operators_that_real_ones_run(make_recipe, make_runtime):
     recipe = make_recipe("train.precision=bf16", "optim.clip=1")
     runtime = make_runtime("bf16")

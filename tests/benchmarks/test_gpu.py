@@ -34,6 +34,7 @@ def run(part: Part, folder: Path) -> list[dict]:
     return json.loads((folder / "results.json").read_text())["parts"][part.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [part for part in gpu.PARTS if part.name not in LONG], ids=lambda part: part.name)
 def test_every_measurement_runs(part, tmp_path):
     records = run(part, tmp_path)
@@ -48,6 +49,7 @@ def test_every_measurement_runs(part, tmp_path):
     assert costs == sorted(costs, reverse=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", gpu_check.PARTS, ids=lambda part: part.name)
 def test_every_check_passes_on_the_cpu(part, tmp_path):
     records = run(part, tmp_path)
@@ -86,6 +88,7 @@ def test_a_skipped_step_that_leaves_a_trace_is_noticed(tmp_path, monkeypatch):
     assert checks("skip", tmp_path) == [True, False, True]
 
 
+@pytest.mark.slow
 def test_other_losses_on_two_processes_are_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         gpu_check, "train_on_ranks", lambda *_: {"processes": 2, "device": "CPU", "losses": [4800.0] * 3}

@@ -29,6 +29,7 @@ def test_figures_are_of_one_architecture():
     assert key_of(recipe, meta_model(recipe)) not in counted_figures()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_small_model_is_estimated_by_a_forward_pass(make_recipe, precision):
     """Against the memory that is alive in a whole step, counted operator by operator."""

@@ -67,6 +67,7 @@ def ranks(folder) -> list[dict]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
+@pytest.mark.slow
 def test_the_size_of_buckets_changes_no_bit(ranks):
     """Of weights, optimizer and average after three steps of two micro-batches, whose gradients accumulate."""
     for rank in ranks:
@@ -74,6 +75,7 @@ def test_the_size_of_buckets_changes_no_bit(ranks):
         assert rank["digests"]["25"] == rank["digests"]["1"] == ranks[0]["digests"]["1"]
 
 
+@pytest.mark.slow
 def test_validation_by_worker_processes_is_exact_on_two_ranks(ranks):
     assert ranks[0]["figures"]["0"]["val/nll"] > 0
     for rank in ranks:
@@ -81,6 +83,7 @@ def test_validation_by_worker_processes_is_exact_on_two_ranks(ranks):
         assert all(math.isfinite(value) for value in rank["figures"]["2"].values())
 
 
+@pytest.mark.slow
 def test_every_rank_writes_its_trace_and_one_logs_the_table(folder):
     names = sorted(path.name for path in (folder / "run" / "profile").iterdir())
     assert names == [f"step_{6:08d}_rank_{rank}.json.gz" for rank in (0, 1)]

@@ -52,6 +52,7 @@ def loss_of(model: VAE, objective: Objective, step: int, x: Tensor, condition: T
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OTHER_CASES)
 def test_models_and_objective_are_one_graph_each(case):
     model, x, _, condition = small_case(case)
@@ -62,6 +63,7 @@ def test_models_and_objective_are_one_graph_each(case):
     assert counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ONE_PER_MODEL.values())
 def test_whole_models_are_compiled_once_and_train_as_eager_ones(case):
     model, x, _, condition = small_case(case)
@@ -98,6 +100,7 @@ def test_training_and_evaluation_alternate_without_a_recompilation():
             loss_of(model.eval(), objective, 2, x, condition)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_compiled_run_has_the_losses_of_an_eager_one(tmp_path, make_runtime, precision):
     """Behind autocast and with micro-batches; nothing is compiled after the first step."""
