@@ -1,5 +1,6 @@
 """What a training step that runs out of memory says: which settings take less, and how much, by the estimate."""
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,15 +21,17 @@ def explained(recipe: Recipe, runtime: Runtime) -> Iterator[None]:
     """Raises OutOfMemory with the settings that help in place of torch's error."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not is_out_of_memory(error):
             raise
+        traceback.clear_frames(error.__traceback__)  # the failed step's tensors, since the advice needs memory too
         raise OutOfMemory(advice(recipe, runtime, error)) from error
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """On a GPU, or in host memory, for which torch has no type of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def advice(recipe: Recipe, runtime: Runtime, error: RuntimeError) -> str:
@@ -49,7 +52,10 @@ def advice(recipe: Recipe, runtime: Runtime, error: RuntimeError) -> str:
 
 def peak(recipe: Recipe, world_size: int) -> str:
     """Of a step on each device."""
-    found = estimate(recipe, world_size)
+    try:
+        found = estimate(recipe, world_size)
+    except (RuntimeError, MemoryError):  # there is not even memory for that
+        found = None
     return "not known" if found is None else readable(found.peak(recipe.train.images_per_pass // world_size))
 
 
