@@ -3,7 +3,8 @@
 import torch
 
 from pipeline.distributed.runtime import Runtime
-from pipeline.models.base import recompute_activations, use_channels_last
+from pipeline.models.base import VAE, recompute_activations, use_channels_last
+from pipeline.models.classifier import FrozenClassifier
 from pipeline.recipe import Recipe, build_model
 from pipeline.run.classifier_folder import load_frozen_classifier
 from pipeline.run.compilation import compile_training, prepare_compiler
@@ -30,17 +31,22 @@ def build_runtime(train: TrainConfig) -> Runtime:
     )
 
 
+def build_training_model(recipe: Recipe, runtime: Runtime, classifier: FrozenClassifier | None) -> VAE:
+    """The recipe's model as training uses it: with its precision, memory format and recomputation, on the device."""
+    model = build_model(recipe, classifier).to(runtime.dtype)
+    if recipe.train.channels_last:
+        use_channels_last(model)
+    recompute_activations(model, recipe.train.recompute)
+    return model.to(runtime.device)
+
+
 def build_trainer(recipe: Recipe, runtime: Runtime, data: RunData) -> Trainer:
     """The trainer at step 0. The initial weights depend on the recipe's seed alone."""
     train = recipe.train
     folder = recipe.model.classifier_folder
     classifier = runtime.run_on_all(lambda: load_frozen_classifier(folder), "reading a classifier") if folder else None
     torch.manual_seed(train.seed)
-    model = build_model(recipe, classifier).to(runtime.dtype)
-    if train.channels_last:
-        use_channels_last(model)
-    recompute_activations(model, train.recompute)
-    model.to(runtime.device)
+    model = build_training_model(recipe, runtime, classifier)
     objective = Objective(recipe.objective, model.groups, data.total_steps, runtime.mean)
     if train.compile != "off":
         runtime.run_on_all(lambda: prepare_compiler(train, runtime.device), "trying the compiler")

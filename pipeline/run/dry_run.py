@@ -81,7 +81,7 @@ def describe_memory(recipe: Recipe, model: VAE, weights: int) -> list[str]:
         return [*lines, "  train.micro_batch=auto: the largest that fits is found when the run starts"]
     images = recipe.train.images_per_pass
     for processes in process_counts(images):
-        peak = estimate(recipe, processes, model).peak(images // processes)
+        peak = found.peak(images // processes, processes)
         name = "process" if processes == 1 else "processes"
         lines += [f"  {readable(peak):>10} on each GPU with {processes} {name}, {images // processes} images each"]
     return lines

@@ -14,9 +14,9 @@ import torch
 
 from pipeline.distributed import collectives
 from pipeline.distributed.runtime import Runtime
-from pipeline.models.base import recompute_activations, use_channels_last
 from pipeline.models.noise import draw_noise
-from pipeline.recipe import Recipe, build_model, divisors
+from pipeline.recipe import Recipe, divisors
+from pipeline.run.build import build_training_model
 from pipeline.run.classifier_folder import load_frozen_classifier
 from pipeline.run.step_memory import estimate
 from pipeline.storage.checkpoint import Checkpoints
@@ -92,8 +92,8 @@ def check_found(number: int, recipe: Recipe, runtime: Runtime) -> None:
 def fits(recipe: Recipe, runtime: Runtime, images: int) -> bool:
     """Whether a step with this number of images on this process fits on its device."""
     if runtime.device.type != "cuda":
-        expected = estimate(recipe, runtime.world_size)
-        return expected is None or expected.peak(images) < USABLE * available_bytes()
+        expected = estimate(recipe)
+        return expected is None or expected.peak(images, runtime.world_size) < USABLE * available_bytes()
     torch.cuda.set_per_process_memory_fraction(USABLE, runtime.device)
     try:
         take_trial_step(recipe, runtime, images)
@@ -110,10 +110,7 @@ def take_trial_step(recipe: Recipe, runtime: Runtime, images: int) -> None:
     """A whole training step of a model of its own on black images, without the other processes."""
     train, device = recipe.train, runtime.device
     folder = recipe.model.classifier_folder
-    model = build_model(recipe, load_frozen_classifier(folder) if folder else None).to(device, runtime.dtype)
-    if train.channels_last:
-        use_channels_last(model)
-    recompute_activations(model, train.recompute)
+    model = build_training_model(recipe, runtime, load_frozen_classifier(folder) if folder else None)
     buckets = [torch.empty_like(p) for p in model.parameters()] if runtime.world_size > 1 else []  # as DDP has them
     ema = EMA(model, train.ema_decay) if train.ema_decay else None
     regularizers = Regularizers(recipe.regularizers, model, train.seed)

@@ -53,10 +53,12 @@ def advice(recipe: Recipe, runtime: Runtime, error: RuntimeError) -> str:
 def peak(recipe: Recipe, world_size: int) -> str:
     """Of a step on each device."""
     try:
-        found = estimate(recipe, world_size)
+        found = estimate(recipe)
     except (RuntimeError, MemoryError):  # there is not even memory for that
         found = None
-    return "not known" if found is None else readable(found.peak(recipe.train.images_per_pass // world_size))
+    return (
+        "not known" if found is None else readable(found.peak(recipe.train.images_per_pass // world_size, world_size))
+    )
 
 
 def stronger_recomputation(recipe: Recipe) -> list[str]:

@@ -24,35 +24,38 @@ class StepMemory(NamedTuple):
     """Bytes on one device."""
 
     state: int
-    """Weights, the optimizer's moments and the moving average; with several processes DDP's buckets too."""
+    """Weights, the optimizer's moments and the moving average."""
+    buckets: int
+    """What DDP adds to that with several processes: its buckets, which hold the gradients."""
     fixed: int
     """What a step adds whatever the number of images: gradients, normalized weights, temporary copies."""
     per_image: int
     """What a step adds for each image: activations."""
 
-    def peak(self, images: int) -> int:
+    def peak(self, images: int, processes: int = 1) -> int:
         """Of a step with this number of images per forward pass on this device."""
-        return self.state + self.fixed + images * self.per_image
+        return self.state + (self.buckets if processes > 1 else 0) + self.fixed + images * self.per_image
 
 
-def estimate(recipe: Recipe, processes: int = 1, model: VAE | None = None) -> StepMemory | None:
+def estimate(recipe: Recipe, model: VAE | None = None) -> StepMemory | None:
     """From the figures counted for these settings; else from a forward pass without values, if the model is small
     enough and trains without a classifier; else None. Workspaces of convolutions and the allocator's rounding are not
     in it.
 
-    `model`: the recipe's, on the meta device, where it has been built already.
+    `model`: the recipe's, on the meta device, where it has been built already; from then on it recomputes as the recipe
+    says.
     """
     model = meta_model(recipe) if model is None else model
     weights = sum(tensor.numel() for tensor in model.parameters()) * (8 if recipe.train.precision == "fp64" else 4)
-    state = weights * (3 + bool(recipe.train.ema_decay) + (processes > 1))
+    state = weights * (3 + bool(recipe.train.ema_decay))
     counted = counted_figures().get(key_of(recipe, model))
     if counted is not None:
-        return StepMemory(state, counted["fixed"], counted["per_image"])
+        return StepMemory(state, weights, counted["fixed"], counted["per_image"])
     if len(list(model.parameters())) > MAX_TENSORS or recipe.model.classifier_folder is not None:
         return None
     recompute_activations(model, recipe.train.recompute)
     fixed, per_image = count_saved(model, {"bf16": 0.5, "fp32": 1, "fp64": 2}[recipe.train.precision])
-    return StepMemory(state, weights + fixed, per_image)
+    return StepMemory(state, weights, weights + fixed, per_image)
 
 
 def meta_model(recipe: Recipe) -> VAE:
