@@ -35,10 +35,8 @@ import torch
 
 from benchmarks.fake_step import fake_processes, fake_trainer, middle_of_warmup, prime
 from benchmarks.step_counter import StepCounter, labelled
+from benchmarks.steps import IMAGES_PER_GPU
 from pipeline.recipe import Recipe, load_recipe, recipe_path, shipped_recipes
-
-IMAGES_PER_GPU = {"nvae_mnist": 200, "nvae_cifar10": 32, "nvae_celeba64": 16}
-"""The recipes of the paper, and its batch per GPU. Other recipes: their batch shared by the processes."""
 
 # Of one H200.
 SECONDS_PER_LAUNCH = 5e-6

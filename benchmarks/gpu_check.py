@@ -104,19 +104,19 @@ def device_of(recipe: Recipe) -> torch.device:
 
 
 def float64(report: Report, tiny: bool) -> None:
-    recipe = checked_recipe(tiny, "train.precision=fp64")
-    device = device_of(recipe)
-    expected = loss_and_gradients(recipe, torch.device("cpu"), torch.float64)
-    found = loss_and_gradients(recipe, device, torch.float64)
-    check(report, f"loss and {len(found) - 1} gradients, relative", largest_error(found, expected), 1e-9)
+    check_against_cpu(report, checked_recipe(tiny, "train.precision=fp64"), torch.float64, 1e-9)
 
 
 def float32(report: Report, tiny: bool) -> None:
-    recipe = checked_recipe(tiny, "train.tf32=false")
+    check_against_cpu(report, checked_recipe(tiny, "train.tf32=false"), torch.float32, 1e-4)
+
+
+def check_against_cpu(report: Report, recipe: Recipe, dtype: torch.dtype, limit: float) -> None:
+    """Loss and gradients of the device in this dtype against float64 on the CPU."""
     device = device_of(recipe)
     expected = loss_and_gradients(recipe, torch.device("cpu"), torch.float64)
-    found = loss_and_gradients(recipe, device, torch.float32)
-    check(report, f"loss and {len(found) - 1} gradients, relative", largest_error(found, expected), 1e-4)
+    found = loss_and_gradients(recipe, device, dtype)
+    check(report, f"loss and {len(found) - 1} gradients, relative", largest_error(found, expected), limit)
 
 
 # ----------------------------------------------------------------------------------------------------- training steps

@@ -14,7 +14,8 @@ import sys
 
 import torch
 
-from benchmarks.counts import IMAGES_PER_GPU, count_step, read_recipe
+from benchmarks.counts import count_step, read_recipe
+from benchmarks.steps import IMAGES_PER_GPU
 from pipeline.recipe import Recipe
 from pipeline.run.step_memory import COUNTED, key_of, meta_model
 

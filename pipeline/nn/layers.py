@@ -4,7 +4,7 @@ The preparation itself: weight_cache.py.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -197,9 +197,13 @@ class Cached(NamedTuple):
     bias: Tensor | None
 
 
-def cached_in(module: nn.Module) -> list[Cached]:
-    """What the layers inside a module have cached, for `caching`."""
-    layers = [layer for layer in module.modules() if isinstance(layer, CachedLayer)]
+def cached_layers(module: nn.Module) -> list[CachedLayer]:
+    """The layers inside a module whose weights a `WeightCache` prepares."""
+    return [layer for layer in module.modules() if isinstance(layer, CachedLayer)]
+
+
+def cached_in(layers: Iterable[CachedLayer]) -> list[Cached]:
+    """What the layers have cached, for `caching`."""
     return [Cached(layer, layer.cached_weight, layer.cached_bias) for layer in layers]
 
 
@@ -209,7 +213,7 @@ def caching(entries: Sequence[Cached]) -> Iterator[None]:
 
     Afterwards they have again what they had before. The tensors keep their graph.
     """
-    before = [Cached(layer, layer.cached_weight, layer.cached_bias) for layer, _, _ in entries]
+    before = cached_in(layer for layer, _, _ in entries)
     _install(entries)
     try:
         yield

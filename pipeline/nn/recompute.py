@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.nn.batch_norm import Moments, recording, replaying
-from pipeline.nn.layers import Cached, CachedLayer, caching
+from pipeline.nn.layers import cached_in, cached_layers, caching
 
 
 class Recomputed:
@@ -23,7 +23,7 @@ class Recomputed:
 
     def __init__(self, module: nn.Module, name: str):
         self.module, self.method = module, getattr(module, name)
-        self.layers = [layer for layer in module.modules() if isinstance(layer, CachedLayer)]
+        self.layers = cached_layers(module)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         if not (self.module.training and torch.is_grad_enabled()):
@@ -32,7 +32,7 @@ class Recomputed:
 
     def _region(self) -> Callable[..., Tensor]:
         """Runs the method; at its second call as a recomputation of the first."""
-        cached = [Cached(layer, layer.cached_weight, layer.cached_bias) for layer in self.layers]
+        cached = cached_in(self.layers)
         moments: list[Moments] = []
         ran = False
 

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.nn.layers import CachedLayer, Linear, WeightStack, find_convs, weight_stacks
+from pipeline.nn.layers import CachedLayer, Linear, WeightStack, cached_layers, find_convs, weight_stacks
 from pipeline.nn.memory_order import with_usual_strides
 
 
@@ -43,7 +43,7 @@ class WeightCache:
     """
 
     def __init__(self, model: nn.Module):
-        self.layers = [module for module in model.modules() if isinstance(module, CachedLayer)]
+        self.layers = cached_layers(model)
         self.convs = list(find_convs(model).values())
         self.shared = False
         self.norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.affine]

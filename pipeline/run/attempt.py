@@ -58,11 +58,8 @@ def run_attempt(
         return report_end(session, runtime, stop, completed)
     except ResumeRefused:
         raise
-    except (
-        ValueError,
-        TrainingDiverged,
-        OutOfMemory,
-    ) as error:  # not OSError: a disk may be there again at the next attempt
+    except (ValueError, TrainingDiverged, OutOfMemory) as error:
+        # Not OSError: a disk may be there again at the next attempt.
         if lock is not None:
             StatusFile(folder).end("failed", str(error))
         raise

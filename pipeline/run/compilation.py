@@ -19,7 +19,7 @@ def prepare_compiler(config: TrainConfig, device: torch.device) -> None:
     """Sets the compiler up, and compiles one addition. Raises ValueError where that does not work on this machine.
 
     Compiled code is kept in TORCHINDUCTOR_CACHE_DIR, so that a resumed run does not compile again. By default that is
-    in the user's cache: code in a run folder would be run by whoever resumes the run.
+    in the user's cache, not in the run folder, whose files must never be executed.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(default_cache() / "torchinductor"))
     try:

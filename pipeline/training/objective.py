@@ -108,9 +108,8 @@ class Objective:
         means = torch.stack([constant.mean(dim=0), constant.abs().mean(dim=0)])  # (2, G)
         mean_kl, mean_abs_kl = self.mean_over_ranks(means)  # one collective for both
         self._alpha = self._alpha.to(kl)  # copies only the first time
-        free = (
-            mean_kl <= self.config.free_bits if self.config.free_bits else None
-        )  # false for NaN: it must reach the loss
+        # False for NaN, which must reach the loss.
+        free = mean_kl <= self.config.free_bits if self.config.free_bits else None
         return beta, free, balancing_weights(mean_abs_kl, self._alpha) if balancing else None
 
     def _charged(self, kl: Tensor, beta: Tensor, free: Tensor | None, weights: Tensor | None) -> Tensor:

@@ -3,13 +3,11 @@
 import copy
 import os
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,6 +18,7 @@ from pipeline.models.noise import draw_noise
 from pipeline.models.nvae import NVAE
 from pipeline.recipe import load_recipe, recipe_path
 from tests.helpers.nvae_cases import build_nvae
+from tests.helpers.two_ranks import run_two_ranks, start_rank
 
 WHAT = ("norms", "cells")
 VARIANTS = {
@@ -129,9 +128,7 @@ def test_the_compiler_is_not_combined_with_it():
 
 
 def recompute_worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(folder, "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    start_rank(rank, folder)
     for what in ("none", *WHAT):
         model = small_nvae(what)
         wrapped = DistributedDataParallel(model)
@@ -146,9 +143,7 @@ def recompute_worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("two_processes")
-    mp.spawn(recompute_worker, (str(folder),), nprocs=2)
-    return folder
+    return run_two_ranks(recompute_worker, tmp_path_factory.mktemp("two_processes"))
 
 
 @pytest.mark.parametrize("what", WHAT)

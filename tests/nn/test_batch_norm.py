@@ -12,7 +12,6 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +21,7 @@ from pipeline.nn.batch_norm import BatchNorm2d, counted_at_the_end
 from pipeline.nn.global_batch_norm import GlobalBatchNorm, global_statistics
 from tests.helpers import cuda_batch_norm
 from tests.helpers.random_layers import images, randomized
+from tests.helpers.two_ranks import run_two_ranks, start_rank
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -133,12 +133,6 @@ def run_batch_norm(norm: BatchNorm2d, x: Tensor, dy: Tensor, compiled: bool = Fa
     return {"y": y.detach(), **gradients, **{name: buffer.clone() for name, buffer in norm.named_buffers()}}
 
 
-def start_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(folder, "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
-
-
 def batch_norm_worker(rank: int, folder: str) -> None:
     """Two of the five images on rank 0, three on rank 1; results into `folder`."""
     start_rank(rank, folder)
@@ -161,9 +155,7 @@ def batch_norm_worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("two_processes")
-    mp.spawn(batch_norm_worker, (str(folder),), nprocs=2)
-    return folder
+    return run_two_ranks(batch_norm_worker, tmp_path_factory.mktemp("two_processes"))
 
 
 def load(folder: Path, case: Case) -> list[dict[str, Tensor]]:

@@ -19,6 +19,7 @@ from pipeline.nn.layers import (
     WeightStack,
     WNConv2d,
     cached_in,
+    cached_layers,
     caching,
 )
 from pipeline.nn.weight_cache import WeightCache
@@ -38,7 +39,7 @@ def images(*shape: int) -> Tensor:
 
 
 def assert_nothing_is_cached(module: nn.Module) -> None:
-    assert all(entry.weight is None and entry.bias is None for entry in cached_in(module))
+    assert all(entry.weight is None and entry.bias is None for entry in cached_in(cached_layers(module)))
 
 
 def test_weights_are_cached_inside_the_block_only():
@@ -75,7 +76,9 @@ def test_what_is_cached_follows_no_grad_and_autocast():
         assert not convs[0].cached_weight.requires_grad
     for grad in (True, False):
         with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16), WeightCache(convs).prepared():
-            cached = [tensor for _, *tensors in cached_in(convs) for tensor in tensors if tensor is not None]
+            cached = [
+                tensor for _, *tensors in cached_in(cached_layers(convs)) for tensor in tensors if tensor is not None
+            ]
             assert len(cached) == len(convs) + 3
             assert {(tensor.dtype, tensor.requires_grad) for tensor in cached} == {(torch.bfloat16, grad)}
             assert_nothing_is_cached(copy.deepcopy(various_layers()))
@@ -146,7 +149,7 @@ def test_a_pass_can_be_computed_again_after_the_block():
     convs, x = various_layers(), images(2, 4, 8, 8)
     with torch.autocast("cpu", torch.bfloat16), WeightCache(convs).prepared():
         first = convs[0](x).sum() + convs[3](x).sum()
-        entries = cached_in(convs)
+        entries = cached_in(cached_layers(convs))
     assert_nothing_is_cached(convs)
     with torch.no_grad():
         convs[0].log_norm.add_(1.0)  # not what is computed with
