@@ -136,6 +136,7 @@ def picture(plan: Plan, images: np.ndarray) -> np.ndarray:
 
 def save_picture(path: Path, plan: Plan, images: np.ndarray) -> None:
     """Writes `picture` as a PNG file, completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_png(path, picture(plan, images))
 
 
@@ -146,5 +147,6 @@ def save_npz(path: Path, trained: TrainedModel, plan: Plan, images: np.ndarray, 
         arrays |= {"labels": plan.labels, "classes": np.array(trained.classes)}
     if plan.attributes is not None:
         arrays |= {"attributes": plan.attributes, "attribute_names": np.array(trained.recipe.condition.chosen)}
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         np.savez(file, **arrays)

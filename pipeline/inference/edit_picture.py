@@ -59,6 +59,7 @@ def write_edits(trained: TrainedModel, request: EditRequest, out: Path | None, f
         else _interpolated(trained, subjects, request.steps)
     )
     path = out or folder / _default_name(subjects, request.edits)
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_png(path, image_grid(rows, columns))
     return path
 

@@ -150,6 +150,7 @@ def save_in_run(run: Path, report: dict[str, Any], training_seed: int) -> Path:
 
 def save_report(path: Path, report: dict[str, Any]) -> None:
     """Writes JSON, completely or not at all. Figures that are not finite become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write((json.dumps(to_finite(report), indent=1, allow_nan=False) + "\n").encode())
 

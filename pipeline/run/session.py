@@ -198,6 +198,7 @@ class Session:
                 folder, _, suffix = name.partition("/")
                 path = self.folder / folder / f"step_{step:08d}{'_' + suffix if suffix else ''}.png"
                 with self.files.writing("pictures", path):
+                    path.parent.mkdir(exist_ok=True)
                     save_png(path, grid)
         self.tracker.log(step, {}, grids)
 

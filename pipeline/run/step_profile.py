@@ -141,7 +141,7 @@ class StepProfile:
     def _write(self, profiler: Any) -> None:
         path = self._folder / f"step_{self._step:08d}_rank_{self._runtime.rank}.json.gz"
         with self._files.writing("profiles", path):
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(exist_ok=True)
             unfinished = path.with_name(f".unfinished_{path.name}")
             profiler.export_chrome_trace(str(unfinished))
             os.replace(unfinished, path)

@@ -12,10 +12,9 @@ from typing import BinaryIO
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes its name in one rename when all of it is on disk, and vanishes if writing fails.
 
-    Raises OSError, which names `path`. One process of a host writes a file at a time; hosts that share the folder do
-    not disturb each other.
+    Raises OSError, which names `path`, also where its folder does not exist: a run folder that was moved is not made
+    again. One process of a host writes a file at a time; hosts that share the folder do not disturb each other.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{socket.gethostname()}.partial")
     try:
         partial.unlink(missing_ok=True)  # of a process that died, or a symbolic link, which would be followed

@@ -55,6 +55,7 @@ def test_data_that_do_not_fit_are_refused_by_the_setting(dry_run):
 def test_the_state_of_the_run_folder_is_named(dry_run, tmp_path):
     assert dry_run()[-1] == f"run folder {tmp_path}/run: new"
     assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
     status = StatusFile(tmp_path / "run")
     status.begin(4, 6)
     status.end("preempted", "SIGTERM")

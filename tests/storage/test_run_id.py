@@ -14,6 +14,7 @@ OWN, OTHER = "a" * 32, "b" * 32
 
 def start(folder, keep=None):
     """The checkpoints of a run in a folder, as a session has them."""
+    folder.mkdir(exist_ok=True)
     run_id = find_run_id(folder)
     write_run_id(folder, run_id)
     return Checkpoints(folder / "checkpoints", keep, run_id)

@@ -98,3 +98,14 @@ def test_a_disk_that_refuses_is_logged_and_tolerated(tmp_path, caplog, monkeypat
     assert file.begin(0, 10) == 1
     assert file.status.state == "running"
     assert "status.json could not be written" in caplog.text
+
+
+def test_a_status_does_not_make_a_folder_that_was_moved_again(tmp_path):
+    """The name may be another run's soon. Seen when a run was moved while its status was being written."""
+    (tmp_path / "run").mkdir()
+    status = StatusFile(tmp_path / "run")
+    status.begin(0, 6)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    status.saved(2)
+    assert not (tmp_path / "run").exists()
+    assert read_status(tmp_path / "elsewhere").step == 0
