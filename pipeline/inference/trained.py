@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.config import ConfigError, build
 from pipeline.data.preprocess import to_model_input
 from pipeline.evaluation.images import to_uint8
 from pipeline.evaluation.likelihood_bounds import Draws
+from pipeline.inference.model_folder import content_of, is_averaged, training_dtype, weights_stem
 from pipeline.inference.parse_condition import ConditionLike, to_condition
 from pipeline.inference.passes import IMAGES_PER_PASS, in_passes
 from pipeline.inference.read_image import Images, to_tensor
@@ -29,7 +29,6 @@ from pipeline.inference.text import printable
 from pipeline.models.base import VAE, use_channels_last, without_border
 from pipeline.models.conditions import ClassCondition
 from pipeline.models.noise import draw_noise
-from pipeline.models.weights import check_tensors
 from pipeline.recipe import Recipe, build_model
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.storage.checkpoint_folder import META, Checkpoint
@@ -50,16 +49,15 @@ def load(
     that this version can use.
     """
     found = find_checkpoint(Path(run), checkpoint)
-    recipe = read_recipe(found)
-    stem = "ema" if "ema" in found.tensors else "model"
-    check_weights(recipe, found, stem)
+    content = content_of(found)
+    recipe = content.recipe
     device = find_device(device)
     dtype = dtype or training_dtype(recipe)
     with torch.random.fork_rng():  # the initial weights, which are replaced, do not change the caller's generator
         model = build_model(recipe).to(training_dtype(recipe))
     if recipe.train.channels_last:
         use_channels_last(model)
-    model.load_state_dict(found.tensors[stem])
+    model.load_state_dict(content.weights)
     model.requires_grad_(False).eval().to(device, dtype)
     return TrainedModel(
         model,
@@ -67,8 +65,8 @@ def load(
         found.step,
         found.path,
         found.facts,
-        stem == "ema",
-        found.sha256[stem],
+        is_averaged(found),
+        found.sha256[weights_stem(found)],
         class_names(recipe, found),
         device,
         dtype,
@@ -98,8 +96,6 @@ def find_checkpoint(run: Path, checkpoint: Path | str | int) -> Checkpoint:
     if found is None:
         missing = "no checkpoint there yet" if checkpoint == "latest" else "no checkpoint has a validation score"
         raise ValueError(f"{folder}: {missing}; {available_steps(checkpoints)}")
-    if "model" not in found.tensors or not isinstance(found.facts.get("settings"), dict):
-        raise ValueError(f"{found.path}: holds no model with its settings; give a checkpoint of pipeline/train.py")
     return found
 
 
@@ -135,37 +131,6 @@ def explain_no_run(path: Path) -> str:
     if (path / "manifest.json").is_file():
         return "a shard set, not a run folder"
     return "no run with checkpoints there"
-
-
-def read_recipe(checkpoint: Checkpoint) -> Recipe:
-    """The recipe that a checkpoint was trained with. Raises ValueError for settings that this version cannot use."""
-    try:
-        return build(Recipe, checkpoint.facts["settings"])
-    except ConfigError as error:
-        raise ValueError(
-            f"{checkpoint.path}: its settings are not those of this version of the pipeline:\n{error}"
-        ) from None
-    except (RuntimeError, OverflowError, TypeError, AttributeError) as error:  # of torch, for absurd sizes
-        reason = str(error).splitlines()[0][:200]
-        raise ValueError(f"{checkpoint.path}: its settings describe no model that can be built ({reason})") from None
-
-
-def training_dtype(recipe: Recipe) -> torch.dtype:
-    """Of the weights in a checkpoint."""
-    return torch.float64 if recipe.train.precision == "fp64" else torch.float32
-
-
-def check_weights(recipe: Recipe, checkpoint: Checkpoint, stem: str) -> None:
-    """Raises ValueError unless the weights are those of the recipe's model: names, shapes, dtypes, finite values.
-
-    Before memory for the model is allocated: forged settings could ask for any amount.
-    """
-    with torch.device("meta"):
-        expected = build_model(recipe).to(training_dtype(recipe)).state_dict()
-    try:
-        check_tensors(stem, checkpoint.tensors[stem], expected)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {error}") from None
 
 
 def class_names(recipe: Recipe, checkpoint: Checkpoint) -> tuple[str, ...]:
