@@ -33,7 +33,7 @@ NOT_RUN = {
     "make": "runs the tests, or takes minutes",
     "sbatch": "needs a cluster: tests/test_slurm.py",
     "slurm/": "needs a cluster: tests/test_slurm.py",
-    "python pipeline/launch.py --config_file accelerate_configs/multi_gpu.yaml": "needs GPUs: tests/scripts/test_launch.py",
+    "python pipeline/launch.py --config_file accelerate_configs/multi_gpu": "needs GPUs: test_launch.py",
 }
 pytestmark = pytest.mark.slow
 
@@ -74,7 +74,7 @@ def completed(command: str) -> list[str]:
         cpu = ["--config_file", "accelerate_configs/cpu.yaml"]
         words[:2] = [sys.executable, "-m", "accelerate.commands.launch", *([] if "--config_file" in words else cpu)]
     if "pipeline/train.py" in words and "--dry-run" not in words:
-        words += ["--dry-run"] if any(name in command for name in PAPER) else ONE_STEP.split()
+        words += ["--dry-run"] if any(name in command for name in PAPER) else ONE_STEP
     return words
 
 
