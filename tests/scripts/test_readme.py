@@ -24,7 +24,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
 LINES = [line.split("  #")[0].strip() for kind, block in BLOCKS if not kind for line in block.splitlines()]
 COMMANDS = [line for line in LINES if line]
-ONE_STEP = (
+ONE_STEP = shlex.split(
     "train.steps=1 train.epochs=null train.batch_size=2 validation.every=0 samples.every=0 tracking.wandb=disabled"
 )
 PAPER = ("nvae_celeba64", "nvae_cifar10", "nvae_mnist.yaml")
