@@ -16,6 +16,9 @@ from pipeline.models.conditions import Condition
 from pipeline.nn.recompute import recompute
 from pipeline.schema import Section
 
+Temperature = float | Sequence[float]
+"""Scale of the priors' sigmas: one number, or one for each latent group in the order of sampling."""
+
 
 class ModelConfig(Section):
     """The settings of one model. A subclass sets `name`, adds its settings and implements `build`."""
@@ -136,11 +139,37 @@ class VAE(nn.Module, ABC):
         """Images (B, C, H, W) in [0, 1]: the mean of p(x | z) for these latents."""
 
     @abstractmethod
-    def sample(self, noise: Sequence[Tensor], temperature: float = 1.0, condition: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W) in [0, 1]: the mean of p(x | z) for latents sampled from the prior.
+    def sample_with_latents(
+        self,
+        noise: Sequence[Tensor],
+        temperature: Temperature = 1.0,
+        condition: Tensor | None = None,
+        given: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Images (B, C, H, W) in [0, 1], the mean of p(x | z) for latents from the prior; and these latents, one
+        (B, *group.shape) per group.
 
-        `temperature` multiplies the sigmas of the prior.
+        `temperature` multiplies the sigmas of the prior. `given`: latents of the first groups, (B, *group.shape) each;
+        the other groups are sampled from their priors given these. Noise and temperature of given groups are not used.
+        Noise of zeros gives the priors' means.
         """
+
+    @abstractmethod
+    def prior_noise(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> list[Tensor]:
+        """The noise, (B, *group.shape) each, for which `sample` at temperature 1 gives these latents.
+
+        (z - mu) / sigma, with mu and sigma of each group's prior given the groups before it.
+        """
+
+    def sample(
+        self,
+        noise: Sequence[Tensor],
+        temperature: Temperature = 1.0,
+        condition: Tensor | None = None,
+        given: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """The images of `sample_with_latents`."""
+        return self.sample_with_latents(noise, temperature, condition, given)[0]
 
     def reconstruct(self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [0, 1]: the mean of p(x | z) for a posterior sample of each x."""
@@ -208,10 +237,20 @@ def check_divisible(image_shape: tuple[int, int, int], step: int, model: str, *o
             raise ValueError(f"{model}: image size {size} is not a multiple of {step}; {sizes} would work: {fixes}")
 
 
-def check_temperature(temperature: float) -> None:
-    """Raises ValueError for a temperature that is negative or not finite."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature {temperature}: must be a finite number of at least 0")
+def group_temperatures(temperature: Temperature, groups: Sequence[LatentGroup]) -> tuple[float, ...]:
+    """The temperature of each group.
+
+    Raises ValueError for another number of them than groups, and for one that is negative or not finite.
+    """
+    values = tuple(temperature) if isinstance(temperature, Sequence) else (temperature,) * len(groups)
+    if len(values) != len(groups):
+        raise ValueError(
+            f"{len(values)} temperatures for {len(groups)} latent groups; give one number, or one for each group"
+        )
+    for value in values:
+        if not 0 <= value < math.inf:
+            raise ValueError(f"temperature {value}: must be a finite number of at least 0")
+    return values
 
 
 def check_condition(model: VAE, condition: Tensor | None) -> None:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from pipeline.models.base import (
     VAE,
     ModelConfig,
+    Temperature,
     VAEOutput,
     check_condition,
-    check_temperature,
+    group_temperatures,
     without_border,
 )
 from pipeline.models.conditions import Condition
@@ -213,8 +214,28 @@ class NVAE(VAE):
         with self._one_pass():
             return self.likelihood(self._decode(lambda k, h: latents[k], condition)).mean
 
-    def sample(self, noise: Sequence[Tensor], temperature: float = 1.0, condition: Tensor | None = None) -> Tensor:
-        return self.likelihood(self.generate(noise, temperature, condition)).mean
+    def sample_with_latents(
+        self,
+        noise: Sequence[Tensor],
+        temperature: Temperature = 1.0,
+        condition: Tensor | None = None,
+        given: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        outputs, latents = self.generate(noise, temperature, condition, given)
+        return self.likelihood(outputs).mean, latents
+
+    def prior_noise(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> list[Tensor]:
+        check_condition(self, condition)
+        noise = []
+
+        def standardize(k: int, h: Tensor | None) -> Tensor:
+            prior = JointClampedNormal(self._raw_prior(k, h, latents[k], condition))
+            noise.append((latents[k] - prior.mean) / prior.sigma)
+            return latents[k]
+
+        with self._one_pass():
+            self._decode(standardize, condition)
+        return noise
 
     def compilable_cells(self) -> Iterator[nn.Module]:
         return (module for module in self.modules() if isinstance(module, ResidualCell))
@@ -228,19 +249,28 @@ class NVAE(VAE):
         with self._one_pass():
             return self._infer(self._features(x, condition), noise, condition)
 
-    def generate(self, noise: Sequence[Tensor], temperature: float = 1.0, condition: Tensor | None = None) -> Tensor:
-        """Raw decoder outputs (B, C_out, H, W) for latents sampled from the priors with sigmas times `temperature`.
+    def generate(
+        self,
+        noise: Sequence[Tensor],
+        temperature: Temperature = 1.0,
+        condition: Tensor | None = None,
+        given: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Raw decoder outputs (B, C_out, H, W), and the latents, as `sample_with_latents` describes them.
 
         Flows are not used: they belong to the posteriors.
         """
         check_condition(self, condition)
-        check_temperature(temperature)
+        temperatures, latents = group_temperatures(temperature, self.groups), list(given)
 
         def sample_group(k: int, h: Tensor | None) -> Tensor:
-            return JointClampedNormal(self._raw_prior(k, h, noise[k], condition), temperature).sample(noise[k])
+            if k == len(latents):
+                prior = JointClampedNormal(self._raw_prior(k, h, noise[k], condition), temperatures[k])
+                latents.append(prior.sample(noise[k]))
+            return latents[k]
 
         with self._one_pass():
-            return self._decode(sample_group, condition)
+            return self._decode(sample_group, condition), latents
 
     def likelihood(self, outputs: Tensor) -> PixelDistribution:
         """p(x | z) of whole images, border included, from raw decoder outputs."""

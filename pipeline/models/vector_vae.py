@@ -14,9 +14,10 @@ from pipeline.models.base import (
     VAE,
     LatentGroup,
     ModelConfig,
+    Temperature,
     VAEOutput,
     check_condition,
-    check_temperature,
+    group_temperatures,
     without_border,
 )
 from pipeline.models.likelihoods import BernoulliLikelihood, Likelihood, PixelDistribution
@@ -100,9 +101,21 @@ class VectorVAE(VAE):
         check_condition(self, condition)
         return self.likelihood(self._decode(latents[0].flatten(1), condition)).mean
 
-    def sample(self, noise: Sequence[Tensor], temperature: float = 1.0, condition: Tensor | None = None) -> Tensor:
-        check_temperature(temperature)
-        return self.decode([noise[0] * temperature], condition)
+    def sample_with_latents(
+        self,
+        noise: Sequence[Tensor],
+        temperature: Temperature = 1.0,
+        condition: Tensor | None = None,
+        given: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        (scale,) = group_temperatures(temperature, self.groups)
+        latents = list(given) or [noise[0] * scale]
+        return self.decode(latents, condition), latents
+
+    def prior_noise(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> list[Tensor]:
+        """The latent itself: its prior is the standard normal."""
+        check_condition(self, condition)
+        return list(latents)
 
     def likelihood(self, outputs: Tensor) -> PixelDistribution:
         """p(x | z) from raw decoder outputs, with or without the border."""

@@ -316,11 +316,17 @@ def forward(net: Net, x: Tensor, noise: list[Tensor]) -> dict:
     }  # fmt: skip
 
 
-def sample_logits(net: Net, noise: list[Tensor], temperature: float = 1.0) -> Tensor:
-    """Logits of a sample from the prior; flows are not used."""
+def sample_logits(net: Net, noise: list[Tensor], temperature: float | list[float] = 1.0, given: list = ()) -> Tensor:
+    """Logits of a sample from the prior, with one temperature or one for each group; flows are not used.
+
+    `given`: latents of the first groups.
+    """
 
     def latent(k: int, s: Tensor | None) -> Tensor:
-        mu, sigma = normal(*raw_prior(net, k, s, noise[k]), temperature)
+        if k < len(given):
+            return given[k]
+        scale = temperature[k] if isinstance(temperature, list) else temperature
+        mu, sigma = normal(*raw_prior(net, k, s, noise[k]), scale)
         return mu + sigma * noise[k]
 
     return decode(net, len(noise[0]), latent)

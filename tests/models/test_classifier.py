@@ -274,10 +274,12 @@ class OneHotPainter(VAE):
     def bound(self, x, features, noise, condition=None): ...
     def encode(self, x, noise, condition=None): ...
     def decode(self, latents, condition=None): ...
+    def prior_noise(self, latents, condition=None): ...
 
-    def sample(self, noise, temperature=1.0, condition=None) -> Tensor:
+    def sample_with_latents(self, noise, temperature=1.0, condition=None, given=()) -> tuple[Tensor, list[Tensor]]:
         faulty = noise[0].flatten() * temperature > self.threshold
-        return torch.where(faulty[:, None], torch.eye(self.condition_size)[0], condition)[:, None, None, :]
+        images = torch.where(faulty[:, None], torch.eye(self.condition_size)[0], condition)[:, None, None, :]
+        return images, noise
 
 
 class Reader(Classifier):

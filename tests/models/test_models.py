@@ -104,6 +104,40 @@ def test_sampling_encoding_and_decoding(case):
 
 @each_case
 @torch.no_grad()
+def test_samples_with_the_first_groups_given(case):
+    """Latents of a sample give that sample, to the bit, however many of them are given; their noise is not used."""
+    model, _, noise, condition = build_case(case)
+    model.eval()
+    noise, other = latent_noise(model, noise), latent_noise(model, noise_for(model, 5, torch.float64, seed=1))
+    expected, latents = model.sample_with_latents(noise, 0.7, condition)
+    assert torch.equal(model.decode(latents, condition), expected)
+    for count in range(len(latents) + 1):
+        mixed = [*other[:count], *noise[count:]]
+        assert torch.equal(model.sample(mixed, 0.7, condition, latents[:count]), expected)
+        _, found = model.sample_with_latents(other, 0.7, condition, latents[:count])
+        same = [torch.equal(a, b) for a, b in zip(found, latents, strict=True)]
+        assert same == [k < count for k in range(len(latents))]
+
+
+@each_case
+@torch.no_grad()
+def test_the_noise_of_latents_is_found_again(case):
+    """Of prior samples the noise that they were made of; and noise times the temperatures gives the same samples."""
+    model, x, noise, condition = build_case(case)
+    model.eval()
+    noise = latent_noise(model, noise)
+    _, latents = model.sample_with_latents(noise, 1.0, condition)
+    for found, made_of in zip(model.prior_noise(latents, condition), noise, strict=True):
+        torch.testing.assert_close(found, made_of, rtol=1e-9, atol=1e-9)
+    temperatures = [0.9 / (k + 1) for k in range(len(noise))]
+    scaled = [t * part for t, part in zip(temperatures, noise, strict=True)]
+    torch.testing.assert_close(model.sample(noise, temperatures, condition), model.sample(scaled, 1.0, condition))
+    again = model.sample(model.prior_noise(model.encode(x, noise, condition), condition), 1.0, condition)
+    torch.testing.assert_close(again, model.reconstruct(x, noise, condition))
+
+
+@each_case
+@torch.no_grad()
 def test_the_bound_is_computed_from_the_features(case):
     model, x, noise, condition = build_case(case)
     model.eval()
@@ -210,6 +244,14 @@ def test_a_temperature_below_zero_or_not_finite_is_refused(case, temperature):
     model, _, noise, condition = build_case(case)
     with pytest.raises(ValueError, match=f"temperature {temperature}"):
         model.sample(noise, temperature, condition)
+
+
+@pytest.mark.parametrize("case", ["nvae", "mlp_vae"])
+def test_temperatures_of_another_number_of_groups_are_refused(case):
+    model, _, noise, condition = build_case(case)
+    count = len(model.groups)
+    with pytest.raises(ValueError, match=f"{count + 1} temperatures for {count} latent groups"):
+        model.sample(noise, [1.0] * (count + 1), condition)
 
 
 @pytest.mark.parametrize("path", sorted(Path(models.__file__).parent.glob("*.py")), ids=lambda path: path.stem)

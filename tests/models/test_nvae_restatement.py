@@ -161,8 +161,19 @@ def test_same_forward(pair, training):
 def test_same_samples(pair, temperature):
     model, net = pair.model(), pair.net()
     logits = restatement.sample_logits(net, pair.noise, temperature)
-    close(model.generate(pair.noise, temperature), logits)
+    close(model.generate(pair.noise, temperature)[0], logits)
     close(model.sample(pair.noise, temperature), restatement.decoder_mean(pair.args, logits))
+
+
+@torch.no_grad()
+def test_same_samples_with_the_first_groups_given_and_a_temperature_for_each(pair):
+    model, net = pair.model(), pair.net()
+    temperatures = [1 / (1 + k) for k in range(len(model.groups))]
+    latents = model.encode(pair.x, pair.noise)
+    for count in range(len(latents) + 1):
+        logits = restatement.sample_logits(net, pair.noise, temperatures, latents[:count])
+        found = model.sample(pair.noise, temperatures, given=latents[:count])
+        close(found, restatement.decoder_mean(pair.args, logits), what=f"{count} groups given")
 
 
 @torch.no_grad()
@@ -277,7 +288,7 @@ def test_vanilla_mode():
         out, expected = model(pair.x, pair.noise), restatement.forward(net, pair.x, pair.noise)
         close(-out.log_px, expected["recon"])
         close(out.kl.T, expected["kl_all"])
-        close(model.generate(pair.noise, 0.7), restatement.sample_logits(net, pair.noise, 0.7))
+        close(model.generate(pair.noise, 0.7)[0], restatement.sample_logits(net, pair.noise, 0.7))
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -33,8 +33,11 @@ class OneConvolution(VAE):
     def decode(self, latents, condition=None):
         return latents[0].new_zeros(len(latents[0]), *self.image_shape)
 
-    def sample(self, noise, temperature=1.0, condition=None):
-        return self.decode(noise)
+    def sample_with_latents(self, noise, temperature=1.0, condition=None, given=()):
+        return self.decode(noise), noise
+
+    def prior_noise(self, latents, condition=None):
+        return list(latents)
 
 
 @pytest.mark.parametrize("case", ONE_PER_MODEL.values())
