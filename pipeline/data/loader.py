@@ -176,12 +176,15 @@ def build_eval_loader(
     rank: int = 0,
     world_size: int = 1,
     limit: int | None = None,
+    first: int = 0,
+    epoch: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
     on_error: OnError = "raise",
     timeout: float | None = None,
 ) -> Batches:
-    """The first `limit` samples (default: all) in natural order, each on one rank; positions are indices, epochs 0.
+    """The first `limit` samples (default: all) in natural order, each on one rank, from this rank's batch `first` on;
+    positions are indices, and the epoch of all is `epoch`.
 
     `batch_size` is global: a rank gets about batch_size / world_size samples at a time. Ragged tails are kept, so ranks
     may get different numbers of samples and batches, and none when there are more ranks than samples: reduce sums and
@@ -189,8 +192,8 @@ def build_eval_loader(
     """
     count = len(shards) if limit is None else min(limit, len(shards))
     mine = range(count * rank // world_size, count * (rank + 1) // world_size)
-    source = _EvalBatches(shards, preprocess, on_error, mine, max(1, batch_size // world_size))
-    return Batches(source, range(len(source)), workers, pin_memory, _own_timeout(timeout, workers, world_size))
+    source = _EvalBatches(shards, preprocess, on_error, mine, max(1, batch_size // world_size), epoch)
+    return Batches(source, range(first, len(source)), workers, pin_memory, _own_timeout(timeout, workers, world_size))
 
 
 def _own_timeout(timeout: float | None, workers: int, world_size: int) -> float | None:
@@ -261,17 +264,20 @@ class _TrainBatches(_WholeBatches):
 class _EvalBatches(_WholeBatches):
     """Item i: the i-th batch of the indices in `mine`."""
 
-    def __init__(self, shards: TarShards, preprocess: Preprocess, on_error: OnError, mine: range, batch: int):
+    def __init__(
+        self, shards: TarShards, preprocess: Preprocess, on_error: OnError, mine: range, batch: int, epoch: int
+    ):
         super().__init__(shards, preprocess, on_error)
         self.mine = mine
         self.batch = batch
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return -(-len(self.mine) // self.batch)
 
     def _plan(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         indices = np.asarray(self.mine[number * self.batch : (number + 1) * self.batch])
-        return indices, np.zeros_like(indices), indices
+        return indices, np.full_like(indices, self.epoch), indices
 
     def _read_around(self, _positions: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> _Item:
         kept, skipped = drop_unreadable(self.shards, indices)

@@ -20,8 +20,10 @@ class TrainingData(Protocol):
     def batches(self, step: int) -> Iterable[Batch]:
         """This rank's micro-batches from optimizer step `step` to the end of the run."""
 
-    def held_out_batches(self) -> Iterable[Batch]:
-        """This rank's share of the held-out images, in their natural order."""
+    def held_out_batches(self, first: int = 0, epoch: int = 0) -> Iterable[Batch]:
+        """This rank's share of the held-out images, in their natural order, from batch `first` on. `epoch`: of the
+        random binarization.
+        """
 
     def model_inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """The model's inputs on the device: images (b, C, H, W) in [0, 1], and the condition (b, K) or None."""

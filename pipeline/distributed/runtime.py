@@ -22,6 +22,7 @@ from pipeline.distributed.device_settings import DEFAULT_SETTINGS, DeviceSetting
 from pipeline.distributed.host_memory import keep_freed_memory
 from pipeline.distributed.logs import launched_rank, report_error
 from pipeline.distributed.watchdog import Watchdog, Work, World, wait_until
+from shard_data import progress
 
 Precision = Literal["fp32", "bf16", "fp64"]
 Result = TypeVar("Result")
@@ -208,6 +209,10 @@ class Runtime:
         problem = disagreement(self.gather_objects(dict(facts)))
         if problem is not None:
             raise raised_on_all_ranks(ValueError(problem))
+
+    def advance(self) -> None:
+        """A piece of work is done that other ranks wait for without a timeout."""
+        progress.advance()
 
     def barrier(self) -> None:
         """Blocks until all ranks arrive, as long as the others advance."""

@@ -1,10 +1,12 @@
 """Figures on held-out images: the evidence lower bound and the importance-weighted likelihood, exact on any number of
 processes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import chain
 from math import log
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import Field
@@ -13,11 +15,12 @@ from torch import Tensor
 from pipeline.data.loader import Batch
 from pipeline.data.shards import UnreadableShard
 from pipeline.data.training_data import TrainingData
+from pipeline.data.unreadable import SkippedSample
 from pipeline.distributed.runtime import Runtime
+from pipeline.evaluation.bound_totals import BatchBounds, BoundTotals
 from pipeline.models.base import VAE, VAEOutput, evaluating
 from pipeline.models.noise import draw_noise
 from pipeline.schema import Section
-from pipeline.tracking.meters import ActiveUnits, Meter, bits_per_dimension
 
 
 class ValidationConfig(Section):
@@ -35,6 +38,16 @@ class ValidationConfig(Section):
     """Latent samples per image for the importance-weighted bound (Burda et al. 2016, eq. 8), `val/nll`; 0: none."""
 
 
+class Journal(Protocol):
+    """Where the results of this rank's batches are kept until the evaluation is complete."""
+
+    records: Sequence[Any]
+    """JSON values, from an evaluation that was interrupted, in the order in which they were added."""
+
+    def add(self, record: Any) -> None:
+        """Keeps one more."""
+
+
 class Evaluator:
     """Validation of one model on this rank's share of a split.
 
@@ -48,80 +61,102 @@ class Evaluator:
         data: TrainingData,
         runtime: Runtime,
         seed: int,
-        by_group: bool = False,
-        wait_for_ranks: bool = False,
+        detailed: bool = False,
+        binarizations: int = 1,
+        journal: Journal | None = None,
     ):
-        """`by_group`: also the KL and the active units of each latent group. `wait_for_ranks`: ranks that finish early
-        wait for the others without a timeout, as long measurements need.
+        """`detailed`: also standard errors, and the KL and the active units of each latent group; and ranks that finish
+        early wait for the others without a timeout, as long measurements need. `binarizations`: the figures are means
+        over so many binarizations of the images. Batches whose results are in the `journal` are not computed again.
         """
         self.config = config
         self.data = data
         self.runtime = runtime
         self.seed = seed
-        self.by_group = by_group
-        self.wait_for_ranks = wait_for_ranks
+        self.detailed = detailed
+        self.binarizations = binarizations
+        self.journal = journal
         self.rows_per_pass = max(1, config.batch_size // runtime.world_size)  # images times draws
 
     @torch.no_grad()
     def run(self, model: VAE, step: int) -> dict[str, float]:
-        """`val/elbo` and, with importance samples, `val/nll` in nats per image; each also in bits per dimension. By
-        group, `val/kl/GROUP` in nats and `val/active_units/GROUP`. If images could not be read, `val/skipped_samples`
-        is their number, and the figures are those of the others.
+        """`val/elbo`, `val/log_px`, `val/kl` and, with importance samples, `val/nll` in nats per image; `val/bpd` and
+        `val/bpd_nll` in bits per dimension. If `detailed`, all figures of `BoundTotals.figures`. If images could not be
+        read, `val/skipped_samples` is their number, and the figures are those of the others.
 
         `step` is that of the model, for the list of unreadable samples. The model keeps its mode.
         """
-        meter = Meter(self.runtime.device, self._names(model))
-        active = ActiveUnits(group.name for group in model.groups)
-        active.add([torch.zeros(group.shape[0], device=self.runtime.device) for group in model.groups], count=0)
+        totals = BoundTotals(model.groups, self.config.importance_samples > 0, self.runtime.device, self.binarizations)
+        recorded = self._recorded(totals)
         skipped, error = [], None
         try:
             with evaluating(model):
-                for batch in self.data.held_out_batches():
-                    skipped += batch.skipped
-                    if len(batch.images):
-                        self._add(meter, active, model, batch)
+                for binarization in range(self.binarizations):
+                    skipped = self._add_all(totals, model, binarization, recorded)
         except UnreadableShard as unreadable:
             error = unreadable
-        if self.wait_for_ranks:
+        if self.detailed:
             self.runtime.barrier()
         num_skipped = self.data.report_unreadable(step, skipped, error, split="held_out")
-        figures = self._figures(meter.reduce(self.runtime.sum), model.num_dimensions)
-        if self.by_group:
-            figures |= {f"val/{name}": number for name, number in active.reduce(self.runtime.sum).items()}
-        return figures | ({"val/skipped_samples": float(num_skipped)} if num_skipped else {})
+        figures = totals.figures(self.runtime.sum, model.num_dimensions)
+        if not self.detailed:
+            figures = {name: value for name, value in figures.items() if "/" not in name and not name.endswith("_se")}
+        figures |= {"skipped_samples": float(num_skipped)} if num_skipped else {}
+        return {f"val/{name}": value for name, value in figures.items()}
 
-    def _add(self, meter: Meter, active: ActiveUnits, model: VAE, batch: Batch) -> None:
+    def _recorded(self, totals: BoundTotals) -> list[BatchBounds]:
+        """Of the batches that the journal holds. Raises ValueError, on every rank, for other records."""
+        if self.journal is None:
+            return []
+        read = partial(
+            BatchBounds.from_json, columns=len(totals.names), sums=totals.num_sums, device=self.runtime.device
+        )
+        return self.runtime.run_on_all(lambda: [read(record) for record in self.journal.records])
+
+    def _add_all(
+        self, totals: BoundTotals, model: VAE, binarization: int, recorded: Iterable[BatchBounds]
+    ) -> list[SkippedSample]:
+        """Adds this rank's images. Returns the samples that could not be read."""
+        done = [bounds for bounds in recorded if bounds.binarization == binarization]
+        skipped = []
+        for bounds in chain(done, self._measured(model, binarization, len(done))):
+            totals.add(bounds)
+            skipped += bounds.skipped
+        return skipped
+
+    def _measured(self, model: VAE, binarization: int, first: int) -> Iterator[BatchBounds]:
+        """From batch `first` on. Each is in the journal before it is returned."""
+        for batch in self.data.held_out_batches(first, binarization):
+            bounds = self._bounds(model, batch, binarization)
+            if self.journal is not None:
+                self.journal.add(bounds.as_json())
+            yield bounds
+
+    def _bounds(self, model: VAE, batch: Batch, binarization: int) -> BatchBounds:
+        count, columns = len(batch.images), 2 + (self.config.importance_samples > 0)
+        if not count:
+            sums = sum(1 + group.shape[0] for group in model.groups)
+            zeros = torch.zeros(0, columns), torch.zeros(sums)
+            return BatchBounds(binarization, *(part.double().to(self.runtime.device) for part in zeros), batch.skipped)
         x, condition = self.data.model_inputs(batch)
-        count = len(x)
         positions = batch.positions.tolist()
+        which = f"/binarization {binarization}" if binarization else ""
 
         def noise(draw: int) -> list[Tensor]:
-            return draw_noise(model.noise_groups, self.seed, f"validate/{draw}", positions, x.device, x.dtype)
+            return draw_noise(model.noise_groups, self.seed, f"validate/{draw}{which}", positions, x.device, x.dtype)
 
-        draws = Draws(model, x, condition, noise, self.runtime.autocast)
+        draws = Draws(model, x, condition, noise, self._start_pass)
         first = draws.bound(range(1))
-        meter.add("elbo", first.elbo.sum(), count)
-        meter.add("log_px", first.log_px.sum(), count)
-        meter.add("kl", first.kl.sum(), count)
-        if self.by_group:
-            meter.add_all(dict(zip(_kl_names(model), first.kl.double().sum(dim=0), strict=True)), count)
-            active.add(first.kl_units, count)
+        images = [first.elbo.double(), first.log_px.double()]
         if self.config.importance_samples:
-            log_px = draws.log_likelihood(self.config.importance_samples, self.rows_per_pass, first)  # (B,)
-            meter.add("nll", -log_px.sum(), count)
+            images.append(-draws.log_likelihood(self.config.importance_samples, self.rows_per_pass, first))
+        sums = torch.cat([first.kl.double().sum(dim=0), torch.cat(list(first.kl_units)).double() * count])
+        return BatchBounds(binarization, torch.stack(images, dim=1), sums, batch.skipped)
 
-    def _names(self, model: VAE) -> list[str]:
-        """All ranks reduce these names, including ranks without an image."""
-        by_group = _kl_names(model) if self.by_group else []
-        return ["elbo", "log_px", "kl", *by_group] + (["nll"] if self.config.importance_samples else [])
-
-    @staticmethod
-    def _figures(means: dict[str, float], num_dimensions: int) -> dict[str, float]:
-        figures = {f"val/{name}": value for name, value in means.items()}
-        figures["val/bpd"] = bits_per_dimension(-means["elbo"], num_dimensions)
-        if "nll" in means:
-            figures["val/bpd_nll"] = bits_per_dimension(means["nll"], num_dimensions)
-        return figures
+    def _start_pass(self) -> AbstractContextManager:
+        """Each pass is progress for the ranks that wait for this one."""
+        self.runtime.advance()
+        return self.runtime.autocast()
 
 
 class Draws:
@@ -162,10 +197,6 @@ class Draws:
             weights = _log_weight(self.bound(range(start, min(start + per_pass, draws))))  # (n B,)
             total = torch.logaddexp(total, weights.view(-1, len(self.x)).logsumexp(dim=0))
         return total - log(draws)
-
-
-def _kl_names(model: VAE) -> list[str]:
-    return [f"kl/{group.name}" for group in model.groups]
 
 
 def repeated(value: Any, times: int) -> Any:

@@ -91,7 +91,7 @@ def prepare(request: EvaluationRequest, path: str, runtime: Runtime) -> Measurem
 
 def describe_question(name: str, measurement: Measurement) -> str:
     """One line that says what is measured."""
-    trained, _, options, data, _ = measurement
+    trained, options, data = measurement.trained, measurement.options, measurement.data
     values = {option: getattr(options, option) for option in METRICS[name].options}
     shown = [f"{option.replace('_', ' ')} {value}" for option, value in values.items() if value is not None]
     where = f" on {data.recipe.data.root}" if METRICS[name].reads_images else ""

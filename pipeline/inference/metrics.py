@@ -12,7 +12,7 @@ from pipeline.data.holdout import SPLIT as HELD_OUT
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.class_recognition import recognition
 from pipeline.evaluation.edit_metric import edit_figures, held_out_faces, hidden_by
-from pipeline.evaluation.likelihood_bounds import Evaluator
+from pipeline.evaluation.likelihood_bounds import Evaluator, Journal
 from pipeline.inference.folders import has_split
 from pipeline.inference.trained import TrainedModel
 from pipeline.models.classifier import Classifier
@@ -21,6 +21,8 @@ from pipeline.recipe import Recipe
 from pipeline.run.data import RunData
 
 HEADLINES = ("elbo", "bpd", "nll", "bpd_nll", "log_px", "kl")
+ERRORS = ("_se", "_binarization_se")
+"""Standard errors of the first four."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Measurement(NamedTuple):
     data: RunData | None
     """The split; None where no metric of the command reads images."""
     judge: Classifier | None
+    journal: Journal | None = None
+    """Where a metric that `resumes` keeps the results of its batches."""
 
 
 class Metric(NamedTuple):
@@ -61,6 +65,8 @@ class Metric(NamedTuple):
     """The fields of `Options`, beside `seed`, that change the figures."""
     condition: type[ClassCondition] | type[AttributeCondition] | None = None
     """What the model must have been trained with."""
+    resumes: bool = False
+    """Whether an interrupted measurement continues from its journal."""
 
     @property
     def reads_images(self) -> bool:
@@ -69,41 +75,49 @@ class Metric(NamedTuple):
 
 def bound_figures(measurement: Measurement) -> dict[str, float]:
     """`elbo`, `log_px`, `kl`, `nll` in nats per image, `bpd` and `bpd_nll` in bits per dimension, and for each group
-    `kl/GROUP` in nats and `active_units/GROUP`: means over the split, the same for any number of processes.
+    `kl/GROUP` in nats and `active_units/GROUP`: means over the split, the same for any number of processes. `elbo_se`
+    and so on are standard errors of the mean over images.
 
     With the seed that the model was trained with, `elbo` is the `val/elbo` of training.
     """
-    trained, runtime, options, data, _ = measurement
-    evaluator = Evaluator(data.recipe.validation, data, runtime, options.seed, by_group=True, wait_for_ranks=True)
+    trained, data = measurement.trained, measurement.data
+    evaluator = Evaluator(
+        data.recipe.validation,
+        data,
+        measurement.runtime,
+        measurement.options.seed,
+        detailed=True,
+        journal=measurement.journal,
+    )
     figures = {name.removeprefix("val/"): value for name, value in evaluator.run(trained.model, trained.step).items()}
-    groups = [group.name for group in trained.model.groups]
-    order = [f"{kind}/{group}" for kind in ("kl", "active_units") for group in groups]
-    return {name: figures[name] for name in (*HEADLINES, *order, "skipped_samples") if name in figures}
+    main = [f"{name}{ending}" for name in HEADLINES for ending in ("", *ERRORS)]
+    return {name: figures[name] for name in dict.fromkeys((*main, *figures)) if name in figures}
 
 
 def edit_measurement(measurement: Measurement) -> dict[str, float]:
     """See pipeline.evaluation.edit_metric.edit_figures."""
-    trained, runtime, options, data, judge = measurement
+    trained, data, judge = measurement.trained, measurement.data, measurement.judge
     return edit_figures(
         trained.model,
         trained.recipe.condition,
         held_out_faces(data.held_out_batches(), data.held_out, data.model_inputs, judge),
         judge,
-        options.seed,
+        measurement.options.seed,
         hidden_by(data.held_out, judge),
-        sum_after_barrier(runtime),
+        sum_after_barrier(measurement.runtime),
     )
 
 
 def recognition_measurement(measurement: Measurement) -> dict[str, float]:
     """See pipeline.evaluation.class_recognition."""
-    trained, runtime, options, _, judge = measurement
+    options, runtime = measurement.options, measurement.runtime
     ranks = runtime.rank, runtime.world_size, sum_after_barrier(runtime)
-    return recognition(trained.model, judge, options.per_class, options.temperature, options.seed, *ranks)
+    model, judge = measurement.trained.model, measurement.judge
+    return recognition(model, judge, options.per_class, options.temperature, options.seed, *ranks)
 
 
 METRICS = {
-    "elbo": Metric(bound_figures, ("split", "images", "importance_samples")),
+    "elbo": Metric(bound_figures, ("split", "images", "importance_samples"), resumes=True),
     "edit": Metric(edit_measurement, ("split", "images", "classifier"), AttributeCondition),
     "recognition": Metric(recognition_measurement, ("per_class", "temperature", "classifier"), ClassCondition),
 }

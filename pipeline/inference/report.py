@@ -3,9 +3,9 @@
 import json
 import logging
 import os
-import platform
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from pipeline.distributed.agreement import code_version
+from pipeline.inference.code_facts import code_facts
 from pipeline.inference.folders import output_folder
-from pipeline.inference.metrics import METRICS, Measurement
+from pipeline.inference.metrics import METRICS, Measurement, Options
 from pipeline.inference.text import printable
 from pipeline.run.classifier_folder import classifier_digest
 from pipeline.storage.atomic import replacing
@@ -39,7 +39,7 @@ def describe_measurement(
     names: Sequence[str], measurement: Measurement, figures: dict[str, Any], batch_size: int, command: Sequence[str]
 ) -> dict[str, Any]:
     """The figures of these metrics with everything that they depend on, as JSON values."""
-    trained, runtime, options, _, _ = measurement
+    trained, runtime, options = measurement.trained, measurement.runtime, measurement.options
     used = {option for name in names for option in METRICS[name].options}
     likelihood = getattr(trained.recipe.model, "likelihood", None)
     report = {
@@ -63,7 +63,7 @@ def describe_measurement(
         digest = f"{classifier_digest(options.classifier):016x}"
         report |= {"classifier": str(options.classifier), "classifier_digest": digest}
     report |= {
-        name: getattr(options, name) for name in ("importance_samples", "per_class", "temperature") if name in used
+        name: getattr(options, name) for name in option_names() if name in used - {"split", "images", "classifier"}
     }
     return report | {
         "seed": options.seed,
@@ -71,11 +71,17 @@ def describe_measurement(
         "batch_size": batch_size,
         "device": runtime.device_name,
         "num_processes": runtime.world_size,
+        "threads": torch.get_num_threads(),
         "command": list(command),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "code": {"version": code_version(), "torch": torch.__version__, "python": platform.python_version()},
+        "code": code_facts(),
         "figures": figures,
     }
+
+
+def option_names() -> list[str]:
+    """The fields of Options. A report holds those that its metrics use under their own names."""
+    return [field.name for field in fields(Options)]
 
 
 def describe_data(measurement: Measurement, skipped: int) -> dict[str, Any]:
@@ -89,8 +95,12 @@ def describe_data(measurement: Measurement, skipped: int) -> dict[str, Any]:
             "fingerprint": shards.fingerprint,
             "holdout": measurement.data.holdout,
             "trained_on_fingerprint": measurement.trained.facts.get("data_fingerprint"),
+            "name": shards.manifest["name"],
+            "transform": shards.manifest["transform"],
             "binarize": recipe.data.binarize,
+            "binarization_seed": recipe.train.seed if recipe.data.binarize == "dynamic" else None,
             "bits": recipe.data.bits,
+            "pixels_sha256": measurement.data.held_out_sha256(),
         },
         "split_images": size,
         "images": min(recipe.validation.images or size, size) - skipped,

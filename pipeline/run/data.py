@@ -1,5 +1,6 @@
 """The data of a run, as the recipe describes them."""
 
+import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -7,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline.data.device_copies import on_device
 from pipeline.data.holdout import SPLIT, check_holdout, describe_holdout, open_split
@@ -19,22 +19,26 @@ from pipeline.data.shards import TarShards, UnreadableShard
 from pipeline.data.unreadable import SkippedSample
 from pipeline.distributed.runtime import Runtime
 from pipeline.recipe import Recipe, total_steps
+from pipeline.run.reading_progress import with_progress
 from pipeline.run.unreadable_log import UnreadableLog
 from shard_data import manifest as manifests
 from shard_data.manifest import Manifest
 
 log = logging.getLogger("pipeline")
 
+HASHED_AT_ONCE = 100
+"""Images."""
+
 
 class RunData:
     """The training split and the held-out split of a recipe's shard set: a `TrainingData`.
 
-    With `progress`, `held_out_batches` shows a progress bar where the main process has a terminal.
+    With `progress`, `held_out_batches` shows its progress on the main process.
     """
 
     def __init__(self, recipe: Recipe, runtime: Runtime, progress: bool = False):
         self.recipe = recipe
-        self._bar = {"desc": "evaluating", "unit": "batch", "disable": None if progress and runtime.is_main else True}
+        self._shows_progress = progress and runtime.is_main
         self.runtime = runtime
         config = recipe.data
         self.train, self.held_out = self._open_shards()
@@ -84,17 +88,20 @@ class RunData:
         )
         return on_device(loader, self.runtime.device)
 
-    def held_out_batches(self) -> Iterable[Batch]:
-        """This rank's share of the validation images, in their natural order."""
+    def held_out_batches(self, first: int = 0, epoch: int = 0) -> Iterable[Batch]:
+        """See TrainingData."""
         config = self.recipe.validation
         loader = build_eval_loader(
             self.held_out,
             self._plain,
             batch_size=config.batch_size,
             limit=config.images,
+            first=first,
+            epoch=epoch,
             **self._reading,
         )
-        return tqdm(on_device(loader, self.runtime.device), total=len(loader), **self._bar)
+        batches = on_device(loader, self.runtime.device)
+        return with_progress(batches, first, len(loader)) if self._shows_progress else batches
 
     @property
     def _reading(self) -> dict[str, Any]:
@@ -107,6 +114,24 @@ class RunData:
             "on_error": self.recipe.data.on_error,
             "timeout": self.recipe.train.collective_timeout,
         }
+
+    def held_out_sha256(self, binarizations: int = 1) -> str:
+        """Of the uint8 pixels (N, C, H, W) of the validation images, binarized as for the model and without padding;
+        one binarization after the other. Reads them on this rank alone, without those that are unreadable.
+        """
+        config, digest = self.recipe.data, hashlib.sha256()
+        plain = Preprocess(self.recipe.train.seed, binarize=config.binarize)
+        for epoch in range(binarizations):
+            for batch in build_eval_loader(
+                self.held_out,
+                plain,
+                batch_size=HASHED_AT_ONCE,
+                limit=self.recipe.validation.images,
+                epoch=epoch,
+                on_error=config.on_error,
+            ):
+                digest.update(batch.images.numpy().tobytes())
+        return digest.hexdigest()
 
     def held_out_inputs(self, count: int) -> tuple[Tensor, Tensor | None]:
         """The first `count` images of the validation split as model input, and their conditions, the same on every

@@ -44,7 +44,7 @@ for workers in (0, 2):
     small = recipe(f"data.workers={workers}", "train.precision=fp64", "validation.batch_size=4")
     data = RunData(small, runtime)
     model = build_trainer(small, runtime, data).model
-    results["figures"][workers] = Evaluator(small.validation, data, runtime, seed=1, by_group=True).run(model, 0)
+    results["figures"][workers] = Evaluator(small.validation, data, runtime, seed=1, detailed=True).run(model, 0)
 with StopRequest() as stop:
     run_attempt(folder / "run", recipe("train.profile=2", "samples.every=0"), runtime, stop)
 (folder / f"{runtime.rank}.json").write_text(json.dumps(results))
