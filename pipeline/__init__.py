@@ -1,4 +1,4 @@
-"""Train, evaluate and use variational autoencoders. `load(RUN)` gives a trained model to work with."""
+"""Train, evaluate and use variational autoencoders. `load(LOCATION)` gives a trained model to work with."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 def load(
-    run: Path | str, checkpoint: Path | str | int = "latest", device: "torch.device | str | None" = None
+    location: Path | str, checkpoint: Path | str | int = "latest", device: "torch.device | str | None" = None
 ) -> "TrainedModel":
-    """The trained model of a run folder; see pipeline.inference.trained.load."""
+    """The trained model of a run, a model folder or the Hugging Face Hub; see pipeline.inference.trained.load."""
     from pipeline.inference.trained import load as load_trained  # importing torch takes seconds
 
-    return load_trained(run, checkpoint, device)
+    return load_trained(location, checkpoint, device)

@@ -24,6 +24,7 @@ from torch import Tensor  # noqa: E402
 from pipeline.cli import run_tool  # noqa: E402
 from pipeline.inference.edit_picture import EditRequest, write_edits  # noqa: E402
 from pipeline.inference.folders import output_folder  # noqa: E402
+from pipeline.inference.locations import HELP, results_folder  # noqa: E402
 from pipeline.inference.trained import load  # noqa: E402
 
 log = logging.getLogger("pipeline")
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("run", metavar="RUN", type=Path, help="the folder of a training run")
+    add("location", metavar="MODEL", help=HELP)
     add("--image", metavar="FILE", type=Path, nargs="+", default=[], help="pictures to edit")
     add("--key", metavar="KEY", nargs="+", default=[], help="samples of --data to edit, by key or number")
     add("--data", metavar="DIR", help="shard set: of --key, and of the mean differences")
@@ -52,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--images", metavar="N", type=int, default=2000, help="of --data, for the mean differences (default 2000)")
     add("--checkpoint", default="latest", help="latest (default), best by validation, a step, or a checkpoint's folder")
     add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
-    add("--out", metavar="FILE.png", type=Path, help="the picture (default: in RUN/edited)")
+    add("--out", metavar="FILE.png", type=Path, help="the picture (default: in MODEL/edited)")
     return parser
 
 
@@ -76,9 +77,9 @@ def edit(parsed: argparse.Namespace) -> None:
         steps=parsed.steps,
         num_images=parsed.images,
     )
-    trained = load(parsed.run, parsed.checkpoint, parsed.device)
-    folder = parsed.run if parsed.out else output_folder(parsed.run, "edited")
-    path = write_edits(trained, request, parsed.out, folder)
+    trained = load(parsed.location, parsed.checkpoint, parsed.device)
+    folder = results_folder(parsed.location)
+    path = write_edits(trained, request, parsed.out, folder if parsed.out else output_folder(folder, "edited"))
     log.info("%s", path)
 
 

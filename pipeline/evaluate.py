@@ -9,7 +9,7 @@ importance-weighted likelihood. With a judge (train_classifier.py), `--metrics e
 the target attribute and of other attributes that stay, and `--metrics recognition` the share of samples of a class that
 are recognized as such. Figures do not depend on the number of processes or the batch size, except for rounding.
 
-Each metric is written, with everything that it depends on, to a file of its own in RUN/evaluations, named after what
+Each metric is written, with everything that it depends on, to a file of its own in MODEL/evaluations, named after what
 was measured. The same evaluation again replaces its file, and the log says so; nothing else is overwritten.
 """
 
@@ -26,6 +26,7 @@ from pipeline.distributed.device_settings import DeviceSettings  # noqa: E402
 from pipeline.distributed.logs import launched_rank  # noqa: E402
 from pipeline.distributed.runtime import Runtime  # noqa: E402
 from pipeline.inference.evaluate_run import EvaluationRequest, evaluate  # noqa: E402
+from pipeline.inference.locations import HELP, results_folder  # noqa: E402
 from pipeline.inference.metrics import METRICS, Options  # noqa: E402
 from pipeline.inference.report import list_reports  # noqa: E402
 
@@ -39,8 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("run", metavar="RUN", type=Path, help="the folder of a training run")
-    add("--list", action="store_true", help="list the evaluations of RUN and stop")
+    add("location", metavar="MODEL", help=HELP)
+    add("--list", action="store_true", help="list the evaluations of MODEL and stop")
     add("--data", metavar="DIR", help="shard set, a folder or an address (default: the one that it was trained on)")
     add("--split", default="test", help="split of the set (default: test)")
     add("--metrics", nargs="+", choices=METRICS, default=["elbo"], help="what to measure (default elbo)")
@@ -54,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--precision", choices=("fp32", "bf16", "fp64"), default="fp32", help="of the computation (default fp32)")
     add("--seed", type=int, help="of the latent noise (default: the run's, as in its validation)")
     add("--threads", metavar="N", type=int, help="CPU threads of each process (default: the cores, shared)")
-    add("--out", metavar="FILE.json", type=Path, help="one file for all metrics (default: files in RUN/evaluations)")
+    add("--out", metavar="FILE.json", type=Path, help="one file for all metrics (default: files in MODEL/evaluations)")
     parser.set_defaults(command=sys.argv)
     return parser
 
@@ -71,7 +72,8 @@ def run(parsed: argparse.Namespace) -> None:
     """Evaluates, on the processes that a launcher may have started, or lists evaluations."""
     if parsed.list:
         if launched_rank() == 0:
-            print("\n".join(list_reports(parsed.run)) or f"no evaluations in {parsed.run}")
+            folder = results_folder(parsed.location)
+            print("\n".join(list_reports(folder)) or f"no evaluations in {folder}")
         return
     check_numbers(parsed)
     # Reported figures are those of the precision that they state: no TensorFloat-32 on GPUs.
@@ -92,7 +94,7 @@ def build_request(parsed: argparse.Namespace) -> EvaluationRequest:
         classifier=parsed.classifier,
     )
     return EvaluationRequest(
-        run=parsed.run,
+        location=parsed.location,
         checkpoint=parsed.checkpoint,
         data=parsed.data,
         metrics=parsed.metrics,

@@ -19,6 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from pipeline.cli import run_python, run_tool  # noqa: E402
 from pipeline.inference import draw_samples  # noqa: E402
 from pipeline.inference.folders import output_folder  # noqa: E402
+from pipeline.inference.locations import HELP, results_folder  # noqa: E402
 from pipeline.inference.parse_condition import parse_classes, parse_settings  # noqa: E402
 from pipeline.inference.trained import TrainedModel, load  # noqa: E402
 
@@ -35,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("run", metavar="RUN", type=Path, help="the folder of a training run")
+    add("location", metavar="MODEL", help=HELP)
     add("--count", metavar="N", type=int, help=f"samples (default {COUNT}); with classes see --per-class")
     add("--classes", metavar="0-9,Shirt", help="classes by number or name, a row each (default: all)")
     add("--per-class", metavar="N", type=int, help=f"samples of each class (default {PER_CLASS})")
@@ -47,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--readjust", metavar="N", type=int, default=0, help="batches that re-estimate batch norm first (default 0)")
     add("--checkpoint", default="latest", help="latest (default), best by validation, a step, or a checkpoint's folder")
     add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
-    add("--out", metavar="DIR", type=Path, help="folder for pictures and arrays (default RUN/samples)")
+    add("--out", metavar="DIR", type=Path, help="folder for pictures and arrays (default MODEL/samples)")
     add("--npz", action="store_true", help="also write images and labels as arrays")
     add("--as-shards", metavar="DIR", help="write the samples, with their labels, as a shard set")
     return parser
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 def sample(parsed: argparse.Namespace) -> None:
     """From the command line to the files."""
     check_arguments(parsed)
-    trained = load(parsed.run, parsed.checkpoint, parsed.device)
+    trained = load(parsed.location, parsed.checkpoint, parsed.device)
     plan = make_plan(trained, parsed)
     for temperature in parsed.temperature:
         sample_at(temperature, trained, plan, parsed)
@@ -92,11 +93,11 @@ def sample_at(temperature: float, trained: TrainedModel, plan: draw_samples.Plan
         model = draw_samples.readjusted(trained, plan, temperature, parsed.seed, parsed.readjust)
     images = draw_samples.sample_images(model, plan, temperature, parsed.seed)
     name = f"samples_step_{trained.step:08d}_temperature_{temperature:g}_seed_{parsed.seed}"
-    stem = (parsed.out or output_folder(parsed.run, "samples")) / name
+    stem = (parsed.out or output_folder(results_folder(parsed.location), "samples")) / name
     draw_samples.save_picture(Path(f"{stem}.png"), plan, images)
     log.info("%d samples of %s at step %d: %s.png", plan.count, trained.recipe.model.name, trained.step, stem)
     settings = {
-        "checkpoint": str(trained.path),
+        "checkpoint": trained.place,
         "temperature": temperature,
         "seed": parsed.seed,
         "readjust": parsed.readjust,

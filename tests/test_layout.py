@@ -34,6 +34,7 @@ DOORS = {
     "torch.distributed": {"pipeline/distributed/collectives.py", "pipeline/launch.py"},
     "torchvision": {"pipeline/evaluation/images.py"},
     "webdataset": {"shard_data/verify.py"},
+    "huggingface_hub": {"pipeline/inference/hub.py"},
     "pydantic": None,
 }
 

@@ -10,10 +10,11 @@ from pipeline.data.remote import is_address
 from pipeline.distributed.agreement import code_version
 from pipeline.distributed.runtime import Runtime
 from pipeline.inference.folders import check_split, check_writable, output_folder
+from pipeline.inference.locations import find_model, results_folder
 from pipeline.inference.metrics import METRICS, Measurement, Options, check_held_out, check_metrics, evaluation_recipe
 from pipeline.inference.report import FOLDER, describe_measurement, save_in_run, save_report, table
 from pipeline.inference.text import printable
-from pipeline.inference.trained import find_checkpoint, load
+from pipeline.inference.trained import load
 from pipeline.run.classifier_folder import load_classifier
 from pipeline.run.data import RunData
 
@@ -24,7 +25,8 @@ log = logging.getLogger("pipeline")
 class EvaluationRequest:
     """What to evaluate, on what, and where to write it."""
 
-    run: Path
+    location: str
+    """Of the model; see `locations`."""
     checkpoint: str
     """`latest`, `best`, a step, or a checkpoint's folder."""
     data: str | None
@@ -34,7 +36,7 @@ class EvaluationRequest:
     batch_size: int
     """Images in a pass over all processes."""
     out: Path | None
-    """One file for all metrics; None: files in RUN/evaluations."""
+    """One file for all metrics; None: files in MODEL/evaluations."""
     command: Sequence[str]
     """The command line, for the report."""
 
@@ -42,9 +44,9 @@ class EvaluationRequest:
 def evaluate(request: EvaluationRequest, runtime: Runtime) -> None:
     """Measures, writes the reports and prints the figures."""
     # The main process chooses for all: a run that is being trained may write a newer checkpoint at any moment.
-    chosen = runtime.run_on_main(lambda: str(find_checkpoint(request.run, request.checkpoint).path))
-    path = runtime.from_main(chosen)
-    measurement = prepare(request, path, runtime)
+    chosen = runtime.run_on_main(lambda: find_model(request.location, request.checkpoint).place)
+    place = runtime.from_main(chosen)
+    measurement = prepare(request, place, runtime)
     facts = {"code": code_version()}
     if measurement.data is not None:
         facts["data"] = measurement.data.held_out.fingerprint
@@ -62,15 +64,15 @@ def evaluate(request: EvaluationRequest, runtime: Runtime) -> None:
         print(table(figures))
 
 
-def prepare(request: EvaluationRequest, path: str, runtime: Runtime) -> Measurement:
+def prepare(request: EvaluationRequest, place: str, runtime: Runtime) -> Measurement:
     """Loads the model, the judge and the data. Raises ValueError, on every rank, for what cannot be measured."""
     metrics = [METRICS[name] for name in request.metrics]
     reads_images = any(metric.reads_images for metric in metrics)
 
     def load_all() -> tuple:
         if request.out is None:
-            check_writable(output_folder(request.run, FOLDER))
-        trained = load(request.run, path, runtime.device, runtime.dtype)
+            check_writable(output_folder(results_folder(request.location), FOLDER))
+        trained = load(place, device=runtime.device, dtype=runtime.dtype)
         options = request.options
         if options.seed is None:
             options = replace(options, seed=trained.recipe.train.seed)
@@ -99,12 +101,12 @@ def describe_question(name: str, measurement: Measurement) -> str:
 
 
 def save(request: EvaluationRequest, measurement: Measurement, names: list[str], figures: dict[str, float]) -> None:
-    """Writes the report of these metrics, on the main process, to `--out` or into RUN/evaluations."""
+    """Writes the report of these metrics, on the main process, to `--out` or into MODEL/evaluations."""
 
     def write() -> Path:
         report = describe_measurement(names, measurement, figures, request.batch_size, request.command)
         if request.out is None:
-            return save_in_run(request.run, report, measurement.trained.recipe.train.seed)
+            return save_in_run(results_folder(request.location), report, measurement.trained.recipe.train.seed)
         save_report(request.out, report)
         return request.out
 

@@ -47,7 +47,7 @@ def describe_measurement(
         "version": 1,
         "metrics": list(names),
         "model": trained.recipe.model.name,
-        "checkpoint": str(trained.path),
+        "checkpoint": trained.place,
         "step": trained.step,
         "averaged_weights": trained.averaged,
         "weights_sha256": trained.weights_sha256,
@@ -182,9 +182,9 @@ def read_report(path: Path) -> dict[str, Any] | str:
 
 
 def list_reports(run: Path) -> list[str]:
-    """A line for each evaluation of a run: its file, and its main figures. Raises ValueError where there is no run."""
+    """A line for each evaluation in a folder: its file, and its main figures. Raises ValueError if it is not there."""
     if not run.is_dir():
-        raise ValueError(f"{run}: no such folder; give the folder that pipeline/train.py wrote to")
+        raise ValueError(f"{run}: no such folder, so there are no evaluations of this model")
     files = sorted(run.glob(FORMER)) + sorted(output_folder(run, FOLDER).glob("*.json"))
     lines = []
     for path in files:

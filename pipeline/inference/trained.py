@@ -9,7 +9,6 @@
 B images, C channels, H x W pixels of the data set, without the padding that a recipe adds.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from pipeline.data.preprocess import to_model_input
 from pipeline.evaluation.images import to_uint8
 from pipeline.evaluation.likelihood_bounds import Draws
+from pipeline.inference.locations import find_model
 from pipeline.inference.model_folder import content_of, is_averaged, training_dtype, weights_stem
 from pipeline.inference.parse_condition import ConditionLike, to_condition
 from pipeline.inference.passes import IMAGES_PER_PASS, in_passes
@@ -30,25 +30,24 @@ from pipeline.models.base import VAE, use_channels_last, without_border
 from pipeline.models.conditions import ClassCondition
 from pipeline.models.noise import draw_noise
 from pipeline.recipe import Recipe, build_model
-from pipeline.storage.checkpoint import Checkpoints
-from pipeline.storage.checkpoint_folder import META, Checkpoint
-from pipeline.storage.run_id import read_run_id
+from pipeline.storage.checkpoint_folder import Checkpoint
 
 
 def load(
-    run: Path | str,
+    location: Path | str,
     checkpoint: Path | str | int = "latest",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> "TrainedModel":
-    """The trained model of a run folder, with the moving average of its weights if the run kept one.
+    """The trained model of a run, with the moving average of its weights if the run kept one, or of a model folder.
 
-    `checkpoint`: "latest", "best" by validation, a step, or a checkpoint's folder. `device`: by default a GPU if
-    there is one. `dtype`: by default float32, or float64 for runs trained in it. Nothing in the folder can run code,
-    and the memory needed is in proportion to the size of its files. Raises ValueError if it holds no valid checkpoint
-    that this version can use.
+    `location`: a run folder, a checkpoint's folder, a model folder, `local-dir:FOLDER`, or
+    `hf-hub:OWNER/NAME[@REVISION]`. `checkpoint`, of a run: "latest", "best" by validation, a step, or a checkpoint's
+    folder. `device`: by default a GPU if there is one. `dtype`: by default float32, or float64 for runs trained in it.
+    Nothing in the folder can run code, and the memory needed is in proportion to the size of its files. Raises
+    ValueError if it holds no valid model that this version can use.
     """
-    found = find_checkpoint(Path(run), checkpoint)
+    found, place = find_model(location, checkpoint)
     content = content_of(found)
     recipe = content.recipe
     device = find_device(device)
@@ -60,16 +59,17 @@ def load(
     model.load_state_dict(content.weights)
     model.requires_grad_(False).eval().to(device, dtype)
     return TrainedModel(
-        model,
-        recipe,
-        found.step,
-        found.path,
-        found.facts,
-        is_averaged(found),
-        found.sha256[weights_stem(found)],
-        class_names(recipe, found),
-        device,
-        dtype,
+        model=model,
+        recipe=recipe,
+        step=found.step,
+        path=found.path,
+        place=place,
+        facts=found.facts,
+        averaged=is_averaged(found),
+        weights_sha256=found.sha256[weights_stem(found)],
+        classes=class_names(recipe, found),
+        device=device,
+        dtype=dtype,
     )
 
 
@@ -81,56 +81,6 @@ def find_device(wanted: torch.device | str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise ValueError(f"device {wanted}: {str(error).splitlines()[0]}") from None
     return device
-
-
-def find_checkpoint(run: Path, checkpoint: Path | str | int) -> Checkpoint:
-    """Raises ValueError, with the steps that are available, if `run` has no such checkpoint."""
-    folder = run / "checkpoints"
-    if not folder.is_dir():
-        raise ValueError(f"{run}: {explain_no_run(run)}; give the folder that pipeline/train.py wrote to")
-    checkpoints = Checkpoints(folder, run_id=read_run_id(run))
-    if checkpoint not in ("latest", "best"):
-        found = checkpoints.load(find_folder(checkpoints, checkpoint))
-    else:
-        found = checkpoints.latest() if checkpoint == "latest" else checkpoints.best()
-    if found is None:
-        missing = "no checkpoint there yet" if checkpoint == "latest" else "no checkpoint has a validation score"
-        raise ValueError(f"{folder}: {missing}; {available_steps(checkpoints)}")
-    return found
-
-
-def find_folder(checkpoints: Checkpoints, checkpoint: Path | str | int) -> Path:
-    """Of the checkpoint of a step, or at a path. Raises ValueError if there is none."""
-    if isinstance(checkpoint, int) or str(checkpoint).isdecimal():
-        if int(checkpoint) not in checkpoints.steps():
-            raise ValueError(
-                f"{checkpoints.folder}: no checkpoint of step {checkpoint}; {available_steps(checkpoints)}"
-            )
-        return checkpoints.path(int(checkpoint))
-    path = Path(checkpoint)
-    if not path.is_dir():
-        raise ValueError(f"no checkpoint at {path}; {available_steps(checkpoints)}")
-    if not os.path.lexists(path / META):
-        raise ValueError(f"{path}: not the folder of a checkpoint; {available_steps(checkpoints)}")
-    return path
-
-
-def available_steps(checkpoints: Checkpoints) -> str:
-    """For messages."""
-    return f"available steps: {', '.join(map(str, checkpoints.steps())) or 'none'}"
-
-
-def explain_no_run(path: Path) -> str:
-    """Why a path is not the folder of a run."""
-    if not path.exists():
-        return "no such folder"
-    if not path.is_dir():
-        return "a file, not a run folder"
-    if (path / META).is_file():
-        return "a checkpoint or a classifier, not a run folder"
-    if (path / "manifest.json").is_file():
-        return "a shard set, not a run folder"
-    return "no run with checkpoints there"
 
 
 def class_names(recipe: Recipe, checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -159,6 +109,8 @@ class TrainedModel:
     """Optimizer step of the checkpoint."""
     path: Path
     """The checkpoint's folder."""
+    place: str
+    """The location that names exactly this checkpoint: its folder, or hf-hub:OWNER/NAME@COMMIT."""
     facts: dict = field(repr=False)
     """What else the checkpoint states about its run."""
     averaged: bool

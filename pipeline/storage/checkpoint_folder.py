@@ -116,24 +116,27 @@ def write_folder(folder: Path, snapshot: Snapshot, step: int, facts: Mapping[str
     sync_folder(folder)
 
 
-def read_folder(folder: Path) -> Checkpoint:
-    """Read and verify one checkpoint. Raises UnreadableCheckpoint."""
-    meta = read_meta(folder)
+def read_folder(folder: Path, follow: bool = False) -> Checkpoint:
+    """Read and verify one checkpoint. Raises UnreadableCheckpoint, also for symbolic links unless `follow`."""
+    meta = read_meta(folder, follow)
     named = FOLDER_NAME.fullmatch(folder.name)
     if named and int(named[1]) != meta.step:
         raise UnreadableCheckpoint(f"{folder / META}: is of step {meta.step}, unlike the name of its folder")
     for name, facts in meta.files.items():
-        _check_size(folder / name, facts.bytes)
-    tensors = {name.removesuffix(".safetensors"): _read_tensors(folder / name, meta.files[name]) for name in meta.files}
+        _check_size(folder / name, facts.bytes, follow)
+    tensors = {
+        name.removesuffix(".safetensors"): _read_tensors(folder / name, facts, follow)
+        for name, facts in meta.files.items()
+    }
     sha256 = {name.removesuffix(".safetensors"): facts.sha256 for name, facts in meta.files.items()}
     return Checkpoint(folder, meta.step, meta.score, meta.facts, tensors, sha256)
 
 
-def read_meta(folder: Path) -> Meta:
+def read_meta(folder: Path, follow: bool = False) -> Meta:
     """Read and verify `meta.json` alone. Raises UnreadableCheckpoint."""
     path = folder / META
     try:
-        content = read_bounded(path, MAX_META_BYTES)
+        content = read_bounded(path, MAX_META_BYTES, follow)
     except OSError as error:
         raise UnreadableCheckpoint(f"{path}: {error.strerror}") from error
     try:
@@ -148,9 +151,9 @@ def read_meta(folder: Path) -> Meta:
     return meta
 
 
-def _check_size(path: Path, expected: int) -> None:
+def _check_size(path: Path, expected: int, follow: bool) -> None:
     try:
-        with open_regular(path) as file:
+        with open_regular(path, follow) as file:
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UnreadableCheckpoint(f"{path}: {error.strerror}") from error
@@ -158,9 +161,11 @@ def _check_size(path: Path, expected: int) -> None:
         raise UnreadableCheckpoint(f"{path}: {size} bytes instead of {expected}")
 
 
-def _read_tensors(path: Path, facts: FileFacts) -> dict[str, Tensor]:
+def _read_tensors(path: Path, facts: FileFacts, follow: bool) -> dict[str, Tensor]:
     try:
-        content = read_bounded(path, facts.bytes)  # read once: the bytes that are hashed are those that are used
+        content = read_bounded(
+            path, facts.bytes, follow
+        )  # read once: the bytes that are hashed are those that are used
     except OSError as error:
         raise UnreadableCheckpoint(f"{path}: {error.strerror}") from error
     if hashlib.sha256(content).hexdigest() != facts.sha256:

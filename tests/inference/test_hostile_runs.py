@@ -154,7 +154,7 @@ def test_links_and_pipes_among_the_files_of_a_checkpoint_are_refused(honest, tmp
 def test_what_is_no_run_is_named(shards, tmp_path, use, name):
     place = tmp_path / "it"
     made = {
-        "a classifier": (lambda: make_judge(place, "classes", ["a", "b"]), "a checkpoint or a classifier, not a run"),
+        "a classifier": (lambda: make_judge(place, "classes", ["a", "b"]), "holds no model with its settings"),
         "a file": (lambda: place.write_text("x"), "a file, not a run folder"),
         "an empty folder": (lambda: place.mkdir(), "no run with checkpoints there"),
         "no checkpoints": (lambda: (place / "checkpoints").mkdir(parents=True), "no checkpoint there yet"),
