@@ -13,6 +13,7 @@ _MODULES = {
     "DataError": "errors",
     "FashionMnist": "sources.mnist",
     "Folder": "sources.folder",
+    "ImageNet32": "sources.imagenet32",
     "Incomplete": "errors",
     "Kmnist": "sources.mnist",
     "Mnist": "sources.mnist",

@@ -1,7 +1,7 @@
 """The data sets that can be converted. Each module has a source class, `add_arguments` and `from_arguments`; its
 docstring is the text of `--help`."""
 
-from shard_data.sources import celeba, cifar, folder, mnist, npz, toy_faces
+from shard_data.sources import celeba, cifar, folder, imagenet32, mnist, npz, toy_faces
 
 SOURCES = {
     "toy_faces": toy_faces,
@@ -11,6 +11,7 @@ SOURCES = {
     "cifar10": cifar,
     "cifar100": cifar,
     "celeba": celeba,
+    "imagenet32": imagenet32,
     "folder": folder,
     "npz": npz,
 }

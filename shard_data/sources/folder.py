@@ -2,12 +2,13 @@
 
   python -m shard_data folder --source ~/photos --size 64 --out data/photos64
   python -m shard_data folder --source ~/photos --size 64 --val 0.1 --test 0 --no-classes --out data/photos64
+  python -m shard_data folder --source ~/ffhq --size 256 --val 7000 --test 0 --no-classes --out data/ffhq256
 
 If the folder has a subfolder train/ (and val/ or valid/ or validation/, and test/), these are the splits. Otherwise a
-hash of each image's path and the split seed decides its split, so an image stays in its split when others are added or
-removed. Within a split, the subfolders are the classes; images outside of subfolders have no class. Every image is
-converted to RGB, turned upright by its EXIF orientation and made square: the shorter side is resized and the center
-cropped, or the other way round."""
+hash of each image's path and the split seed decides its split. With shares, an image stays in its split when others are
+added or removed; numbers of images are exact. Within a split, the subfolders are the classes; images outside of
+subfolders have no class. Every image is converted to RGB, turned upright by its EXIF orientation and made square: the
+shorter side is resized and the center cropped, or the other way round."""
 
 import argparse
 import hashlib
@@ -37,7 +38,8 @@ LONGEST = 50  # times the shorter side; an image of one row would grow to gigaby
 class Folder:
     """Images as uint8 (size, size, 3), with class labels if they lie in subfolders.
 
-    `fit` is "resize-crop" or "crop-resize"; `val` and `test` are shares in [0, 1) of the split by hash.
+    `fit` is "resize-crop" or "crop-resize"; `val` and `test` are shares in [0, 1), or numbers of
+    images, of the split by hash.
     """
 
     attributes: ClassVar[None] = None
@@ -91,14 +93,12 @@ class Folder:
         self.omissions.clear()
         self._given = any((self.folder / name).is_dir() for name in ("train", "Train"))
         self._found = {split: [] for split in SPLITS}
-        digest, ignored = hashlib.sha256(), Counter()
-        for path, size in sorted(self._files()):
-            suffix = PurePosixPath(path).suffix.lower()
-            if suffix not in (*IMAGES, *OTHER_IMAGES):
-                ignored[suffix] += 1
-                continue
-            split = self._split(path)
-            if reason := _skip_reason(path, suffix):
+        files = sorted(self._files())
+        images = [(path, size) for path, size in files if _suffix(path) in (*IMAGES, *OTHER_IMAGES)]
+        ignored = Counter(suffix for path, _ in files if (suffix := _suffix(path)) not in (*IMAGES, *OTHER_IMAGES))
+        digest = hashlib.sha256()
+        for (path, size), split in zip(images, self._splits([path for path, _ in images]), strict=True):
+            if reason := _skip_reason(path):
                 self.omissions.append(Omission(split, printable(path), reason))
                 continue
             self._found[split].append(path)
@@ -137,16 +137,19 @@ class Folder:
                     size = (here / name).stat().st_size if (here / name).exists() else 0
                     yield (here / name).relative_to(self.folder).as_posix(), size
 
-    def _split(self, path: str) -> str:
+    def _splits(self, paths: list[str]) -> list[str]:
         if self._given:
-            top = path.partition("/")[0].lower()
-            if top not in GIVEN or "/" not in path:
-                raise DataError(
-                    f"{self.folder / printable(path)}: outside of train, val and test; "
-                    "move it, or give the folder of the classes as --source"
-                )
-            return GIVEN[top]
-        return self.hash_split.of(printable(path))
+            return [self._given_split(path) for path in paths]
+        return self.hash_split.assign([printable(path) for path in paths], str(self.folder))
+
+    def _given_split(self, path: str) -> str:
+        top = path.partition("/")[0].lower()
+        if top not in GIVEN or "/" not in path:
+            raise DataError(
+                f"{self.folder / printable(path)}: outside of train, val and test; "
+                "move it, or give the folder of the classes as --source"
+            )
+        return GIVEN[top]
 
     def _class(self, path: str) -> str | None:
         """The folder that is the class: the first below the split, or below the source."""
@@ -182,9 +185,13 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _skip_reason(path: str, suffix: str) -> str | None:
+def _suffix(path: str) -> str:
+    return PurePosixPath(path).suffix.lower()
+
+
+def _skip_reason(path: str) -> str | None:
     """Why an image is skipped before it is read, or None."""
-    if suffix in OTHER_IMAGES:
+    if (suffix := _suffix(path)) in OTHER_IMAGES:
         return f"{suffix} images are not supported; convert them to PNG or JPEG"
     return None if printable(path) == path else "its name is not UTF-8; rename it"
 

@@ -13,15 +13,11 @@
 Images are not resized. Uncompressed arrays are memory-mapped, so they may be larger than the memory."""
 
 import argparse
-import io
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
-from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
 
@@ -30,14 +26,13 @@ from shard_data.files import sha256
 from shard_data.source import Record, Sample
 from shard_data.sources import hash_split
 from shard_data.sources.hash_split import SPLITS, HashSplit
-from shard_data.sources.image_files import data_start
+from shard_data.sources.npz_file import NpzFile
 
 ARRAYS = ("images", "labels", "classes", "attributes", "attribute_names")
 NOT_READ = ("settings",)
 MAX_UNPACKED = 1 << 28  # bytes of a compressed array, which every worker holds in memory
 MAX_SIDE = 1024
 MAX_NAMES = 10_000
-CHUNK = 1 << 20
 
 
 class Arrays(NamedTuple):
@@ -54,7 +49,7 @@ class Arrays(NamedTuple):
 
 
 class Npz:
-    """The images of a .npz file as they are. `val` and `test` are shares in [0, 1) of a split by hash."""
+    """The images of a .npz file as they are. `val` and `test`: shares, or numbers of images, of a split by hash."""
 
     splits: ClassVar[tuple[str, ...]] = SPLITS
 
@@ -93,13 +88,16 @@ class Npz:
         return {}
 
     def description(self) -> dict[str, Any]:
-        check_sums(self.path)
+        open_file(self.path).check_sums()
         splits = self.hash_split.description()
         return {"sha256": sha256(self.path), "images": len(self.arrays.images), "splits": splits}
 
+    @cached_property
+    def _splits(self) -> list[str]:
+        return self.hash_split.assign([str(i) for i in range(len(self.arrays.images))], str(self.path))
+
     def records(self, split: str) -> Sequence[Record]:
-        count = len(self.arrays.images)
-        return [Record(f"{split}-{i:07d}", i) for i in range(count) if self.hash_split.of(str(i)) == split]
+        return [Record(f"{split}-{i:07d}", i) for i, of in enumerate(self._splits) if of == split]
 
     def load(self, record: Record) -> Sample:
         i, arrays = record.where, self.arrays
@@ -111,9 +109,13 @@ class Npz:
         )
 
 
+def open_file(path: Path) -> NpzFile:
+    return NpzFile(path, ARRAYS, MAX_UNPACKED, "write it with numpy.savez", NOT_READ)
+
+
 def read_arrays(path: Path) -> Arrays:
     """The arrays of the file. Raises DataError with the file and the array for anything but the module's format."""
-    found = _open_arrays(path)
+    found = open_file(path).arrays()
     if "images" not in found:
         raise DataError(f"{path}: holds no array 'images'; it has: {', '.join(sorted(found)) or 'nothing'}")
     images = _check_images(path, found["images"])
@@ -122,86 +124,6 @@ def read_arrays(path: Path) -> Arrays:
     attributes = _check_attributes(path, found.get("attributes"), len(images))
     names = _check_names(path, "attribute_names", found.get("attribute_names"))
     return Arrays(images, labels, _fit_classes(path, labels, classes), attributes, _fit_names(path, attributes, names))
-
-
-def check_sums(path: Path) -> None:
-    """Reads the file once. Raises DataError if an array does not match its checksum."""
-    try:
-        with ZipFile(path) as archive:
-            for name in ARRAYS:
-                if f"{name}.npy" in archive.namelist():
-                    with archive.open(f"{name}.npy") as member:
-                        while member.read(CHUNK):
-                            pass
-    except (BadZipFile, OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: damaged ({error}); write it again with numpy.savez") from None
-
-
-def _open_arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with ZipFile(path) as archive:
-            members = archive.infolist()
-            _check_members(path, members)
-            return {
-                member.filename.removesuffix(".npy"): _open_array(path, archive, member)
-                for member in members
-                if member.filename.removesuffix(".npy") not in NOT_READ
-            }
-    except (BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
-        raise DataError(f"{path}: not a .npz file, or damaged ({error}); write it with numpy.savez") from None
-
-
-def _check_members(path: Path, members: list[ZipInfo]) -> None:
-    names = [member.filename for member in members]
-    known = [f"{name}.npy" for name in (*ARRAYS, *NOT_READ)]
-    for name in names:
-        if name not in known:
-            what = f"array {name.removesuffix('.npy')!r}" if name.endswith(".npy") else f"member {name!r}"
-            raise DataError(f"{path}: unknown {what}; known: {', '.join((*ARRAYS, *NOT_READ))}")
-        if names.count(name) > 1:
-            raise DataError(f"{path}: holds the array {name.removesuffix('.npy')!r} twice")
-
-
-def _open_array(path: Path, archive: ZipFile, member: ZipInfo) -> np.ndarray:
-    """Memory-mapped if it is stored, unpacked if it is compressed."""
-    name = member.filename.removesuffix(".npy")
-    try:
-        with archive.open(member) as file:
-            shape, fortran, dtype = _read_header(file)
-            start = file.tell()
-    except ValueError as error:
-        raise DataError(f"{path}: the array {name!r} is not a readable .npy ({error})") from None
-    if dtype.hasobject:
-        raise DataError(f"{path}: the array {name!r} holds Python objects, which are not read; give numbers or strings")
-    if prod(shape) * dtype.itemsize != member.file_size - start or min(shape, default=0) < 1:
-        raise DataError(f"{path}: the array {name!r} has shape {shape}, but {member.file_size - start} bytes of data")
-    order = "F" if fortran else "C"
-    if member.compress_type == ZIP_STORED:
-        return np.memmap(path, dtype, "r", _data_offset(path, archive, member) + start, shape, order)
-    if member.compress_type != ZIP_DEFLATED or member.file_size > MAX_UNPACKED:
-        raise DataError(
-            f"{path}: the array {name!r} is compressed and {member.file_size >> 20} MiB large; "
-            "write it with numpy.savez, which does not compress"
-        )
-    with archive.open(member) as file:
-        return np.frombuffer(file.read()[start:], dtype).reshape(shape, order=order)
-
-
-def _read_header(file: io.BufferedIOBase) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(file)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in readers:
-        raise ValueError(f"version {version} of the format")
-    return readers[version](file)
-
-
-def _data_offset(path: Path, archive: ZipFile, member: ZipInfo) -> int:
-    """Where a stored member's bytes begin in the file."""
-    with path.open("rb") as file:
-        offset = data_start(file, member.header_offset)
-    if offset + member.file_size > path.stat().st_size or member.compress_size != member.file_size:
-        raise BadZipFile(f"{member.filename} extends beyond the end of the file")
-    return offset
 
 
 def _check_images(path: Path, images: np.ndarray) -> np.ndarray:

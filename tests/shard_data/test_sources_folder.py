@@ -1,5 +1,6 @@
 """folder: classes, given and hashed splits, skipped files, pixels of plain Pillow."""
 
+import hashlib
 import io
 import os
 from pathlib import Path
@@ -99,6 +100,52 @@ def test_hashed_split_of_an_image_depends_on_nothing_but_its_path_and_the_seed(t
     assert splits_of(Folder(part, val=0.2, test=0.3, split_seed=seed)) == {f"{i}.png": whole[f"{i}.png"] for i in kept}
 
 
+def test_the_rule_of_the_split_stays(tmp_path):
+    """Sets that were made before keep their splits."""
+    names = [f"{i}.png" for i in range(300)]
+    for name in names:
+        (tmp_path / name).touch()
+    shares = {name: int(hashlib.sha256(f"7:{name}".encode()).hexdigest()[:16], 16) / 2**64 for name in names}
+    expected = {name: "test" if share < 0.1 else "val" if share < 0.3 else "train" for name, share in shares.items()}
+    assert splits_of(Folder(tmp_path, val=0.2, test=0.1, split_seed=7)) == expected
+    by_share = sorted(names, key=shares.get)
+    numbered = splits_of(Folder(tmp_path, val=30, test=5, split_seed=7))
+    assert [numbered[name] for name in by_share] == ["test"] * 5 + ["val"] * 30 + ["train"] * 265
+
+
+def test_numbers_of_images_give_splits_of_exactly_that_size(tmp_path):
+    """They are nested: the images of a smaller val are in a larger one; another seed takes others."""
+    for i in range(300):
+        (tmp_path / f"{i}.png").touch()
+    found = {}
+    for val, test, seed in ((30, 0, 0), (50, 0, 0), (30, 20, 0), (30, 0, 1)):
+        splits = splits_of(Folder(tmp_path, val=val, test=test, split_seed=seed))
+        of = {split: {path for path in splits if splits[path] == split} for split in ("train", "val", "test")}
+        assert {split: len(paths) for split, paths in of.items()} == {
+            "train": 300 - val - test,
+            "val": val,
+            "test": test,
+        }
+        found[val, test, seed] = of
+    assert found[30, 0, 0]["val"] < found[50, 0, 0]["val"] == found[30, 20, 0]["val"] | found[30, 20, 0]["test"]
+    assert found[30, 0, 0]["val"] != found[30, 0, 1]["val"]
+    with pytest.raises(DataError, match="val 300 and test 0 of 300 images leave none for train"):
+        splits_of(Folder(tmp_path, val=300, test=0))
+
+
+@pytest.mark.parametrize("name", ["photo.png", "photo.jpg", "00000/00000.png"])
+def test_a_face_of_1024_pixels_is_pillows_bilinear_reduction(tmp_path, name):
+    """As the recipes for CelebA-HQ and FFHQ make their sets, by their own commands."""
+    path = tmp_path / "in" / name
+    path.parent.mkdir(parents=True)
+    noise = np.random.default_rng(1).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, quality=95)
+    words = "folder --size 256 --no-classes --val 0 --test 0 --workers 1".split()
+    assert main([*words, "--source", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    plain = np.asarray(Image.open(path).resize((256, 256), Image.Resampling.BILINEAR))
+    assert np.array_equal(samples(tmp_path / "out", "train")[name]["npy"], plain)
+
+
 def test_hashed_split_has_about_the_given_shares(tmp_path):
     for i in range(2000):
         (tmp_path / f"{i}.png").touch()
@@ -189,6 +236,9 @@ def test_the_command_shuffles_and_records_it(tmp_path):
         ({"filter": "nearest"}, "filter 'nearest'"),
         ({"val": 0.5, "test": 0.5}, "sum is below 1"),
         ({"val": -0.1}, "shares from 0 to 1"),
+        ({"val": 3, "test": 0.1}, "or both whole numbers"),
+        ({"val": 3.5, "test": 0}, "or both whole numbers"),
+        ({"val": -3, "test": 4}, "or both whole numbers"),
     ],
 )
 def test_options_out_of_range_are_refused(tmp_path, options, message):
