@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.models.base import VAE, evaluating
+from pipeline.models.base import VAE, Temperature, evaluating
 from pipeline.models.conditions import ClassCondition, Condition
 from pipeline.models.noise import draw_noise
 from pipeline.schema import Section
@@ -59,7 +59,7 @@ def readjust_batch_norm(
     model: VAE,
     noise: Callable[[int], Sequence[Tensor]],
     iterations: int,
-    temperature: float,
+    temperature: Temperature,
     condition: Tensor | None = None,
 ) -> None:
     """Moves the decoder's running statistics towards those of prior samples at `temperature`, in place.

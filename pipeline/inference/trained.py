@@ -4,6 +4,7 @@
     images = model.sample(16, temperature=0.7, seed=1)        # (16, C, H, W) in [0, 1]
     latents = model.encode(images)                            # one tensor per latent group
     again = model.decode(latents)
+    others = model.sample(16, fixed=latents[:2])              # the first two groups as they are, the others resampled
     nats = model.log_likelihood(images, importance_samples=100)
 
 B images, C channels, H x W pixels of the data set, without the padding that a recipe adds.
@@ -20,13 +21,14 @@ from torch import Tensor
 from pipeline.data.preprocess import to_model_input
 from pipeline.evaluation.images import to_uint8
 from pipeline.evaluation.likelihood_bounds import Draws
+from pipeline.inference.latent_groups import TemperatureLike, resolve_temperature
 from pipeline.inference.locations import find_model
 from pipeline.inference.model_folder import content_of, is_averaged, training_dtype, weights_stem
 from pipeline.inference.parse_condition import ConditionLike, to_condition
 from pipeline.inference.passes import IMAGES_PER_PASS, in_passes
 from pipeline.inference.read_image import Images, to_tensor
 from pipeline.inference.text import printable
-from pipeline.models.base import VAE, use_channels_last, without_border
+from pipeline.models.base import VAE, Temperature, use_channels_last, without_border
 from pipeline.models.conditions import ClassCondition
 from pipeline.models.noise import draw_noise
 from pipeline.recipe import Recipe, build_model
@@ -150,38 +152,121 @@ class TrainedModel:
         condition = self.condition(condition, count)
 
         def work(here: slice) -> Tensor:
-            rows = [group[here].to(self.device, self.dtype) for group in latents]
-            return self.model.decode(rows, rows_of(condition, here))
+            return self.model.decode(self._rows(latents, here), rows_of(condition, here))
 
         return self._output(in_passes(work, count, self.device))
 
-    @torch.no_grad()
     def sample(
-        self, count: int, temperature: float = 1.0, seed: int = 0, condition: ConditionLike = None, first: int = 0
+        self,
+        count: int,
+        temperature: TemperatureLike = 1.0,
+        seed: int = 0,
+        condition: ConditionLike = None,
+        first: int = 0,
+        fixed: Sequence[Tensor] = (),
     ) -> Tensor:
         """Images (count, C, H, W) from the prior, whose sigmas are scaled by `temperature`: the decoder's mean.
 
         Every seed has a sequence of samples without end; these are the samples `first`, `first` + 1, ... On a GPU a
         model that was trained in bf16 samples in bf16.
+
+        `temperature`: one number; {"4x4": 1.0, "8x8": 0.7} by resolution or group, 1 for those that are not named; or a
+        sequence with a number for each group. `fixed`: latents of the first groups, (count, *group.shape) each or
+        (1, *group.shape) for all samples; only the other groups are sampled, from their priors given these.
         """
+        return self._sample(count, temperature, seed, condition, first, fixed, latents=False)[0]
+
+    def sample_with_latents(
+        self,
+        count: int,
+        temperature: TemperatureLike = 1.0,
+        seed: int = 0,
+        condition: ConditionLike = None,
+        first: int = 0,
+        fixed: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`sample`, and the latents that its images are decoded from: one (count, *group.shape) per group."""
+        return self._sample(count, temperature, seed, condition, first, fixed, latents=True)
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        count: int,
+        temperature: TemperatureLike,
+        seed: int,
+        condition: ConditionLike,
+        first: int,
+        fixed: Sequence[Tensor],
+        latents: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
         if count < 1:
             raise ValueError(f"count {count}: must be at least 1")
+        temperatures, condition = resolve_temperature(temperature, self.model.groups), self.condition(condition, count)
+        fixed = self._check_fixed(fixed, count)
+
+        def work(here: slice) -> list[Tensor]:
+            noise = self._noise("sample", slice(first + here.start, first + here.stop), seed)
+            images, made = self._generate(noise, temperatures, rows_of(condition, here), [z[here] for z in fixed])
+            return [images, *made] if latents else [images]
+
+        images, *made = zip(*in_passes(work, count, self.device), strict=True)
+        return self._output(images), [torch.cat(group) for group in made]
+
+    def _generate(
+        self, noise: Sequence[Tensor], temperature: Temperature, condition: Tensor | None, given: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The model's own samples, border included."""
+        in_bf16 = self.device.type == "cuda" and self.recipe.train.precision == "bf16" and self.dtype == torch.float32
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bf16):
+            images, latents = self.model.sample_with_latents(noise, temperature, condition, given)
+        return images.to(self.dtype), latents
+
+    def reconstruct(
+        self,
+        x: Images,
+        condition: ConditionLike = None,
+        seed: int | None = 0,
+        groups: int | None = None,
+        temperature: TemperatureLike = 0.0,
+    ) -> Tensor:
+        """Images (B, C, H, W): `decode` of `encode`.
+
+        `groups`: how many of the first latent groups are those of `encode`. The others are the means of their priors
+        given these; or, with a `temperature` above 0, samples from them.
+        """
+        latents = self.encode(x, condition, seed)
+        if groups is None:
+            return self.decode(latents, condition)
+        if not 0 <= groups <= len(latents):
+            raise ValueError(f"groups {groups}: must be from 0 to {len(latents)}, the number of latent groups")
+        return self.sample(len(latents[0]), temperature, seed or 0, condition, fixed=latents[:groups])
+
+    @torch.no_grad()
+    def to_noise(self, latents: Sequence[Tensor], condition: ConditionLike = None) -> list[Tensor]:
+        """The noise for which the prior gives these latents, one (B, *group.shape) per group: (z - mu) / sigma, with mu
+        and sigma of the group's prior given the groups before it. `from_noise` is the inverse.
+        """
+        count = self._check_latents(latents)
         condition = self.condition(condition, count)
 
+        def work(here: slice) -> list[Tensor]:
+            return self.model.prior_noise(self._rows(latents, here), rows_of(condition, here))
+
+        parts = in_passes(work, count, self.device)
+        return [torch.cat(group) for group in zip(*parts, strict=True)]
+
+    @torch.no_grad()
+    def from_noise(
+        self, noise: Sequence[Tensor], temperature: TemperatureLike = 1.0, condition: ConditionLike = None
+    ) -> Tensor:
+        """Images (B, C, H, W): `sample` for this noise, one (B, *group.shape) per group."""
+        count = self._check_latents(noise)
+        temperatures, condition = resolve_temperature(temperature, self.model.groups), self.condition(condition, count)
+
         def work(here: slice) -> Tensor:
-            noise = self._noise("sample", slice(first + here.start, first + here.stop), seed)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._samples_in_bf16()):
-                return self.model.sample(noise, temperature, rows_of(condition, here)).to(self.dtype)
+            return self._generate(self._rows(noise, here), temperatures, rows_of(condition, here))[0]
 
         return self._output(in_passes(work, count, self.device))
-
-    def _samples_in_bf16(self) -> bool:
-        on_gpu = self.device.type == "cuda"
-        return on_gpu and self.recipe.train.precision == "bf16" and self.dtype == torch.float32
-
-    def reconstruct(self, x: Images, condition: ConditionLike = None, seed: int | None = 0) -> Tensor:
-        """Images (B, C, H, W): `decode` of `encode`."""
-        return self.decode(self.encode(x, condition, seed), condition)
 
     @torch.no_grad()
     def log_likelihood(
@@ -233,6 +318,18 @@ class TrainedModel:
             count = here.stop - here.start
             return [torch.zeros(count, *group.shape, device=self.device, dtype=self.dtype) for group in groups]
         return draw_noise(groups, seed, stream, range(here.start, here.stop), self.device, self.dtype)
+
+    def _rows(self, latents: Sequence[Tensor], here: slice) -> list[Tensor]:
+        return [group[here].to(self.device, self.dtype) for group in latents]
+
+    def _check_fixed(self, fixed: Sequence[Tensor], count: int) -> list[Tensor]:
+        """(count, *group.shape) each, on the device."""
+        shapes, groups = [tuple(latent.shape) for latent in fixed], self.model.groups[: len(fixed)]
+        wanted = [[(rows, *group.shape) for rows in (1, count)] for group in groups]
+        if len(shapes) != len(wanted) or not all(a in b for a, b in zip(shapes, wanted, strict=True)):
+            known = [group.shape for group in self.model.groups]
+            raise ValueError(f"fixed latents are ({count} or 1, ...) each, of the first of {known}; these are {shapes}")
+        return [z.to(self.device, self.dtype).expand(count, -1, -1, -1) for z in fixed]
 
     def _check_latents(self, latents: Sequence[Tensor]) -> int:
         shapes, wanted = [tuple(group.shape) for group in latents], [group.shape for group in self.model.groups]
