@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.conditions import Condition
+from pipeline.models.likelihoods import PixelDistribution
 from pipeline.nn.recompute import recompute
 from pipeline.schema import Section
 
@@ -135,8 +136,12 @@ class VAE(nn.Module, ABC):
         """Samples of the posterior of x, one (B, *group.shape) per group. Noise of zeros gives the posterior's mean."""
 
     @abstractmethod
+    def pixel_distribution(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> PixelDistribution:
+        """p(x | z) of whole images, border included, for latents (B, *group.shape), one per group."""
+
     def decode(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [0, 1]: the mean of p(x | z) for these latents."""
+        return self.pixel_distribution(latents, condition).mean
 
     @abstractmethod
     def sample_with_latents(

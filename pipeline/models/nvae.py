@@ -209,10 +209,10 @@ class NVAE(VAE):
         _, latents = self.infer(x, noise, condition)
         return [latent.z for latent in latents]
 
-    def decode(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
+    def pixel_distribution(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> PixelDistribution:
         check_condition(self, condition)
         with self._one_pass():
-            return self.likelihood(self._decode(lambda k, h: latents[k], condition)).mean
+            return self.likelihood(self._decode(lambda k, h: latents[k], condition))
 
     def sample_with_latents(
         self,

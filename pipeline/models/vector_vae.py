@@ -97,9 +97,9 @@ class VectorVAE(VAE):
         """One latent (B, L, 1, 1). Noise of zeros gives the mean of the normal, passed through the flows."""
         return [self.posterior(self.features(x, condition), noise[0].flatten(1)).z[:, :, None, None]]
 
-    def decode(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
+    def pixel_distribution(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> PixelDistribution:
         check_condition(self, condition)
-        return self.likelihood(self._decode(latents[0].flatten(1), condition)).mean
+        return self.likelihood(self._decode(latents[0].flatten(1), condition))
 
     def sample_with_latents(
         self,

@@ -56,6 +56,8 @@ class Editor(VAE):
         self.noise_seen.append(noise[0])
         return [x]
 
+    pixel_distribution = None  # decode is enough here
+
     def decode(self, latents, condition=None) -> Tensor:
         image = latents[0].clone()
         inner = image[:, 0, self.border, self.border : self.border + 4]  # (b, 4), a view
