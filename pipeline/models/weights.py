@@ -20,13 +20,19 @@ def check_tensors(file: str, found: Mapping[str, Tensor], expected: Mapping[str,
 
     `file`: the stem of the checkpoint's file, for the message.
     """
+    problems = problems_of(found, expected)
+    if problems:
+        raise ValueError(f"{file}.safetensors does not fit this run:\n  " + "\n  ".join(problems))
+
+
+def problems_of(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """A line for each of the first tensors that are missing, unknown, or not as expected, and one for the others."""
     problems = [f"{name!r} is missing" for name in expected if name not in found]
-    problems += [f"{name!r} is unknown to this run" for name in found if name not in expected]
+    problems += [f"{name[:100]!r} is unknown" for name in found if name not in expected]
     if not problems:
         problems = [f"{name!r} {problem}" for name in expected if (problem := _problem(found[name], expected[name]))]
-    if problems:
-        lines = problems[:MAX_SHOWN] + ([f"and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else [])
-        raise ValueError(f"{file}.safetensors does not fit this run:\n  " + "\n  ".join(lines))
+    more = len(problems) - MAX_SHOWN
+    return problems[:MAX_SHOWN] + ([f"and {more} more"] if more > 0 else [])
 
 
 def _problem(found: Tensor, expected: Tensor) -> str | None:

@@ -1,10 +1,14 @@
 """Small NVAEs with each of the architecture's options."""
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from pipeline.models.likelihoods import BernoulliLikelihood, LogisticMixtureLikelihood, NormalLikelihood
 from pipeline.models.nvae import NVAE, NVAEConfig
-from pipeline.models.nvae_conversion import config_from_reference
+from pipeline.models.nvae_conversion import state_dict_from_reference
+from pipeline.models.nvae_options import ReleaseOptions
 
 SMALL_NVAE = {
     "groups_per_scale": (1, 2),
@@ -41,4 +45,9 @@ def build_nvae(
 
 def nvae_from_reference(options: dict) -> NVAE:
     """The model that these options of the reference release describe, with new weights."""
-    return NVAE(*config_from_reference(options))
+    return NVAE(*ReleaseOptions(**options).network())
+
+
+def load_reference(model: NVAE, state: Mapping[str, Tensor]) -> None:
+    """Loads a state dict of the reference release, of the model's own precision."""
+    model.load_state_dict(state_dict_from_reference(state, model.state_dict()))

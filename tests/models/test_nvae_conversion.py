@@ -2,16 +2,19 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.models.likelihoods import LogisticMixtureLikelihood, NormalLikelihood
+from pipeline.models.likelihoods import BernoulliLikelihood, LogisticMixtureLikelihood, NormalLikelihood
 from pipeline.models.nvae import NVAE
 from pipeline.models.nvae_conversion import (
-    config_from_reference,
     reference_parameter_names,
     state_dict_from_reference,
     state_dict_to_reference,
 )
+from pipeline.models.nvae_options import DATASET_OF_SIZE, Network, ReleaseOptions, options_for
+from pipeline.nn.cells import CELLS
 from pipeline.nn.layers import WNConv2d, find_convs
 from tests.helpers.nvae_cases import NVAE_VARIANTS, build_nvae
 
@@ -60,7 +63,7 @@ PUBLISHED = {
     ],
 )
 def test_published_recipes_have_the_published_sizes(recipe, millions, tensors, groups, convs, norms, start):
-    config, image_shape, border, bits = config_from_reference(PUBLISHED[recipe])
+    config, image_shape, border, bits = ReleaseOptions(**PUBLISHED[recipe]).network()
     with torch.device("meta"):
         model = NVAE(config, image_shape, border, bits)
     parameters = list(model.parameters())
@@ -77,18 +80,93 @@ def test_published_recipes_have_the_published_sizes(recipe, millions, tensors, g
 def test_options_that_old_releases_lack():
     args = reference_args("celeba_64", 8, 3, 4)
     del args["min_groups_per_scale"]
-    config, image_shape, _, bits = config_from_reference(args)
+    config, image_shape, _, bits = ReleaseOptions(**args).network()
     assert config.groups_per_scale == (4, 4, 4)
     assert config.likelihood == LogisticMixtureLikelihood(num_components=10)
     assert (image_shape, bits) == ((3, 64, 64), 8)
-    assert config_from_reference(args | {"num_mixture_dec": 1})[0].likelihood == NormalLikelihood()
+    assert ReleaseOptions(**args | {"num_mixture_dec": 1}).likelihood == NormalLikelihood()
 
 
-def test_reference_options_that_make_no_model_are_refused():
-    with pytest.raises(ValueError, match="num_postprocess_blocks differ"):
-        config_from_reference(reference_args("cifar10", 8, 1, 2) | {"num_postprocess_blocks": 2})
-    with pytest.raises(ValueError, match="'tiny_pictures'"):
-        config_from_reference(reference_args("tiny_pictures", 8, 1, 2))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_postprocess_blocks": 2}, "num_postprocess_blocks differ"),
+        ({"dataset": "tiny_pictures"}, "'tiny_pictures'"),
+        ({"dataset": "celeba_99999"}, "'celeba_99999'"),
+        ({"arch_instance": "res_elu"}, "'res_elu' is not supported"),
+        ({"num_groups_per_scale": 1, "num_channels_dec": 4}, "num_channels_dec differ"),
+        ({"num_latent_scales": 10**9}, "num_latent_scales"),
+        ({"num_channels_enc": "8"}, "num_channels_enc"),
+        ({"num_channels_enc": 10**9}, "num_channels_enc"),
+        ({"num_groups_per_scale": -1}, "num_groups_per_scale"),
+        ({"use_se": 1}, "use_se"),
+        ({"num_mixture_dec": 0}, "num_mixture_dec"),
+        ({"num_x_bits": 9}, "num_x_bits"),
+    ],
+)
+def test_reference_options_that_make_no_model_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ReleaseOptions(**reference_args("cifar10", 8, 1, 2) | changes)
+
+
+@pytest.mark.parametrize("name", sorted(reference_args("cifar10", 8, 1, 2).keys() - {"min_groups_per_scale"}))
+def test_an_option_that_decides_the_model_has_to_be_there(name):
+    args = reference_args("cifar10", 8, 1, 2)
+    del args[name]
+    with pytest.raises(ValueError, match=name):
+        ReleaseOptions(**args)
+
+
+# ---- the options of a network of ours
+
+
+@st.composite
+def networks(draw) -> dict:
+    """Options of the release, of any model that this project has as well."""
+    scales = draw(st.integers(1, 4))
+    blocks, few = draw(st.integers(1, 2)), st.integers(1, 3)
+    names = ["mnist", *DATASET_OF_SIZE.values()]
+    groups, flows = draw(st.integers(2, 9)), draw(st.integers(0, 2))
+    args = reference_args(draw(st.sampled_from(names)), 4, scales, groups, blocks, flows)
+    own = {name: draw(few) for name in ("num_preprocess_cells", "num_postprocess_cells", "num_cell_per_cond_enc")}
+    choices = {"use_se": st.booleans(), "res_dist": st.booleans(), "ada_groups": st.booleans(),
+               "min_groups_per_scale": few, "num_mixture_dec": few, "num_x_bits": st.integers(5, 8),
+               "arch_instance": st.sampled_from(sorted(CELLS)), "num_channels_dec": few}  # fmt: skip
+    return args | own | {name: draw(choice) for name, choice in choices.items()}
+
+
+@given(networks())
+def test_a_network_is_described_by_options_that_make_it_again(args):
+    network = ReleaseOptions(**args).network()
+    assert ReleaseOptions(**options_for(network)).network() == network
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": 16}, "16x16 with 3 channels"),
+        ({"channels": 1, "likelihood": NormalLikelihood()}, "model.likelihood, data.pad"),
+        ({"channels": 1, "border": 2, "likelihood": BernoulliLikelihood()}, None),
+        ({"border": 2}, "data.pad"),
+        ({"likelihood": LogisticMixtureLikelihood(num_components=2, bin_rule="exact")}, "model.likelihood"),
+        ({"likelihood": LogisticMixtureLikelihood(num_components=1)}, "model.likelihood"),
+        ({"likelihood": NormalLikelihood(sigma=0.5)}, "model.likelihood"),
+        ({"groups_per_scale": (2, 1)}, None),
+        ({"groups_per_scale": (1, 5)}, "model.groups_per_scale"),
+        ({"groups_per_scale": (2, 2, 5)}, None),
+    ],
+)
+def test_what_no_options_describe_is_refused_by_name(changes, message):
+    model = build_nvae(**{"size": 32} | changes)
+    network = Network(model.config, model.image_shape, model.border, model.bits)
+    if message is None:
+        assert ReleaseOptions(**options_for(network)).network() == network
+        return
+    with pytest.raises(ValueError, match=message):
+        options_for(network)
+
+
+# ---- state dicts
 
 
 @pytest.mark.parametrize("changes", NVAE_VARIANTS.values(), ids=NVAE_VARIANTS)
@@ -96,7 +174,7 @@ def test_state_dict_survives_the_round_trip(changes):
     model = build_nvae(**changes)
     state = model.state_dict()
     exported = state_dict_to_reference(state)
-    returned = state_dict_from_reference(exported)
+    returned = state_dict_from_reference(exported, state)
     assert list(returned) == list(state)
     assert all(torch.equal(returned[key], state[key]) for key in state)
     order = reference_parameter_names(model)
@@ -106,23 +184,35 @@ def test_state_dict_survives_the_round_trip(changes):
     assert len(aliases) == len(plain_convs)
     assert all(exported[alias] is exported[alias.removesuffix("_normalized")] for alias in aliases)
     without = {key: tensor for key, tensor in exported.items() if key not in aliases}
-    assert list(state_dict_from_reference(without)) == list(state)
+    assert list(state_dict_from_reference(without, state)) == list(state)
 
 
-def test_an_alias_that_differs_is_refused():
-    exported = state_dict_to_reference(build_nvae().state_dict())
-    alias = next(key for key in exported if key.endswith("weight_normalized"))
-    exported[alias] = exported[alias] + 1
-    with pytest.raises(ValueError, match=f"{alias} differs from the weight"):
-        state_dict_from_reference(exported)
+@pytest.mark.parametrize("changed", [lambda weight: weight + 1e-6, lambda weight: weight[:1]])
+def test_a_second_copy_that_differs_is_refused(changed):
+    state = build_nvae().state_dict()
+    exported = state_dict_to_reference(state)
+    copy = next(key for key in exported if key.endswith("weight_normalized"))
+    exported[copy] = changed(exported[copy])
+    with pytest.raises(ValueError, match=f"{copy}' differs from '{copy.removesuffix('_normalized')}'"):
+        state_dict_from_reference(exported, state)
 
 
-def test_an_unknown_key_is_refused():
-    with pytest.raises(ValueError, match="'discriminator.weight' is not a key"):
-        state_dict_from_reference({"discriminator.weight": torch.zeros(1)})
+def test_what_is_left_over_missing_or_of_another_shape_is_listed_by_its_name_there():
+    state = build_nvae().state_dict()
+    exported = state_dict_to_reference(state)
+    weight = exported.pop("stem.weight")
+    exported |= {"discriminator.weight": torch.zeros(1), "stem.weight_normalized": weight}
+    with pytest.raises(ValueError, match="'stem.weight' is missing; 'discriminator.weight' is unknown; 'stem.w.*d' is"):
+        state_dict_from_reference(exported, state)
+    exported = state_dict_to_reference(state) | {"stem.weight": weight[:, :, :1], "enc0.1.bias": weight * torch.nan}
+    with pytest.raises(ValueError, match=r"'stem.weight' has shape \(8, 3, 1, 3\) .*; 'enc0.1.bias' has shape"):
+        state_dict_from_reference(exported, state)
+    exported = state_dict_to_reference(state) | {"stem.weight": weight * torch.nan}
+    with pytest.raises(ValueError, match="'stem.weight' has non-finite values"):
+        state_dict_from_reference(exported, state)
 
 
-def test_the_unused_start_of_a_vanilla_reference_is_left_out():
+def test_the_unused_start_of_a_vanilla_reference_is_dropped():
     model = build_nvae(groups_per_scale=(1,))
     exported = state_dict_to_reference(model.state_dict()) | {"prior_ftr0": torch.zeros(16, 8, 8)}
-    assert set(state_dict_from_reference(exported)) == set(model.state_dict())
+    assert set(state_dict_from_reference(exported, model.state_dict())) == set(model.state_dict())

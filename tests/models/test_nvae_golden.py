@@ -18,9 +18,7 @@ from pipeline.evaluation.sample_grids import readjust_batch_norm
 from pipeline.models.base import VAEOutput, recompute_activations
 from pipeline.models.nvae import NVAE
 from pipeline.models.nvae_conversion import (
-    config_from_reference,
     reference_parameter_names,
-    state_dict_from_reference,
     state_dict_to_reference,
 )
 from pipeline.tracking.meters import bits_per_dimension
@@ -29,6 +27,7 @@ from pipeline.training.optim import OptimConfig, build_optimizer
 from pipeline.training.regularizers import RegularizerConfig, Regularizers
 from tests.helpers import golden
 from tests.helpers.golden import close, close_buffers
+from tests.helpers.nvae_cases import load_reference, nvae_from_reference
 
 if golden.DEVICE != "cpu":
     DeviceSettings(cudnn_benchmark=False, tf32=False).apply()
@@ -45,9 +44,9 @@ class Case:
         self.x = to_model_input(pixels.to(golden.DEVICE), self.args["num_x_bits"], torch.float64)
 
     def model(self, training: bool = False, dtype: torch.dtype = torch.float64) -> NVAE:
-        model = NVAE(*config_from_reference(self.args)).to(golden.DEVICE, dtype)
-        model.load_state_dict(state_dict_from_reference(self.file["state_dict"]))
-        return model.train(training)
+        model = nvae_from_reference(self.args)
+        load_reference(model, self.file["state_dict"])
+        return model.to(golden.DEVICE, dtype).train(training)
 
     def noise(self, key: str) -> list[Tensor]:
         return golden.noise(self.file, key)

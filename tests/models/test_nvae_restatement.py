@@ -12,15 +12,14 @@ from torch import Tensor
 from pipeline.evaluation.sample_grids import readjust_batch_norm
 from pipeline.models.nvae import NVAE
 from pipeline.models.nvae_conversion import (
-    config_from_reference,
     reference_parameter_names,
-    state_dict_from_reference,
     state_dict_to_reference,
 )
 from pipeline.training.objective import Objective, ObjectiveConfig
 from pipeline.training.optim import OptimConfig, build_optimizer
 from pipeline.training.regularizers import RegularizerConfig, Regularizers
 from tests.helpers.golden import close, close_buffers
+from tests.helpers.nvae_cases import load_reference, nvae_from_reference
 from tests.models import nvae_restatement as restatement
 from tests.models import nvae_restatement_layout as layout
 from tests.models import nvae_restatement_training as restated_training
@@ -100,8 +99,8 @@ class Pair:
         self.noise = self.draws[0]
 
     def model(self, training: bool = False) -> NVAE:
-        model = NVAE(*config_from_reference(self.args)).double()
-        model.load_state_dict(state_dict_from_reference(self.state))
+        model = nvae_from_reference(self.args).double()
+        load_reference(model, self.state)
         return model.train(training)
 
     def net(self, training: bool = False, state: dict[str, Tensor] | None = None) -> restatement.Net:
@@ -132,7 +131,7 @@ def pair(request) -> Pair:
 
 
 def test_same_names_shapes_and_order(pair):
-    model = NVAE(*config_from_reference(pair.args))
+    model = nvae_from_reference(pair.args)
     exported = state_dict_to_reference(model.state_dict())
     assert {name: tuple(tensor.shape) for name, tensor in exported.items()} == layout.parameter_shapes(pair.args)
     assert list(exported) == list(pair.state)
@@ -296,7 +295,7 @@ def test_vanilla_mode():
 def test_mixture_samples(seed):
     """Pixels drawn from shared uniforms, for random mixtures."""
     generator = torch.Generator().manual_seed(seed)
-    model = NVAE(*config_from_reference(BASE | {"num_mixture_dec": 3}))
+    model = nvae_from_reference(BASE | {"num_mixture_dec": 3})
     logits = torch.randn(2, 30, 8, 8, generator=generator, dtype=torch.float64)
     u_mix = torch.rand(2, 3, 8, 8, generator=generator, dtype=torch.float64).clamp(1e-5, 1 - 1e-5)
     u_logistic = torch.rand(2, 3, 8, 8, generator=generator, dtype=torch.float64).clamp(1e-5, 1 - 1e-5)

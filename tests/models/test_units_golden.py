@@ -6,7 +6,8 @@ from torch import nn
 
 from pipeline.data.preprocess import to_model_input
 from pipeline.models.base import LatentGroup, VAEOutput
-from pipeline.models.nvae_conversion import config_from_reference, state_dict_from_reference
+from pipeline.models.nvae_conversion import state_dict_from_reference
+from pipeline.models.nvae_options import ReleaseOptions
 from pipeline.nn.cells import CELLS, BNELUConv, BNSwishConv, FactorizedReduce, InvertedResidual, ResidualCell
 from pipeline.nn.distributions import ClampedNormal, DiscretizedLogisticMixture, PixelNormal
 from pipeline.nn.flows import FlowPair
@@ -104,8 +105,7 @@ def test_groups_per_scale(units):
             "ada_groups": row["ada"],
             "min_groups_per_scale": row["min"],
         }
-        config, _, _, _ = config_from_reference(ARGS | groups)
-        assert list(config.groups_per_scale)[::-1] == row["out"]
+        assert list(ReleaseOptions(**ARGS | groups).groups_per_scale)[::-1] == row["out"]
 
 
 def test_ar_masks(units):
@@ -150,10 +150,12 @@ def test_modules(units, index):
     module, theirs, ours = build_module(entry["name"])
 
     def in_our_names(state: dict) -> dict:
-        imported = state_dict_from_reference({theirs + key: tensor for key, tensor in state.items()})
+        expected = {ours + key: tensor for key, tensor in module.state_dict().items()}
+        imported = state_dict_from_reference(golden.double({theirs + key: state[key] for key in state}), expected)
         return {key.removeprefix(ours): tensor for key, tensor in imported.items()}
 
-    module.double().load_state_dict(in_our_names(entry["state_dict"]))
+    module.double()
+    module.load_state_dict(in_our_names(entry["state_dict"]))
     x = entry["inputs"][0]
     if entry["name"] == "paired_ar":  # takes a feature, which it does not use; gives z and a log-determinant of zero
         expected, log_det = entry["eval"]
