@@ -3,6 +3,7 @@
     python pipeline/evaluate.py runs/nvae --split test --importance-samples 100
     python pipeline/launch.py --config_file accelerate_configs/multi_gpu.yaml pipeline/evaluate.py runs/nvae
     python pipeline/evaluate.py runs/nvae --list
+    python pipeline/evaluate.py --repeat runs/nvae/evaluations/elbo_test_step_00010000.json
 
 Prints the evidence lower bound, the KL and the active units of each latent group, and with importance samples the
 importance-weighted likelihood. With a judge (train_classifier.py), `--metrics edit` gives the share of edits that show
@@ -11,6 +12,10 @@ are recognized as such. Figures do not depend on the number of processes or the 
 
 Each metric is written, with everything that it depends on, to a file of its own in MODEL/evaluations, named after what
 was measured. The same evaluation again replaces its file, and the log says so; nothing else is overwritten.
+
+`--repeat FILE.json` runs the evaluation of a report again, on the same weights and images, and prints each figure
+before and now. It writes nothing. Exit code 0: all figures agree; 1: they do not. MODEL, `--data` and `--classifier`
+name places that have changed.
 """
 
 import argparse
@@ -28,6 +33,7 @@ from pipeline.distributed.runtime import Runtime  # noqa: E402
 from pipeline.inference.evaluate_run import EvaluationRequest, evaluate  # noqa: E402
 from pipeline.inference.locations import HELP, results_folder  # noqa: E402
 from pipeline.inference.metrics import METRICS, Options  # noqa: E402
+from pipeline.inference.repeat import load_report, repeat, request_of  # noqa: E402
 from pipeline.inference.report import list_reports  # noqa: E402
 
 
@@ -40,8 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("location", metavar="MODEL", help=HELP)
+    add("location", metavar="MODEL", nargs="?", help=HELP)
     add("--list", action="store_true", help="list the evaluations of MODEL and stop")
+    add("--repeat", metavar="FILE.json", type=Path, help="evaluate as in this report again, and compare")
     add("--data", metavar="DIR", help="shard set, a folder or an address (default: the one that it was trained on)")
     add("--split", default="test", help="split of the set (default: test)")
     add("--metrics", nargs="+", choices=METRICS, default=["elbo"], help="what to measure (default elbo)")
@@ -68,18 +75,26 @@ def main(arguments: list[str] | None = None) -> int:
     return run_tool(lambda: run(parsed))
 
 
-def run(parsed: argparse.Namespace) -> None:
-    """Evaluates, on the processes that a launcher may have started, or lists evaluations."""
+def run(parsed: argparse.Namespace) -> int:
+    """Evaluates, on the processes that a launcher may have started, or lists evaluations. Returns the exit code."""
+    check_arguments(parsed)
     if parsed.list:
         if launched_rank() == 0:
             folder = results_folder(parsed.location)
             print("\n".join(list_reports(folder)) or f"no evaluations in {folder}")
-        return
-    check_numbers(parsed)
-    # Reported figures are those of the precision that they state: no TensorFloat-32 on GPUs.
-    runtime = Runtime(parsed.precision, parsed.threads, device_settings=DeviceSettings(tf32=False))
+        return 0
+    report = load_report(parsed.repeat) if parsed.repeat else None
+    precision = report.earlier.precision if report else parsed.precision
+    threads = parsed.threads or (report and report.earlier.threads)
+    # Reported figures are those of the precision that they state, with no TensorFloat-32 on GPUs; and they can be
+    # repeated to the bit, so that cuDNN's algorithm is not the one that was fastest at the moment.
+    runtime = Runtime(precision, threads, device_settings=DeviceSettings(tf32=False, cudnn_benchmark=False))
     with runtime.closing():
-        evaluate(build_request(parsed), runtime)
+        if report is None:
+            evaluate(build_request(parsed), runtime)
+            return 0
+        request = request_of(report, parsed.location, parsed.data, parsed.classifier, parsed.command)
+        return 0 if repeat(report, request, runtime) else 1
 
 
 def build_request(parsed: argparse.Namespace) -> EvaluationRequest:
@@ -105,8 +120,19 @@ def build_request(parsed: argparse.Namespace) -> EvaluationRequest:
     )
 
 
-def check_numbers(parsed: argparse.Namespace) -> None:
-    """Raises ValueError for numbers out of range and a report that cannot be written."""
+def check_arguments(parsed: argparse.Namespace) -> None:
+    """Raises ValueError for options that do not fit together, numbers out of range, and a report that cannot be
+    written.
+    """
+    if parsed.location is None and not parsed.repeat:
+        raise ValueError("no MODEL: give the folder that pipeline/train.py wrote to, or another location; see --help")
+    if parsed.repeat:
+        known = {"location", "repeat", "data", "classifier", "threads", "command"}
+        default = build_parser().get_default
+        changed = [name for name, value in vars(parsed).items() if name not in known and value != default(name)]
+        if changed:
+            name = f"--{changed[0].replace('_', '-')}"
+            raise ValueError(f"{name}: not with --repeat, which measures what {parsed.repeat} states; omit {name}")
     if parsed.seed is not None and not 0 <= parsed.seed < 2**63:
         raise ValueError(f"--seed {parsed.seed}: must be from 0 to 2^63 - 1")
     least = {"images": 1, "importance_samples": 0, "batch_size": 1, "per_class": 1, "threads": 1}

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.data.remote import is_address
 from pipeline.distributed.agreement import code_version
@@ -12,9 +13,11 @@ from pipeline.distributed.runtime import Runtime
 from pipeline.inference.folders import check_split, check_writable, output_folder
 from pipeline.inference.locations import find_model, results_folder
 from pipeline.inference.metrics import METRICS, Measurement, Options, check_held_out, check_metrics, evaluation_recipe
-from pipeline.inference.report import FOLDER, describe_measurement, save_in_run, save_report, table
+from pipeline.inference.report import FOLDER, describe_measurement, save_in_run, save_report, table, to_finite
 from pipeline.inference.text import printable
-from pipeline.inference.trained import load
+from pipeline.inference.trained import TrainedModel, load
+from pipeline.models.classifier import Classifier
+from pipeline.recipe import Recipe
 from pipeline.run.classifier_folder import load_classifier
 from pipeline.run.data import RunData
 
@@ -43,18 +46,12 @@ class EvaluationRequest:
 
 def evaluate(request: EvaluationRequest, runtime: Runtime) -> None:
     """Measures, writes the reports and prints the figures."""
-    # The main process chooses for all: a run that is being trained may write a newer checkpoint at any moment.
-    chosen = runtime.run_on_main(lambda: find_model(request.location, request.checkpoint).place)
-    place = runtime.from_main(chosen)
-    measurement = prepare(request, place, runtime)
-    facts = {"code": code_version()}
-    if measurement.data is not None:
-        facts["data"] = measurement.data.held_out.fingerprint
-    runtime.check_agreement(facts)
+    if request.out is None:
+        runtime.run_on_all(lambda: check_writable(output_folder(results_folder(request.location), FOLDER)))
+    measurement = prepare(request, runtime)
     names, figures = list(dict.fromkeys(request.metrics)), {}
     for name in names:
-        log.info("%s", printable(describe_question(name, measurement)))
-        found = METRICS[name].measure(measurement)
+        found = measure(name, measurement)
         if request.out is None:
             save(request, measurement, [name], found)
         figures |= found
@@ -64,31 +61,49 @@ def evaluate(request: EvaluationRequest, runtime: Runtime) -> None:
         print(table(figures))
 
 
-def prepare(request: EvaluationRequest, place: str, runtime: Runtime) -> Measurement:
-    """Loads the model, the judge and the data. Raises ValueError, on every rank, for what cannot be measured."""
-    metrics = [METRICS[name] for name in request.metrics]
-    reads_images = any(metric.reads_images for metric in metrics)
+def measure(name: str, measurement: Measurement) -> dict[str, float]:
+    """The figures of one metric, the same on every rank."""
+    log.info("%s", printable(describe_question(name, measurement)))
+    return METRICS[name].measure(measurement)
 
-    def load_all() -> tuple:
-        if request.out is None:
-            check_writable(output_folder(results_folder(request.location), FOLDER))
-        trained = load(place, device=runtime.device, dtype=runtime.dtype)
-        options = request.options
-        if options.seed is None:
-            options = replace(options, seed=trained.recipe.train.seed)
-        check_metrics(request.metrics, trained, options)
-        judged = any("classifier" in metric.options for metric in metrics)
-        judge = load_classifier(options.classifier) if judged else None
-        recipe = evaluation_recipe(trained.recipe, request.data, options, request.batch_size)
-        if reads_images and not is_address(recipe.data.root) and not recipe.data.holdout:
-            check_split(recipe.data.root, options.split)
-        return trained, options, judge, recipe
 
-    trained, options, judge, recipe = runtime.run_on_all(load_all)
+def prepare(request: EvaluationRequest, runtime: Runtime) -> Measurement:
+    """Loads the model, the judge and the data, the same on every rank. Raises ValueError, on every rank, for what
+    cannot be measured.
+    """
+    # The main process chooses for all: a run that is being trained may write a newer checkpoint at any moment.
+    chosen = runtime.run_on_main(lambda: find_model(request.location, request.checkpoint).place)
+    place = runtime.from_main(chosen)
+    trained, options, judge, recipe = runtime.run_on_all(lambda: load_all(request, place, runtime))
+    reads_images = any(METRICS[name].reads_images for name in request.metrics)
     data = RunData(recipe, runtime, progress=True) if reads_images else None
+    facts = {"code": code_version()}
     if data is not None:
         check_held_out(trained, data)
+        facts["data"] = data.held_out.fingerprint
+    runtime.check_agreement(facts)
     return Measurement(trained, runtime, options, data, judge)
+
+
+def load_all(
+    request: EvaluationRequest, place: str, runtime: Runtime
+) -> tuple[TrainedModel, Options, Classifier | None, Recipe]:
+    """The model at `place`, the options with the model's defaults, the judge, and the recipe that describes the data.
+    Raises ValueError for what cannot be measured.
+    """
+    trained = load(place, device=runtime.device, dtype=runtime.dtype)
+    options = request.options
+    if options.seed is None:
+        options = replace(options, seed=trained.recipe.train.seed)
+    check_metrics(request.metrics, trained, options)
+    metrics = [METRICS[name] for name in request.metrics]
+    judged = any("classifier" in metric.options for metric in metrics)
+    judge = load_classifier(options.classifier) if judged else None
+    recipe = evaluation_recipe(trained.recipe, request.data, options, request.batch_size)
+    reads_images = any(metric.reads_images for metric in metrics)
+    if reads_images and not is_address(recipe.data.root) and not recipe.data.holdout:
+        check_split(recipe.data.root, options.split)
+    return trained, options, judge, recipe
 
 
 def describe_question(name: str, measurement: Measurement) -> str:
@@ -98,6 +113,15 @@ def describe_question(name: str, measurement: Measurement) -> str:
     shown = [f"{option.replace('_', ' ')} {value}" for option, value in values.items() if value is not None]
     where = f" on {data.recipe.data.root}" if METRICS[name].reads_images else ""
     return f"{name} of {trained.recipe.model.name} at step {trained.step}{where}: {', '.join(shown)}"
+
+
+def describe(names: Sequence[str], measurement: Measurement, request: EvaluationRequest) -> dict[str, Any]:
+    """The report of these metrics before they are measured, as the main process describes it, on every rank."""
+
+    def describe_here() -> dict[str, Any]:
+        return to_finite(describe_measurement(names, measurement, {}, request.batch_size, request.command))
+
+    return measurement.runtime.from_main(measurement.runtime.run_on_main(describe_here, "reading the images"))
 
 
 def save(request: EvaluationRequest, measurement: Measurement, names: list[str], figures: dict[str, float]) -> None:
