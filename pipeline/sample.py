@@ -1,6 +1,7 @@
 """Samples from a trained model: pictures, arrays, or a shard set.
 
 python pipeline/sample.py runs/nvae --temperature 0.7 1.0
+python pipeline/sample.py runs/nvae --temperature 4x4=1.0,8x8=0.7 --fix-groups 4x4
 python pipeline/sample.py runs/mlp_cvae --classes 0-9 --per-class 10
 python pipeline/sample.py runs/attribute_vae --attributes Smiling=1,Eyeglasses=0 --data data/toy_faces32
 python pipeline/sample.py runs/mlp_cvae --per-class 500 --as-shards data/sampled_digits
@@ -8,7 +9,6 @@ python pipeline/sample.py runs/mlp_cvae --per-class 500 --as-shards data/sampled
 
 import argparse
 import logging
-import math
 import sys
 import tempfile
 from pathlib import Path
@@ -19,12 +19,27 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from pipeline.cli import run_python, run_tool  # noqa: E402
 from pipeline.inference import draw_samples  # noqa: E402
 from pipeline.inference.folders import output_folder  # noqa: E402
+from pipeline.inference.latent_groups import (  # noqa: E402
+    parse_first_groups,
+    parse_temperature,
+    resolve_temperature,
+    temperature_text,
+)
 from pipeline.inference.locations import HELP, results_folder  # noqa: E402
 from pipeline.inference.parse_condition import parse_classes, parse_settings  # noqa: E402
 from pipeline.inference.trained import TrainedModel, load  # noqa: E402
 
 log = logging.getLogger("pipeline")
 COUNT, PER_CLASS = 64, 10
+TEMPERATURE = (
+    "scale of the priors' sigmas (default 1): a number, or by resolution or group, as 4x4=1.0,8x8=0.7, "
+    "with 1 for those that are not named; several temperatures give several pictures"
+)
+FIX_GROUPS = (
+    "what the first latent groups leave open: each row of the picture shares the latents of the first K groups, in the "
+    "order of sampling (lowest resolution first), and its images differ in the others. K: a number, a resolution (8x8: "
+    "all groups up to it), or a group's name"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,7 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--attributes", metavar="NAME=1,...", help="attributes present (1) or absent (0) in all samples")
     add("--data", metavar="DIR", help="shard set; the other attributes are those of its images (default: unknown)")
     add("--split", default="train", help="split of --data (default train)")
-    add("--temperature", metavar="T", type=float, nargs="+", default=[1.0], help="scale of the priors' sigmas")
+    add("--temperature", metavar="T", nargs="+", default=["1"], help=TEMPERATURE)
+    add("--fix-groups", metavar="K", help=FIX_GROUPS)
     add("--seed", type=int, default=0, help="of the latent noise (default 0)")
     add("--readjust", metavar="N", type=int, default=0, help="batches that re-estimate batch norm first (default 0)")
     add("--checkpoint", default="latest", help="latest (default), best by validation, a step, or a checkpoint's folder")
@@ -65,15 +81,18 @@ def sample(parsed: argparse.Namespace) -> None:
     check_arguments(parsed)
     trained = load(parsed.location, parsed.checkpoint, parsed.device)
     plan = make_plan(trained, parsed)
-    for temperature in parsed.temperature:
+    if parsed.fix_groups is not None:
+        count = parse_first_groups(parsed.fix_groups, trained.model.groups, "--fix-groups")
+        plan = draw_samples.with_fixed_groups(trained, plan, count)
+    for temperature in map(parse_temperature, parsed.temperature):
+        resolve_temperature(temperature, trained.model.groups)  # raises for unknown names, before anything is written
         sample_at(temperature, trained, plan, parsed)
 
 
 def check_arguments(parsed: argparse.Namespace) -> None:
     """Raises ValueError for arguments that are out of range or contradict each other."""
-    for temperature in parsed.temperature:
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"--temperature {temperature}: must be a finite number of at least 0")
+    for text in parsed.temperature:
+        parse_temperature(text)
     if not 0 <= parsed.seed < 2**63:
         raise ValueError(f"--seed {parsed.seed}: must be from 0 to 2^63 - 1")
     if parsed.readjust < 0:
@@ -86,13 +105,17 @@ def check_arguments(parsed: argparse.Namespace) -> None:
         raise ValueError(f"--as-shards: {parsed.as_shards} holds a shard set already; name another folder")
 
 
-def sample_at(temperature: float, trained: TrainedModel, plan: draw_samples.Plan, parsed: argparse.Namespace) -> None:
+def sample_at(
+    temperature: float | dict[str, float], trained: TrainedModel, plan: draw_samples.Plan, parsed: argparse.Namespace
+) -> None:
     """Samples at one temperature, and writes them."""
     model = trained
     if parsed.readjust:
         model = draw_samples.readjusted(trained, plan, temperature, parsed.seed, parsed.readjust)
     images = draw_samples.sample_images(model, plan, temperature, parsed.seed)
-    name = f"samples_step_{trained.step:08d}_temperature_{temperature:g}_seed_{parsed.seed}"
+    name = f"samples_step_{trained.step:08d}_temperature_{temperature_text(temperature)}_seed_{parsed.seed}"
+    if plan.fixed_groups:
+        name += f"_fixed_{plan.fixed_groups}"
     stem = (parsed.out or output_folder(results_folder(parsed.location), "samples")) / name
     draw_samples.save_picture(Path(f"{stem}.png"), plan, images)
     log.info("%d samples of %s at step %d: %s.png", plan.count, trained.recipe.model.name, trained.step, stem)
@@ -101,6 +124,7 @@ def sample_at(temperature: float, trained: TrainedModel, plan: draw_samples.Plan
         "temperature": temperature,
         "seed": parsed.seed,
         "readjust": parsed.readjust,
+        "fixed_groups": plan.fixed_groups,
     }
     if parsed.npz:
         draw_samples.save_npz(Path(f"{stem}.npz"), trained, plan, images, settings)

@@ -18,6 +18,8 @@ from torch import Tensor
 from pipeline.evaluation.images import image_grid, to_uint8
 from pipeline.evaluation.sample_grids import readjust_batch_norm
 from pipeline.inference.folders import open_split
+from pipeline.inference.labels import Labels, labeled
+from pipeline.inference.latent_groups import TemperatureLike, listed, resolve_temperature
 from pipeline.inference.parse_condition import check_attributes
 from pipeline.inference.passes import IMAGES_PER_PASS, images_per_pass
 from pipeline.inference.trained import TrainedModel
@@ -42,6 +44,10 @@ class Plan(NamedTuple):
     """(n,) class numbers, of a class-conditional model."""
     attributes: np.ndarray | None = None
     """(n, K) 1, 0, or -1 for unknown, of an attribute-conditional model."""
+    fixed_groups: int = 0
+    """So many of the first latent groups are the same in all samples of a row of the picture."""
+    caption: str = ""
+    """Of the picture."""
 
 
 def plan_count(trained: TrainedModel, count: int) -> Plan:
@@ -90,25 +96,48 @@ def sample_conditions(trained: TrainedModel, root: str, split: str, count: int) 
     return condition.encode(labels, attributes, shards.attribute_names)
 
 
+def with_fixed_groups(trained: TrainedModel, plan: Plan, count: int) -> Plan:
+    """The plan with the first `count` latent groups shared by each row of the picture, which also shares its condition:
+    both are those of the row's first sample.
+    """
+    if count == 0:
+        return plan
+    groups = trained.model.groups
+    first = np.arange(plan.count) // plan.columns * plan.columns
+    others = f"its images differ in {listed(groups[count:])}" if count < len(groups) else "which are all"
+    return plan._replace(
+        condition=None if plan.condition is None else plan.condition[torch.from_numpy(first).to(plan.condition.device)],
+        attributes=None if plan.attributes is None else plan.attributes[first],
+        fixed_groups=count,
+        caption=f"Each row shares {listed(groups[:count])};\n{others}",
+    )
+
+
 def picture_columns(count: int) -> int:
     """8, or as many as make a large picture square."""
     return max(8, math.isqrt(min(count, MOST_SHOWN)))
 
 
-def sample_images(trained: TrainedModel, plan: Plan, temperature: float, seed: int) -> np.ndarray:
+def sample_images(trained: TrainedModel, plan: Plan, temperature: TemperatureLike, seed: int) -> np.ndarray:
     """uint8 (n, H, W, C)."""
     channels, height, width = trained.image_shape
     images = np.empty((plan.count, height, width, channels), np.uint8)
-    size = images_per_pass(trained.device)
+    size = plan.columns if plan.fixed_groups else images_per_pass(trained.device)
     for start in range(0, plan.count, size):
         stop = min(start + size, plan.count)
         condition = None if plan.condition is None else plan.condition[start:stop]
-        sampled = trained.sample(stop - start, temperature, seed, condition, first=start)
+        fixed = []
+        if plan.fixed_groups:
+            alone = None if condition is None else condition[:1]
+            fixed = trained.sample_with_latents(1, temperature, seed, alone, first=start)[1][: plan.fixed_groups]
+        sampled = trained.sample(stop - start, temperature, seed, condition, first=start, fixed=fixed)
         images[start:stop] = to_uint8(sampled).permute(0, 2, 3, 1).numpy()
     return images
 
 
-def readjusted(trained: TrainedModel, plan: Plan, temperature: float, seed: int, iterations: int) -> TrainedModel:
+def readjusted(
+    trained: TrainedModel, plan: Plan, temperature: TemperatureLike, seed: int, iterations: int
+) -> TrainedModel:
     """A copy of the model whose batch norm's running statistics were moved to those of samples at this temperature."""
     model = copy.deepcopy(trained.model)
     count = min(plan.count, IMAGES_PER_PASS)
@@ -120,7 +149,7 @@ def readjusted(trained: TrainedModel, plan: Plan, temperature: float, seed: int,
         positions = range(iteration * count, (iteration + 1) * count)
         return draw_noise(model.groups, seed, "readjust", positions, trained.device, trained.dtype)
 
-    readjust_batch_norm(model, noise, iterations, temperature, condition)
+    readjust_batch_norm(model, noise, iterations, resolve_temperature(temperature, model.groups), condition)
     return replace(trained, model=model)
 
 
@@ -131,7 +160,8 @@ def picture(plan: Plan, images: np.ndarray) -> np.ndarray:
         images = images.reshape(-1, columns, *images.shape[1:])[:, :20]
         columns = images.shape[1]
         images = images.reshape(-1, *images.shape[2:])
-    return image_grid(torch.from_numpy(images[:MOST_SHOWN]).permute(0, 3, 1, 2), columns)
+    grid = image_grid(torch.from_numpy(images[:MOST_SHOWN]).permute(0, 3, 1, 2), columns)
+    return labeled(grid, Labels(caption=plan.caption))
 
 
 def save_picture(path: Path, plan: Plan, images: np.ndarray) -> None:

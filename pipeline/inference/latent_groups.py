@@ -4,6 +4,7 @@ A group's name is its resolution and a number: `8x8_group03`. Groups are counted
 resolution first.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
@@ -57,15 +58,17 @@ def find_group(text: str, groups: Sequence[LatentGroup], option: str) -> int:
 
 def parse_temperature(text: str) -> float | dict[str, float]:
     """`0.7`, or `4x4=1,8x8=0.7` as {"4x4": 1.0, "8x8": 0.7}. Raises ValueError for anything else."""
+    words = [word.rpartition("=") for word in text.split(",")]
     try:
-        if "=" not in text:
-            return float(text)
-        named = [word.partition("=") for word in text.split(",")]
-        return {name.strip(): float(value) for name, _, value in named}
+        values = {name.strip(): float(value) for name, _, value in words}
     except ValueError:
-        raise ValueError(
-            f"--temperature {text}: give a number, or one by resolution or group, such as 4x4=1,8x8=0.7"
-        ) from None
+        values = {}
+    if not values or ("" in values and len(words) > 1):
+        raise ValueError(f"--temperature {text}: give a number, or one by resolution or group, such as 4x4=1,8x8=0.7")
+    for value in values.values():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"--temperature {text}: must be a finite number of at least 0")
+    return values.get("", values)
 
 
 def temperature_text(temperature: float | Mapping[str, float]) -> str:

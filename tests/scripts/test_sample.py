@@ -11,6 +11,7 @@ from PIL import Image
 import pipeline
 from pipeline.data.shards import TarShards
 from pipeline.inference import draw_samples
+from pipeline.models.noise import draw_noise
 from pipeline.sample import main
 from tests.helpers.recipes import tiny_settings
 from tests.helpers.shard_sets import random_samples, write_set
@@ -112,6 +113,51 @@ def test_other_attributes_can_be_those_of_real_images(runs, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("kind", ["plain", "classes", "attributes"])
+def test_rows_share_the_first_groups(runs, tmp_path, kind):
+    """Of the noise of each row's first sample: image by image, from the model's own interface."""
+    sizes = {"classes": ["--per-class", "3"], "attributes": ["--count", "10", "--attributes", "Attribute_2=1"]}
+    words = [*sizes.get(kind, ["--count", "10"]), "--temperature", "4x4=0.5,8x8=0.9", "--seed", "4", "--npz"]
+    assert main([str(runs[kind]), *words, "--fix-groups", "8x8_group00", "--out", str(tmp_path)]) == 0
+    found, trained = arrays(tmp_path), pipeline.load(runs[kind], device="cpu")
+    columns = 3 if kind == "classes" else 8
+    conditions = {"classes": lambda i: i // 3, "attributes": lambda i: {"Attribute_2": 1}}
+    for i, image in enumerate(found["images"]):
+        groups, first = trained.model.groups, i // columns * columns
+        of_row, own = (draw_noise(groups, 4, "sample", [position]) for position in (first, i))
+        condition = trained.condition(conditions[kind](i) if kind in conditions else None, 1)
+        expected = trained.model.sample([*of_row[:2], *own[2:]], [0.5, 0.9, 0.9], condition)
+        near(image[None], to_pixels(expected))
+    assert len(np.unique(found["images"].reshape(len(found["images"]), -1), axis=0)) == len(found["images"])
+    settings = json.loads(str(found["settings"]))
+    assert settings["fixed_groups"] == 2
+    assert settings["temperature"] == {"4x4": 0.5, "8x8": 0.9}
+    (png,) = tmp_path.glob("samples_step_00000007_temperature_4x4=0.5,8x8=0.9_seed_4_fixed_2.png")
+    with Image.open(png) as picture:
+        page = np.asarray(picture)
+    rows = -(-len(found["images"]) // columns)
+    tiles = page[-66 * rows :, :][:64:4, 2:66:4]
+    assert np.array_equal(tiles, found["images"][0])  # below a caption
+    assert page.shape[0] > 66 * rows + 2
+
+
+def test_no_group_fixed_is_a_plain_sample(runs, tmp_path):
+    for words in ([], ["--fix-groups", "0"]):
+        assert main([str(runs["plain"]), "--count", "9", *words, "--out", str(tmp_path / str(len(words)))]) == 0
+    one, other = (next((tmp_path / name).iterdir()) for name in "02")
+    assert one.name == other.name
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_row_has_one_condition(runs, tmp_path):
+    root = write_set(tmp_path / "set", {"train": random_samples(20, 16, 16, attributes=3, seed=8)}, [20])
+    words = ["--data", str(root), "--count", "20", "--fix-groups", "3", "--npz", "--out", str(tmp_path)]
+    assert main([str(runs["attributes"]), *words]) == 0
+    found, real = arrays(tmp_path), TarShards(root, "train").attributes(range(20))[:, [0, 2]]
+    assert np.array_equal(found["attributes"], real[np.arange(20) // 8 * 8])
+    assert len(np.unique(found["images"].reshape(20, -1), axis=0)) == 3  # all groups are shared
+
+
+@pytest.mark.parametrize("kind", ["plain", "classes", "attributes"])
 def test_samples_become_a_shard_set_with_their_labels(runs, tmp_path, kind):
     sizes = {"plain": ["--count", "12"], "classes": ["--per-class", "4"]}
     words = sizes.get(kind, ["--count", "12", "--attributes", "Attribute_0=1"])
@@ -172,8 +218,21 @@ BAD = {
     "an attribute without a value": ("attributes", ["--attributes", "Smiling"], "given as NAME=1 or NAME=0"),
     "no samples": ("plain", ["--count", "0"], "--count 0: must be at least 1"),
     "none of a class": ("classes", ["--per-class", "0"], "--per-class 0: must be at least 1"),
-    "a negative temperature": ("plain", ["--temperature", "-1"], "--temperature -1.0: must be a finite number"),
+    "a negative temperature": ("plain", ["--temperature", "-1"], "--temperature -1: must be a finite number"),
     "no temperature": ("plain", ["--temperature", "nan"], "--temperature nan: must be a finite number"),
+    "a temperature of an unknown scale": ("plain", ["--temperature", "9x9=1"], "temperature: 9x9 is not known"),
+    "half a temperature": (
+        "plain",
+        ["--temperature", "4x4="],
+        "--temperature 4x4=: give a number, or one by resolution",
+    ),
+    "an endless temperature by scale": ("plain", ["--temperature", "4x4=inf"], "must be a finite number"),
+    "more groups than there are": (
+        "plain",
+        ["--fix-groups", "4"],
+        "--fix-groups 4: give a number from 0 to 3, a resolution or a group; the groups in the order of sampling are "
+        "4x4_group00, 8x8_group00 to 8x8_group01",
+    ),
     "a negative seed": ("plain", ["--seed", "-1"], "--seed -1: must be from 0 to 2^63 - 1"),
     "fewer than no batches": ("plain", ["--readjust", "-1"], "--readjust -1: must be at least 0"),
     "no such step": ("plain", ["--checkpoint", "8"], "no checkpoint of step 8; available steps: 7"),
