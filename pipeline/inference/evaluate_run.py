@@ -2,7 +2,8 @@
 written."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,24 @@ from pipeline.distributed.runtime import Runtime
 from pipeline.inference.folders import check_split, check_writable, output_folder
 from pipeline.inference.locations import find_model, results_folder
 from pipeline.inference.metrics import METRICS, Measurement, Options, check_held_out, check_metrics, evaluation_recipe
-from pipeline.inference.report import FOLDER, describe_measurement, save_in_run, save_report, table, to_finite
+from pipeline.inference.report import (
+    FOLDER,
+    conditions,
+    describe_measurement,
+    file_stem,
+    question,
+    save_in_run,
+    save_report,
+    table,
+    to_finite,
+)
 from pipeline.inference.text import printable
 from pipeline.inference.trained import TrainedModel, load
 from pipeline.models.classifier import Classifier
 from pipeline.recipe import Recipe
 from pipeline.run.classifier_folder import load_classifier
 from pipeline.run.data import RunData
+from pipeline.storage.evaluation_journal import EvaluationJournal
 
 log = logging.getLogger("pipeline")
 
@@ -50,15 +62,52 @@ def evaluate(request: EvaluationRequest, runtime: Runtime) -> None:
         runtime.run_on_all(lambda: check_writable(output_folder(results_folder(request.location), FOLDER)))
     measurement = prepare(request, runtime)
     names, figures = list(dict.fromkeys(request.metrics)), {}
-    for name in names:
-        found = measure(name, measurement)
-        if request.out is None:
-            save(request, measurement, [name], found)
-        figures |= found
-    if request.out is not None:
-        save(request, measurement, names, figures)
+    with journals(names, measurement, request) as journal_of:
+        for name in names:
+            found = measure(name, measurement._replace(journal=journal_of.get(name)))
+            if request.out is None:
+                save(request, measurement, [name], found)
+            figures |= found
+        if request.out is not None:
+            save(request, measurement, names, figures)
     if runtime.is_main:
         print(table(figures))
+
+
+@contextmanager
+def journals(
+    names: Sequence[str], measurement: Measurement, request: EvaluationRequest
+) -> Iterator[dict[str, EvaluationJournal]]:
+    """By the names of the metrics that resume: where each keeps its results until all reports are written.
+
+    Raises ValueError, on every rank, for the journal of an evaluation under other conditions.
+    """
+    runtime, opened = measurement.runtime, {}
+    folder = output_folder(results_folder(request.location), FOLDER)
+    for name in names:
+        if METRICS[name].resumes:
+            report = describe([name], measurement, request)
+            path = request.out or folder / file_stem(report, measurement.trained.recipe.train.seed)
+            depends_on = question(report) | conditions(report)
+            opened[name] = runtime.run_on_all(
+                lambda path=path, depends_on=depends_on: open_journal(path, depends_on, runtime.rank)
+            )
+    complete = False
+    try:
+        yield opened
+        complete = True
+    finally:
+        for journal in opened.values():
+            journal.close(delete=complete)
+
+
+def open_journal(path: Path, depends_on: dict[str, Any], rank: int) -> EvaluationJournal:
+    """This rank's. Its folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    journal = EvaluationJournal(path, depends_on, rank)
+    if journal.records:
+        log.info("%s: resumes; %d batches of this process were measured before", journal.path, len(journal.records))
+    return journal
 
 
 def measure(name: str, measurement: Measurement) -> dict[str, float]:

@@ -13,7 +13,7 @@ from pipeline.distributed.runtime import Precision, Runtime
 from pipeline.inference.evaluate_run import EvaluationRequest, describe, measure, prepare
 from pipeline.inference.locations import is_hub, local_path
 from pipeline.inference.metrics import METRICS, Options
-from pipeline.inference.report import read_report, to_finite
+from pipeline.inference.report import conditions, flattened, read_report, to_finite
 from pipeline.inference.text import printable
 from pipeline.storage.checkpoint_folder import META
 
@@ -21,8 +21,6 @@ RELATIVE = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 1e-2}
 """By precision: how far rounding may move a figure, relative to it or to 1."""
 STANDARD_ERRORS = 4.0
 """How far other latent noise may move a figure."""
-CONDITIONS = ("device", "batch_size", "num_processes", "threads", "version", "torch", "numpy")
-"""Entries of a report, and of its `code`, beside what was measured: where they are equal, figures are, to the bit."""
 SAME = {
     "weights_sha256": "weights",
     "fingerprint": "data",
@@ -155,7 +153,7 @@ def repeat(report: Report, request: EvaluationRequest, runtime: Runtime) -> bool
 
 def check_same(report: Report, now: dict[str, Any]) -> None:
     """Raises ValueError that names what is not as in the report."""
-    before, after = flat(report.content), flat(now)
+    before, after = flattened(report.content), flattened(now)
     for name, what in SAME.items():
         if before.get(name) not in (None, after.get(name)):
             raise ValueError(
@@ -168,14 +166,8 @@ def check_same(report: Report, now: dict[str, Any]) -> None:
 
 def changed_conditions(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What may change the last digits of figures, with its value before and now."""
-    pairs = {name: (flat(before).get(name), flat(now)[name]) for name in CONDITIONS}
-    return [f"{name} {was}, now {is_now}" for name, (was, is_now) in pairs.items() if was != is_now]
-
-
-def flat(report: dict[str, Any]) -> dict[str, Any]:
-    """A report with the entries of its `data` and `code` among its own."""
-    parts = [report.get(name) for name in ("data", "code")]
-    return report | {name: value for part in parts if isinstance(part, dict) for name, value in part.items()}
+    earlier, here = conditions(before), conditions(now)
+    return [f"{name} {was}, now {here[name]}" for name, was in earlier.items() if was != here[name]]
 
 
 def compare(before: dict[str, Any], now: dict[str, Any], changes: Sequence[str]) -> list[Difference]:

@@ -32,6 +32,8 @@ QUESTION = (
     "importance_samples", "per_class", "temperature", "classifier_digest", "seed", "precision",
 )  # fmt: skip
 """The entries of a report, and of its `data`, that say what was measured: equal ones are one question."""
+CONDITIONS = ("device", "batch_size", "num_processes", "threads", "version", "torch", "numpy")
+"""Entries of a report, and of its `code`, beside the question: where these are equal, too, figures are, to the bit."""
 MAX_SHOWN = 6
 
 
@@ -130,9 +132,20 @@ def file_stem(report: dict[str, Any], training_seed: int) -> str:
 
 def question(report: dict[str, Any]) -> dict[str, Any]:
     """What was measured, without what came out."""
-    data = report["data"] if isinstance(report.get("data"), dict) else {}
-    flat = report | data
+    flat = flattened(report)
     return {name: flat.get(name) for name in QUESTION}
+
+
+def conditions(report: dict[str, Any]) -> dict[str, Any]:
+    """Under which conditions it was computed."""
+    flat = flattened(report)
+    return {name: flat.get(name) for name in CONDITIONS}
+
+
+def flattened(report: dict[str, Any]) -> dict[str, Any]:
+    """A report with the entries of its `data` and `code` among its own."""
+    parts = [report.get(name) for name in ("data", "code")]
+    return report | {name: value for part in parts if isinstance(part, dict) for name, value in part.items()}
 
 
 def save_in_run(run: Path, report: dict[str, Any], training_seed: int) -> Path:
