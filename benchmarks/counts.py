@@ -35,7 +35,7 @@ import torch
 
 from benchmarks.fake_step import fake_processes, fake_trainer, middle_of_warmup, prime
 from benchmarks.step_counter import StepCounter, labelled
-from benchmarks.steps import IMAGES_PER_GPU
+from benchmarks.steps import COUNTED, IMAGES_PER_GPU
 from pipeline.recipe import Recipe, load_recipe, recipe_path, shipped_recipes
 
 # Of one H200.
@@ -165,8 +165,8 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--recipes", nargs="+", default=list(IMAGES_PER_GPU), choices=shipped_recipes(), metavar="NAME",
-        help=f"shipped recipes (default: {', '.join(IMAGES_PER_GPU)})",
+        "--recipes", nargs="+", default=COUNTED, choices=shipped_recipes(), metavar="NAME",
+        help=f"shipped recipes (default: {', '.join(COUNTED)})",
     )  # fmt: skip
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 8], metavar="N", help="default: 1 8")
     parser.add_argument("--recompute", help="train.recompute of all recipes")

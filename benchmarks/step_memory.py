@@ -15,6 +15,7 @@ import sys
 import torch
 
 from benchmarks.counts import count_step, read_recipe
+from benchmarks.steps import COUNTED as RECIPES
 from benchmarks.steps import IMAGES_PER_GPU
 from pipeline.recipe import Recipe
 from pipeline.run.step_memory import COUNTED, key_of, meta_model
@@ -50,7 +51,7 @@ def main() -> int:
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--recipes", nargs="+", default=list(IMAGES_PER_GPU), choices=list(IMAGES_PER_GPU))
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
     parsed = parser.parse_args()
     figures = json.loads(COUNTED.read_text())["figures"] if COUNTED.is_file() else {}
     figures = {key: one for key, one in figures.items() if one["recipe"] not in parsed.recipes}

@@ -19,11 +19,28 @@ from pipeline.run.build import build_runtime, build_trainer
 from pipeline.run.data import RunData
 from pipeline.training.trainer import Trainer
 
-EPOCH_SIZES = {"nvae_mnist": 60_000, "nvae_cifar10": 50_000, "nvae_celeba64": 162_770}
+EPOCH_SIZES = {
+    "nvae_mnist": 60_000,
+    "nvae_cifar10": 50_000,
+    "nvae_celeba64": 162_770,
+    "nvae_imagenet32": 1_281_167,
+    "nvae_celebahq256": 27_000,
+    "nvae_ffhq256": 63_000,
+}
 """Training images of the recipes of the paper; the schedules depend on it."""
 
-IMAGES_PER_GPU = {"nvae_mnist": 200, "nvae_cifar10": 32, "nvae_celeba64": 16}
+IMAGES_PER_GPU = {
+    "nvae_mnist": 200,
+    "nvae_cifar10": 32,
+    "nvae_celeba64": 16,
+    "nvae_imagenet32": 24,
+    "nvae_celebahq256": 4,
+    "nvae_ffhq256": 4,
+}
 """The paper's batch on each of its GPUs (table 6)."""
+
+COUNTED = tuple(name for name in IMAGES_PER_GPU if name != "nvae_ffhq256")
+"""Recipes whose steps are counted. A step of nvae_ffhq256 takes what one of nvae_celebahq256 takes."""
 
 SMALL = (
     "model={name: nvae, groups_per_scale: [1, 2], encoder_channels: 4, decoder_channels: 4, latent_channels: 2, "

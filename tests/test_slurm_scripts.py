@@ -1,6 +1,7 @@
 """The scripts of slurm/ without a cluster: shellcheck, staging, and failure counting with stubs of SLURM's commands."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from shard_data import ToyFaces, convert
 from shard_data.file_lock import FileLock
 from shard_data.manifest import load
 from shard_data.verify import verify
+from tests.helpers.paper_table import PAPER
 from tests.helpers.shard_sets import edit_manifest
 from tests.helpers.slurm_lab import FOLDERS, OURS, ROOT
 
@@ -23,6 +25,21 @@ def test_shellcheck():
     scripts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "slurm").glob("*.sh"))
     found = subprocess.run([SHELLCHECK, "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
+
+
+def test_the_papers_jobs_ask_for_the_papers_gpus():
+    """One script for each recipe of the paper, and in all headers what the launcher relies on."""
+    found = {}
+    for path in (ROOT / "slurm").glob("nvae_*.sh"):
+        text = path.read_text()
+        options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)", text, re.MULTILINE))
+        assert options["job-name"] == path.stem
+        assert (options["ntasks-per-node"], options["signal"], options["open-mode"]) == ("1", "B:USR1@300", "append")
+        assert "requeue" in options
+        assert int(options["cpus-per-task"]) == 6 * int(options["gpus-per-node"])
+        (recipe,) = re.findall(r"^recipe=(\w+)$", text, re.MULTILINE)
+        found[recipe] = int(options["nodes"]), int(options["gpus-per-node"])
+    assert found == {name: (row.nodes, row.gpus_per_node) for name, row in PAPER.items()}
 
 
 @pytest.fixture
@@ -110,9 +127,12 @@ exec "$PYTHON" "$0.py" "$@"
 PROGRAM = """import os, sys
 from pathlib import Path
 from pipeline.storage.status import StatusFile
+Path("arguments").write_text(" ".join(sys.argv[1:]))
 print(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 state, step = os.environ["ENDS"].split()
-file = StatusFile(Path(sys.argv[sys.argv.index("--run-dir") + 1]))
+folder = Path(sys.argv[sys.argv.index("--run-dir") + 1])
+folder.mkdir(parents=True, exist_ok=True)
+file = StatusFile(folder)
 file.begin(int(step), 100)
 if state == "killed":
     sys.exit(137)
@@ -137,7 +157,9 @@ def write_stand_ins(folder: Path) -> None:
     (folder / "code" / "REVISION").write_text("test")
 
 
-def attempt(folder: Path, number: int, ends: str, **settings: str) -> subprocess.CompletedProcess:
+def attempt(
+    folder: Path, number: int, ends: str, script: tuple[str, ...] = ("baselines.sh", "mlp_vae"), **settings: str
+) -> subprocess.CompletedProcess:
     """One start of a job that trains; `ends`: the state and the step that the attempt leaves."""
     kept = {k: v for k, v in os.environ.items() if k not in OURS and not k.startswith(("SLURM_", "SBATCH_"))}
     job = {
@@ -152,7 +174,7 @@ def attempt(folder: Path, number: int, ends: str, **settings: str) -> subprocess
         "ENDS": ends,
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
     }
-    command = ["bash", str(ROOT / "slurm" / "baselines.sh"), "mlp_vae"]
+    command = ["bash", str(ROOT / "slurm" / script[0]), *script[1:]]
     return subprocess.run(command, cwd=folder, env=kept | job | settings, capture_output=True, text=True, timeout=60)
 
 
@@ -164,6 +186,16 @@ def attempts_until_the_end(folder: Path, ends: list[str], **settings: str) -> tu
         if not done.stderr.endswith("requeued\n"):
             break
     return number + 1, done
+
+
+def test_a_job_on_three_nodes_trains_its_recipe_with_all_of_their_gpus(tmp_path):
+    write_stand_ins(tmp_path)
+    job = {"SLURM_JOB_NUM_NODES": "3", "PROCESSES_PER_NODE": "", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "48"}
+    done = attempt(tmp_path, 0, "finished 9", ("nvae_ffhq256.sh", "train.micro_batch=32"), **job)
+    assert done.returncode == 0, done.stderr
+    arguments = (tmp_path / "arguments").read_text()
+    assert f"--config {tmp_path / 'code'}/pipeline/configs/nvae_ffhq256.yaml --data http://nowhere/set" in arguments
+    assert "--run-dir runs/nvae_ffhq256 train.expect_processes=24 train.cpu_threads=6 train.micro_batch=32" in arguments
 
 
 def test_failures_in_a_row_without_progress_end_the_job(tmp_path):

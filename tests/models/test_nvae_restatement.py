@@ -68,13 +68,19 @@ VARIANTS = {
     "five_bits": {"num_x_bits": 5, "num_mixture_dec": 10},
     "binary": {"dataset": "mnist", "num_preprocess_blocks": 2, "num_postprocess_blocks": 2},
     "annealed_regularizers": {"weight_decay_norm_anneal": True, "weight_decay_norm_init": 1.0},
+    "five_scales": {  # CelebA-HQ and FFHQ at a quarter of their groups and a tenth of their width
+        "dataset": "imagenet_32", "num_latent_scales": 5, "num_groups_per_scale": 4, "ada_groups": True, "num_nf": 2,
+        "num_x_bits": 5, "num_mixture_dec": 10, "num_channels_enc": 3, "num_channels_dec": 3, "num_latent_per_group": 3,
+        "num_cell_per_cond_enc": 2, "num_cell_per_cond_dec": 2, "weight_decay_norm": 1e-1,
+        "weight_decay_norm_anneal": True, "weight_decay_norm_init": 1.0,
+    },
     "narrow": {"num_channels_enc": 5, "num_channels_dec": 6, "num_latent_per_group": 3},
     **{
         name: {"arch_instance": name, "num_channels_enc": 8, "num_channels_dec": 8, "num_groups_per_scale": 1}
         for name in layout.BRANCHES
         if name != "res_mbconv"
     },
-}
+}  # fmt: skip
 BATCH, TOTAL_STEPS = 3, 1000
 
 

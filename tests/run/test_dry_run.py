@@ -2,7 +2,8 @@
 
 import pytest
 
-from pipeline.run.dry_run import describe
+from pipeline.recipe import load_recipe, recipe_path
+from pipeline.run.dry_run import describe, describe_model
 from pipeline.storage.status import StatusFile
 
 
@@ -22,6 +23,10 @@ def test_groups_and_data_are_listed(dry_run, tiny_set):
     for line in ("4x4_group00 2x4x4", "8x8_group00 2x8x8", "8x8_group01 2x8x8"):
         assert line in lines
     assert f"data {tiny_set}: images of 16x16x3; train 41, test 13" in lines
+
+
+def test_the_size_of_the_model_is_stated():
+    assert "33,363,134 parameters in 1269 tensors" in describe_model(load_recipe(recipe_path("nvae_mnist"), []))[0]
 
 
 def test_epochs_are_resolved_to_steps(dry_run):

@@ -20,7 +20,8 @@ def test_the_papers_recipes_have_figures(name):
     for what in ("none", "norms", "cells"):
         train = recipe.train.model_copy(update={"recompute": what})
         found.append(counted_figures()[key_of(recipe.model_copy(update={"train": train}), model)])
-    assert [(one["recipe"], one["recompute"]) for one in found] == [(name, what) for what in ("none", "norms", "cells")]
+    assert [one["recompute"] for one in found] == ["none", "norms", "cells"]
+    assert {one["recipe"] for one in found} == {name.replace("ffhq", "celebahq")}  # a model for both
     assert found[0]["per_image"] > found[1]["per_image"] > found[2]["per_image"]
 
 
