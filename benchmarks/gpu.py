@@ -40,7 +40,6 @@ from benchmarks.steps import (
     new_trainer,
     one_gpu_recipe,
     peak_gib,
-    refusal,
     sample_noise,
     seconds_per_step,
     synchronize,
@@ -119,16 +118,12 @@ def grid(compile_mode: str) -> Callable[[Report, bool], None]:
                 continue
             variant = {"compile": compile_mode, "recompute": recompute, "batch": batch}
             settings = [f"train.compile={compile_mode}", f"train.recompute={recompute}"]
-            found = dict.fromkeys(("images/s", "ms/step", "peak GiB", "MFU")) | {"note": refusal(*settings)}
-            if not found["note"]:
-                try:
-                    with without_compiling(tiny):
-                        found = measure(batch, settings, flops, tiny)
-                except torch.OutOfMemoryError:
-                    too_large[recompute] = batch
-                    found["note"] = "out of memory"
-            elif batch != BATCHES[0]:
-                continue  # it was reported once
+            try:
+                with without_compiling(tiny):
+                    found = measure(batch, settings, flops, tiny)
+            except torch.OutOfMemoryError:
+                too_large[recompute] = batch
+                found = dict.fromkeys(("images/s", "ms/step", "peak GiB", "MFU")) | {"note": "out of memory"}
             report(**variant, **found)
             free_memory()
 

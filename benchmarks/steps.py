@@ -93,15 +93,6 @@ def read_recipe(name: str, *overrides: str) -> Recipe:
     return load_recipe(recipe_path(name), list(overrides))
 
 
-def refusal(*overrides: str) -> str:
-    """Why this version of the code does not have these settings together; empty where it does."""
-    try:
-        small_recipe(*overrides)
-    except ValueError as error:
-        return str(error).splitlines()[-1].strip()
-    return ""
-
-
 def small_recipe(*overrides: str) -> Recipe:
     """Of eight images per step."""
     return read_recipe("nvae_cifar10", *SMALL, "train.batch_size=8", "train.precision=fp32", *overrides)

@@ -71,11 +71,6 @@ class Recipe(Section):
                 f"regularizers.strength={self.regularizers.strength:g}: the penalties are made for NVAE's layers; "
                 f"model.name={self.model.name} needs regularizers.strength=0"
             )
-        if train.recompute != "none" and train.compile != "off":
-            raise ValueError(
-                f"train.recompute: {train.recompute} is not supported with train.compile={train.compile}, because the "
-                "compiler chooses which activations it keeps; set one of them to its default"
-            )
         with torch.device("meta"):
             model = build_model(self)  # the model's own checks: sizes that the scales divide, channels, likelihood
         recompute_activations(model, train.recompute)

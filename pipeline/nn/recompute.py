@@ -5,10 +5,11 @@ needs: of a region that ends in a convolution, everything but the convolution.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from pipeline.nn.batch_norm import Moments, recording, replaying
 from pipeline.nn.layers import cached_in, cached_layers, caching
@@ -28,6 +29,8 @@ class Recomputed:
     def __call__(self, *inputs: Tensor) -> Tensor:
         if not (self.module.training and torch.is_grad_enabled()):
             return self.method(*inputs)
+        if torch.compiler.is_compiling():
+            return checkpoint(self.method, *inputs, use_reentrant=False, context_fn=keep_statistics)
         return checkpoint(self._region(), *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def _region(self) -> Callable[..., Tensor]:
@@ -43,6 +46,15 @@ class Recomputed:
                 return self.method(*inputs)
 
         return run
+
+
+def keep_statistics() -> tuple[Any, Any]:
+    """What the compiler does with the operators of a region: it keeps the results of those with a collective.
+
+    It repeats the others in the backward graph, where the new running statistics are results that nothing uses: the
+    buffers are written in the forward graph only.
+    """
+    return create_selective_checkpoint_contexts([torch.ops.nvae.batch_statistics.default])
 
 
 def recompute(module: nn.Module, method: str) -> None:

@@ -4,6 +4,7 @@
 objective, each as one graph; evaluation and samples stay eager, and so do regularizers and optimizer.
 """
 
+import logging
 import os
 
 import torch
@@ -38,6 +39,8 @@ def prepare_compiler(config: TrainConfig, device: torch.device) -> None:
 
 def compile_training(config: TrainConfig, model: VAE, objective: Objective, backend: str = "inductor") -> None:
     """Compiles what the setting says, each part when it is first called. `backend`: of torch.compile."""
+    # It warns of in-place operations in recomputed regions. Ours change running statistics, which no region reads.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     if config.compile == "cells":
         compile_cells(model, backend)
     elif config.compile == "whole":

@@ -119,11 +119,6 @@ def test_a_model_without_what_is_recomputed_is_refused(name, what, supported):
         load_recipe(recipe_path(name), [f"train.recompute={what}"])
 
 
-def test_the_compiler_is_not_combined_with_it():
-    with pytest.raises(ConfigError, match="train.recompute: norms is not supported with train.compile=cells"):
-        load_recipe(recipe_path("nvae"), ["train.recompute=norms", "train.compile=cells"])
-
-
 # ---- two processes ---------------------------------------------------------------------------------------------------
 
 
