@@ -8,12 +8,21 @@ like those of any other folder when they are read.
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from huggingface_hub import DryRunFileInfo, HfApi, constants, errors, get_token, snapshot_download
+from huggingface_hub import (
+    DryRunFileInfo,
+    EvalResult,
+    HfApi,
+    ModelCardData,
+    constants,
+    errors,
+    get_token,
+    snapshot_download,
+)
 from huggingface_hub.utils import validate_repo_id
 
 from pipeline.inference.model_folder import CARD, CONFIG, PICTURE, WEIGHTS
@@ -132,6 +141,11 @@ def push(folder: Path, repository: Repository, private: bool = False) -> str:
     return commit.oid
 
 
+def address(repository: Repository) -> str:
+    """Of its page."""
+    return f"{constants.ENDPOINT}/{repository.name}"
+
+
 def check_token(repository: Repository) -> None:
     """Raises ValueError where pushing would fail for lack of a token, before anything is done."""
     if not get_token():
@@ -181,3 +195,15 @@ def _explain(error: BaseException | None) -> str:
 
 def _line(text: object) -> str:
     return printable(" ".join(str(text or "").split()))[:200]
+
+
+# --------------------------------------------------------------------------------------------------------------- cards
+
+
+def front_matter(model_name: str, results: Sequence[Mapping[str, Any]], **fields: Any) -> str:
+    """The YAML at the top of a model card. `results` are the fields of each `huggingface_hub.EvalResult`, and `fields`
+    those of `huggingface_hub.ModelCardData`.
+    """
+    if results:
+        fields |= {"model_name": model_name, "eval_results": [EvalResult(**each) for each in results]}
+    return ModelCardData(**fields).to_yaml()

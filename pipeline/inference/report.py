@@ -207,6 +207,17 @@ def list_reports(run: Path) -> list[str]:
     return lines
 
 
+def reports_of(folder: Path, weights_sha256: str) -> dict[str, dict[str, Any]]:
+    """The evaluations in a folder that are of exactly these weights, by the names of their files."""
+    files = sorted(output_folder(folder, FOLDER).glob("*.json"))
+    found = {path.name: read_report(path) for path in files}
+    return {
+        name: report
+        for name, report in found.items()
+        if isinstance(report, dict) and report.get("weights_sha256") == weights_sha256
+    }
+
+
 def headline(report: dict[str, Any]) -> str:
     """The main figures, those of the fewest slashes in their names, on one line."""
     figures = {name: value for name, value in report["figures"].items() if isinstance(value, float)}

@@ -1,0 +1,170 @@
+"""From a run to a model folder with its card: what `export.py` does."""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import build
+from pipeline.data.remote import fetch_manifest, is_address
+from pipeline.inference import draw_samples, hub, model_card
+from pipeline.inference.locations import HUB, find_model, results_folder
+from pipeline.inference.model_folder import (
+    ModelContent,
+    content_of,
+    is_averaged,
+    read_model_folder,
+    weights_stem,
+    write_model_folder,
+)
+from pipeline.inference.report import reports_of
+from pipeline.inference.trained import load
+from pipeline.models.conditions import AttributeCondition, ClassCondition
+from pipeline.recipe import Recipe
+from pipeline.storage.checkpoint_folder import Checkpoint
+from pipeline.storage.new_folder import check_new
+from pipeline.storage.status import read_status
+from shard_data import manifest as manifests
+
+log = logging.getLogger("pipeline")
+
+FACTS = ("data_fingerprint", "holdout", "classes", "torch", "world_size")
+"""What a checkpoint states that a model folder keeps. Counters of training, for instance, it does not need."""
+REAL_FACES = re.compile(r"celeb|ffhq|lfw|vggface", re.IGNORECASE)
+"""Names of data sets that show real people."""
+SAMPLES, SEED = 64, 0
+"""Of the picture."""
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export, and how it is described."""
+
+    location: str
+    """Of the model; see `locations`."""
+    checkpoint: str
+    """`latest`, `best`, a step, or a checkpoint's folder."""
+    out: Path
+    picture: str = "auto"
+    """Whether there is a picture of samples: yes, no, or auto: unless the data set shows real people."""
+    repository: hub.Repository | None = None
+    """Where it is going to be pushed."""
+    license: model_card.License | None = None
+    datasets: Sequence[str] = ()
+    """Ids of data sets on the Hub."""
+    device: str | None = None
+
+
+def export_model_folder(request: ExportRequest) -> None:
+    """Writes a model folder, completely or not at all. Raises ValueError for a model or folder that cannot be used."""
+    check_new(request.out)
+    found, place = find_model(request.location, request.checkpoint)
+    content, digest = content_of(found), found.sha256[weights_stem(found)]
+    reports = reports_of(results_folder(request.location), digest)
+    manifest = find_manifest(content)
+    about = model_card.About(
+        name=request.repository.name.partition("/")[2] if request.repository else request.out.resolve().name,
+        location=f"{HUB}{request.repository.name}" if request.repository else request.out.resolve().name,
+        license=request.license,
+        datasets=request.datasets,
+        manifest=manifest,
+        real_faces=shows_real_faces(content.recipe, manifest),
+    )
+    picture = None
+    if request.picture == "yes" or (request.picture == "auto" and not about.real_faces):
+        picture, caption = draw_picture(place, request.device)
+        about = replace(about, picture=caption)
+    elif request.picture == "auto":
+        log.info("no picture of samples, because the data set shows real people; --picture yes adds it")
+    described = replace(content, recipe=publishable(content.recipe), facts=facts_of(found, request.location))
+    write_model_folder(request.out, described, model_card.render(described, about, reports), picture)
+    log.info("written to %s; evaluations of these weights in its card: %d", request.out, len(reports))
+
+
+def push_folder(folder: Path, repository: hub.Repository, private: bool) -> None:
+    """Verifies a model folder, and uploads it as it is. Raises ValueError, which says how to try again."""
+    read_model_folder(folder)
+    try:
+        commit = hub.push(folder, repository, private)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}\n{folder} is complete; to push it: python pipeline/export.py {folder} --push {repository.name}"
+        ) from None
+    log.info("pushed to %s, commit %s; load it as %s@%s", hub.address(repository), commit, repository, commit[:12])
+
+
+def facts_of(found: Checkpoint, location: str) -> dict[str, Any]:
+    """What the model folder states; a model folder that is exported again keeps what it stated."""
+    if "source" in found.facts:
+        return found.facts
+    kept = {name: found.facts[name] for name in FACTS if name in found.facts}
+    source = {
+        "kind": "run",
+        "run_id": found.facts.get("run_id"),
+        "averaged": is_averaged(found),
+        "weights_sha256": found.sha256[weights_stem(found)],
+        "total_steps": read_status(results_folder(location)).total_steps,
+    }
+    return kept | {"source": source}
+
+
+def publishable(recipe: Recipe) -> Recipe:
+    """The recipe without what belongs to the author's machine and accounts: absolute paths become names, and logging
+    has its defaults.
+    """
+    settings = recipe.model_dump(mode="json")
+    del settings["tracking"]
+    data, model = settings["data"], settings["model"]
+    data |= {"root": _relative(data["root"], "data"), "cache": None}
+    if model.get("classifier"):
+        model["classifier"] = _relative(model["classifier"], "classifiers")
+    return build(Recipe, settings)
+
+
+def _relative(path: str | None, folder: str) -> str | None:
+    if path is None or is_address(path):
+        return path
+    parts = PurePosixPath(path)
+    return f"{folder}/{parts.name}" if parts.is_absolute() or ".." in parts.parts else path
+
+
+def find_manifest(content: ModelContent) -> Mapping[str, Any] | None:
+    """The manifest of the shard set that the model was trained on, if it is at hand and still the same set."""
+    root = content.recipe.data.root
+    if root is None:
+        return None
+    try:
+        found = manifests.parse(fetch_manifest(root), root) if is_address(root) else manifests.load(Path(root))
+    except (ValueError, OSError) as error:
+        log.warning("the card does not describe the data, as the shard set cannot be read: %s", error)
+        return None
+    if found["fingerprint"] != content.facts.get("data_fingerprint"):
+        log.warning("the card does not describe the data: %s is another set than the one that was trained on", root)
+        return None
+    return found
+
+
+def shows_real_faces(recipe: Recipe, manifest: Mapping[str, Any] | None) -> bool:
+    """Whether the data set is known to show real people."""
+    names = [model_card.data_name(recipe, manifest), recipe.data.source or "", recipe.data.root or ""]
+    return any(map(REAL_FACES.search, names))
+
+
+def draw_picture(place: str, device: str | None) -> tuple[np.ndarray, str]:
+    """uint8 (height, width, 3) of samples, the first that there are, and a caption."""
+    trained = load(place, device=device)
+    condition = trained.recipe.condition
+    if isinstance(condition, ClassCondition):
+        plan = draw_samples.plan_classes(trained, None, max(1, SAMPLES // condition.num_classes))
+    elif isinstance(condition, AttributeCondition):
+        plan = draw_samples.plan_attributes(trained, {}, SAMPLES)
+    else:
+        plan = draw_samples.plan_count(trained, SAMPLES)
+    images = draw_samples.sample_images(trained, plan, 1.0, SEED)
+    rows = {ClassCondition: ", a row for each class", AttributeCondition: " with unknown attributes"}
+    caption = f"Samples of the prior at temperature 1{rows.get(type(condition), '')}, seed {SEED}, not selected"
+    return draw_samples.picture(plan, images), caption
