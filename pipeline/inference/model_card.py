@@ -99,7 +99,7 @@ def _front_matter(content: ModelContent, about: About, reports: Reports) -> str:
         library_name="nvae-pipeline",
         pipeline_tag="unconditional-image-generation",
         license=license and license.id,
-        license_name=license and license.name,
+        license_name=license and license.name and printable(license.name),
         license_link=license and license.link,
         datasets=list(about.datasets) or None,
         tags=["variational-autoencoder", recipe.model.name, *kinds.get(type(recipe.condition), [])],
