@@ -18,7 +18,7 @@ def image_grid(images: Tensor, columns: int) -> np.ndarray:
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images have shape {tuple(images.shape)}, which is not (B, 1 or 3, H, W)")
-    pixels = _enlarge(to_uint8(images.detach()))
+    pixels = enlarged(to_uint8(images.detach()))
     grid = import_torchvision().utils.make_grid(pixels, nrow=columns, padding=2)  # (3, height, width)
     return grid.permute(1, 2, 0).contiguous().numpy()
 
@@ -62,8 +62,9 @@ def import_torchvision() -> ModuleType:
     return torchvision
 
 
-def _enlarge(images: Tensor) -> Tensor:
-    factor = max(1, -(-MIN_SIDE // max(images.shape[-2:])))
+def enlarged(images: Tensor, side: int = MIN_SIDE) -> Tensor:
+    """Images (B, C, H, W) with pixels repeated so that the longer side is at least `side`."""
+    factor = max(1, -(-side // max(images.shape[-2:])))
     return images.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
 
 

@@ -1,25 +1,33 @@
-"""The picture that edit.py writes: rows of edits, or interpolations between two images."""
+"""The pictures that edit.py writes: edits, interpolations between two images, and what latent groups decide."""
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.data.shards import TarShards
-from pipeline.evaluation.images import image_grid, to_uint8
+from pipeline.evaluation.images import enlarged, to_uint8
 from pipeline.inference import editing
 from pipeline.inference.editing import Subject
 from pipeline.inference.folders import open_split
+from pipeline.inference.group_pictures import find_directions, first_groups_picture, traversal_picture
+from pipeline.inference.labels import LabeledImages, Labels
+from pipeline.inference.latent_groups import find_group
 from pipeline.inference.parse_condition import parse_settings
 from pipeline.inference.read_image import open_picture
 from pipeline.inference.trained import TrainedModel
-from pipeline.storage.pictures import save_png
+from pipeline.storage.pictures import save_animation, save_png
 
 log = logging.getLogger("pipeline")
+ANIMATION_SIDE = 256
+"""Pixels. Frames of smaller images are enlarged by a whole factor."""
+MILLISECONDS, END_MILLISECONDS = 60, 600
+"""That a frame of an animation is shown; of an end."""
 
 
 class EditRequest(NamedTuple):
@@ -36,32 +44,66 @@ class EditRequest(NamedTuple):
     keys: Sequence[str]
     """Samples of `data` to edit, by key or number."""
     edits: Sequence[str]
-    """Attributes (`Smiling=1`) or class to set; empty to interpolate between two images."""
+    """Attributes (`Smiling=1`) or class to set."""
+    kept: Sequence[str] | None
+    """How many of the first latent groups reconstructions keep, as `parse_first_groups` reads it; empty for each number
+    of them."""
+    traversed: str | None
+    """Latent group to move along its principal directions. Without edits and groups, two images are interpolated."""
+    directions: int
+    """Principal directions."""
+    temperature: float | Mapping[str, float] | None
+    """Of the groups that follow from their priors. Default: 0 where groups are kept, 1 where one is moved."""
+    seed: int
+    """Of the noise of the groups that are not kept."""
     strengths: Tensor
     """(n,) strengths of the edit."""
     steps: int
     """Images of an interpolation."""
+    frames: int
+    """Images of the animation of an interpolation, from one end to the other."""
     num_images: int
-    """Images of `data` for the mean differences."""
+    """Images of `data` for the mean differences, and for the principal directions."""
 
 
-def write_edits(trained: TrainedModel, request: EditRequest, out: Path | None, folder: Path) -> Path:
-    """Writes the picture to `out`, or into `folder` under a name that says what was edited. Returns its path.
+def write_edits(
+    trained: TrainedModel, request: EditRequest, out: Path | None, folder: Path, animations: Sequence[str] = ()
+) -> list[Path]:
+    """Writes the picture to `out`, or into `folder` under a name that says what was edited; and animations with these
+    suffixes beside it. Returns their paths.
 
-    Every row begins with the original and its reconstruction. Raises ValueError for an unknown sample, attribute or
-    class, or a request that this model does not support.
+    Raises ValueError for an unknown sample, attribute, class or group, or a request that this model does not support.
     """
     shards = open_split(request.data, request.split) if request.data else None
     subjects = _open_subjects(trained, shards, request)
-    rows, columns = (
-        _edited(trained, shards, subjects, request)
-        if request.edits
-        else _interpolated(trained, subjects, request.steps)
-    )
-    path = out or folder / _default_name(subjects, request.edits)
+    path = out or folder / _default_name(subjects, request)
+    drawn = _draw(trained, shards, subjects, request)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(path, image_grid(rows, columns))
-    return path
+    save_png(path, drawn.picture())
+    paths = [path]
+    if animations:
+        frames = _animated(trained, subjects, request.frames)
+        milliseconds = [END_MILLISECONDS if i in (0, request.frames - 1) else MILLISECONDS for i in range(len(frames))]
+        for suffix in animations:
+            paths.append(path.with_suffix(suffix))
+            save_animation(paths[-1], frames, milliseconds)
+    return paths
+
+
+def _draw(
+    trained: TrainedModel, shards: TarShards | None, subjects: list[Subject], request: EditRequest
+) -> LabeledImages:
+    if request.edits:
+        return _edited(trained, shards, subjects, request)
+    if request.kept is not None:
+        temperature = 0.0 if request.temperature is None else request.temperature
+        return first_groups_picture(trained, subjects, request.kept, temperature, request.seed)
+    if request.traversed is None:
+        return _interpolated(trained, subjects, request.steps)
+    group = find_group(request.traversed, trained.model.groups, "--traverse")
+    temperature = 1.0 if request.temperature is None else request.temperature
+    found = find_directions(trained, shards, group, request.directions, request.num_images)
+    return traversal_picture(trained, subjects, group, found, request.strengths, temperature)
 
 
 def _open_subjects(trained: TrainedModel, shards: TarShards | None, request: EditRequest) -> list[Subject]:
@@ -76,14 +118,14 @@ def _open_subjects(trained: TrainedModel, shards: TarShards | None, request: Edi
     for key in request.keys:
         index = editing.find_sample(shards, key)
         image = torch.from_numpy(shards.images([index]).transpose(0, 3, 1, 2).copy())
-        subjects.append(Subject(shards.keys([index])[0], image, editing.sample_condition(trained, shards, index)))
+        subjects.append(Subject(shards.keys([index])[0], image, editing.sample_conditions(trained, shards, [index])))
     return subjects
 
 
 def _edited(
     trained: TrainedModel, shards: TarShards | None, subjects: list[Subject], request: EditRequest
-) -> tuple[Tensor, int]:
-    """Per image a row of the original, the reconstruction, and the edit at each strength; and the row's length."""
+) -> LabeledImages:
+    """Per image a row of the original, the reconstruction, and the edit at each strength."""
     strengths = request.strengths
     if trained.recipe.condition is None:
         if shards is None:
@@ -97,15 +139,26 @@ def _edited(
         torch.cat([subject.image, _reconstruction(trained, subject), to_uint8(edited)])
         for subject, edited in zip(subjects, edits, strict=True)
     ]
-    return torch.cat(rows), 2 + len(strengths)
+    columns = ["original", "0 (reconstr.)", *(f"{strength:g}" for strength in strengths.tolist())]
+    return LabeledImages(torch.cat(rows), Labels(columns))
 
 
-def _interpolated(trained: TrainedModel, subjects: list[Subject], steps: int) -> tuple[Tensor, int]:
-    """Two rows, linear and spherical, between the originals; and the row's length."""
+def _interpolated(trained: TrainedModel, subjects: list[Subject], steps: int) -> LabeledImages:
+    """Two rows, linear and spherical, between the originals."""
     start, end = subjects
     paths = editing.interpolate(trained, start, end, steps)
     rows = [torch.cat([start.image, to_uint8(path), end.image]) for path in paths]
-    return torch.cat(rows), steps + 2
+    columns = ["original", *(f"{weight:.2g}" for weight in torch.linspace(0, 1, steps).tolist()), "original"]
+    return LabeledImages(torch.cat(rows), Labels(columns, ["linear", "spherical"]))
+
+
+def _animated(trained: TrainedModel, subjects: list[Subject], count: int) -> np.ndarray:
+    """uint8 (n, height, width, C): spherical interpolation from the first to the second image and back, without the
+    first frame at the end, since the animation repeats.
+    """
+    _, path = editing.interpolate(trained, *subjects, count)
+    frames = enlarged(to_uint8(path), ANIMATION_SIDE).permute(0, 2, 3, 1).numpy()
+    return np.concatenate([frames, frames[-2:0:-1]])
 
 
 def _reconstruction(trained: TrainedModel, subject: Subject) -> Tensor:
@@ -113,7 +166,12 @@ def _reconstruction(trained: TrainedModel, subject: Subject) -> Tensor:
     return to_uint8(trained.reconstruct(subject.image, subject.condition, seed=None))
 
 
-def _default_name(subjects: list[Subject], edits: Sequence[str]) -> str:
+def _default_name(subjects: list[Subject], request: EditRequest) -> str:
     """Names the images and the edit, in characters that every file system allows."""
-    words = [*(subject.name for subject in subjects[:2]), *(edits or ["interpolation"])]
+    edit = [*request.edits] or ["interpolation"]
+    if request.kept is not None:
+        edit = ["first_groups", *request.kept]
+    if request.traversed is not None:
+        edit = [request.traversed, "directions"]
+    words = [*(subject.name for subject in subjects[:2]), *edit]
     return re.sub(r"[^\w.-]+", "_", "_".join(words))[:100] + ".png"

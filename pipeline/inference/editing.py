@@ -123,14 +123,14 @@ def interpolate(trained: TrainedModel, start: Subject, end: Subject, steps: int)
     return trained.decode(linear(*ends, weights), conditions), trained.decode(spherical(*ends, weights), conditions)
 
 
-def sample_condition(trained: TrainedModel, shards: TarShards, index: int) -> Tensor | None:
-    """The condition (1, K) of a sample of a set; 1/2 for unknown attributes."""
+def sample_conditions(trained: TrainedModel, shards: TarShards, indices: Sequence[int]) -> Tensor | None:
+    """The conditions (n, K) of samples of a set, 1/2 for unknown attributes; None for a model without a condition."""
     condition = trained.recipe.condition
     if condition is None:
         return None
     condition.check(shards.classes or None, shards.attribute_names or None)
-    labels, attributes = torch.from_numpy(shards.labels([index])), torch.from_numpy(shards.attributes([index]))
-    return trained.condition(condition.encode(labels, attributes, shards.attribute_names), 1)
+    labels, attributes = torch.from_numpy(shards.labels(indices)), torch.from_numpy(shards.attributes(indices))
+    return trained.condition(condition.encode(labels, attributes, shards.attribute_names), len(indices))
 
 
 def find_sample(shards: TarShards, wanted: str) -> int:

@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from pipeline.evaluation.images import image_grid
 
 LARGEST, SMALLEST = 13, 8
 """Pixels. Sizes of the text; the largest at which every column's label is narrower than its column."""
@@ -21,6 +24,18 @@ class Labels(NamedTuple):
     """One to the left of each row, or none at all."""
     caption: str = ""
     """Above the picture."""
+
+
+class LabeledImages(NamedTuple):
+    """A grid of images with a label for each column."""
+
+    images: Tensor
+    """(n, C, H, W) row by row, as for `image_grid`."""
+    labels: Labels
+
+    def picture(self) -> np.ndarray:
+        """uint8 (height, width, 3)."""
+        return labeled(image_grid(self.images, len(self.labels.columns)), self.labels)
 
 
 def labeled(grid: np.ndarray, labels: Labels) -> np.ndarray:

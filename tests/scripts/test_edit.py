@@ -14,6 +14,7 @@ from pipeline.edit import main, parse_strengths
 from pipeline.evaluation.images import to_uint8
 from pipeline.inference.editing import Subject, edit_by_condition, find_direction, find_sample, interpolate
 from pipeline.inference.latents import spherical
+from tests.helpers.edit_pictures import near, pixels, tiles
 from tests.helpers.recipes import tiny_settings
 from tests.helpers.shard_sets import random_samples, write_set
 from tests.helpers.trained_runs import make_run
@@ -50,28 +51,6 @@ def faces(tmp_path_factory) -> list[str]:
     for i in range(2):
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"face{i}.png")
     return [str(folder / f"face{i}.png") for i in range(2)]
-
-
-def pixels(path: str | Path) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(Image.open(path)).transpose(2, 0, 1).copy())[None]
-
-
-def tiles(path: Path, columns: int) -> torch.Tensor:
-    """(rows, columns, 3, 16, 16) of a picture whose images of 16 pixels are enlarged to 64."""
-    grid = np.asarray(Image.open(path))
-    rows = (grid.shape[0] - 2) // 66
-    assert grid.shape == (rows * 66 + 2, columns * 66 + 2, 3)
-    cut = [
-        [grid[2 + 66 * r : 66 * (r + 1) : 4, 2 + 66 * c : 66 * (c + 1) : 4] for c in range(columns)]
-        for r in range(rows)
-    ]
-    return torch.from_numpy(np.array(cut)).permute(0, 1, 4, 2, 3)
-
-
-def near(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Within one gray level: batches of other sizes round otherwise."""
-    assert found.shape == expected.shape
-    assert int((found.int() - expected.int()).abs().max()) <= 1
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -177,8 +156,12 @@ BAD = {
         "--known: applies to pictures of --image",
     ),
     "nothing to edit": ("plain", ["--interpolate"], "give pictures with --image"),
-    "nothing to do": ("plain", ["--image", "FACE"], "give either --set NAME=1, or --interpolate"),
-    "two things": ("plain", ["--image", "FACE", "--interpolate", "--set", "a=1"], "give either --set"),
+    "nothing to do": (
+        "plain",
+        ["--image", "FACE"],
+        "give one of --set NAME=1, --interpolate, --keep-groups",
+    ),
+    "two things": ("plain", ["--image", "FACE", "--interpolate", "--set", "a=1"], "give one of --set"),
     "one end": ("plain", ["--image", "FACE", "--interpolate"], "--interpolate: needs two pictures; 1 given"),
     "a key of nothing": ("plain", ["--key", "1", "--interpolate"], "--key: give the shard set"),
     "no such key": (

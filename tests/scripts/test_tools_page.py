@@ -26,7 +26,7 @@ def test_a_command_that_is_shown_can_be_typed(command):
     parsed = tool.build_parser().parse_args(words[place + 1 :])
     if tool is edit:
         edit.check_arguments(parsed)
-        edit.parse_strengths(parsed.strength, parsed.steps)
+        edit.parse_strengths(parsed.strength or "1", parsed.steps)
 
 
 @pytest.mark.parametrize("tool", TOOLS.values())

@@ -1,0 +1,62 @@
+"""Principal directions of one latent group over the images of a data set.
+
+Of every image, the group's noise is e = (z - mu) / sigma, with z the posterior's mean, and mu and sigma of the group's
+prior given the posterior means of the groups before it: what the image adds to what these groups already determine, in
+units of the prior. Half its square is the share of the means in the group's KL. The directions are the principal
+components of e over the images.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.data.shards import TarShards
+from pipeline.inference.editing import sample_conditions
+from pipeline.inference.passes import IMAGES_PER_PASS
+from pipeline.inference.trained import TrainedModel
+
+
+class PrincipalDirections(NamedTuple):
+    """The first D principal directions, by decreasing variance."""
+
+    directions: Tensor
+    """(D, *group.shape) float64, of length 1. The entry of largest magnitude is positive."""
+    deviations: Tensor
+    """(D,) standard deviations of the images along them."""
+    shares: Tensor
+    """(D,) of the total variance, in [0, 1]."""
+
+
+def group_noise(trained: TrainedModel, shards: TarShards, group: int, count: int) -> Tensor:
+    """(n, *group.shape) on the CPU: e of the first `count` images of a split."""
+    rows, count = [], min(count, len(shards))
+    for start in tqdm(range(0, count, IMAGES_PER_PASS), desc="latents of the data", disable=None):
+        here = range(start, min(start + IMAGES_PER_PASS, count))
+        condition = sample_conditions(trained, shards, here)
+        images = torch.from_numpy(shards.images(here).transpose(0, 3, 1, 2).copy())
+        latents = trained.encode(images, condition, seed=None)
+        rows.append(trained.to_noise(latents, condition)[group].cpu())
+    return torch.cat(rows)
+
+
+def principal_directions(rows: Tensor, count: int) -> PrincipalDirections:
+    """The first `count` principal components of rows (n, ...).
+
+    Raises ValueError if there are not so many: at most n - 1, and as many as the rows have elements. Memory: 16 bytes
+    for each element of the rows.
+    """
+    centered = rows.flatten(1).double()
+    centered = centered - centered.mean(0)
+    most = min(len(rows) - 1, centered.shape[1])
+    if count > most:
+        raise ValueError(f"--directions {count}: {len(rows)} images have at most {most}; read more with --images")
+    _, singular, directions = torch.linalg.svd(centered, full_matrices=False)
+    variances = singular.square() / (len(rows) - 1)
+    if not variances.sum() > 0:
+        raise ValueError("the group's posterior is its prior for all images; it has no directions")
+    directions = directions[:count]
+    signs = directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
+    shares = variances[:count] / variances.sum()
+    return PrincipalDirections((signs * directions).view(count, *rows.shape[1:]), variances[:count].sqrt(), shares)
