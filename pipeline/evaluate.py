@@ -8,7 +8,9 @@
 Prints the evidence lower bound, the KL and the active units of each latent group, and with importance samples the
 importance-weighted likelihood. With a judge (train_classifier.py), `--metrics edit` gives the share of edits that show
 the target attribute and of other attributes that stay, and `--metrics recognition` the share of samples of a class that
-are recognized as such. Figures do not depend on the number of processes or the batch size, except for rounding.
+are recognized as such. `--metrics fid kid precision_recall` compare samples with the split's images in the features of
+the Inception network, by a stated protocol. Figures do not depend on the number of processes or the batch size, except
+for rounding.
 
 Each metric is written, with everything that it depends on, to a file of its own in MODEL/evaluations, named after what
 was measured. The same evaluation again replaces its file, and the log says so; nothing else is overwritten.
@@ -21,7 +23,9 @@ name places that have changed.
 import argparse
 import math
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 # A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -30,6 +34,8 @@ from pipeline.cli import run_tool  # noqa: E402
 from pipeline.distributed.device_settings import DeviceSettings  # noqa: E402
 from pipeline.distributed.logs import launched_rank  # noqa: E402
 from pipeline.distributed.runtime import Runtime  # noqa: E402
+from pipeline.evaluation.image_features import Rounding  # noqa: E402
+from pipeline.evaluation.inception import Resize  # noqa: E402
 from pipeline.inference.evaluate_run import EvaluationRequest, evaluate  # noqa: E402
 from pipeline.inference.locations import HELP, results_folder  # noqa: E402
 from pipeline.inference.metrics import METRICS, Options  # noqa: E402
@@ -57,7 +63,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", metavar="N", type=int, default=100, help="images in a pass over all processes (default 100)")
     add("--classifier", metavar="FOLDER", type=Path, help="judge of edit and recognition, of train_classifier.py")
     add("--per-class", metavar="N", type=int, default=1000, help="samples of each class for recognition (default 1000)")
-    add("--temperature", metavar="T", type=float, default=1.0, help="of the samples for recognition (default 1)")
+    add("--temperature", metavar="T", type=float, default=1.0, help="of the samples (default 1)")
+    add("--samples", metavar="N", type=int, default=50_000, help="samples for fid, kid, ... (default 50000)")
+    add("--decoder", choices=("mean", "sample"), default="mean", help="of p(x | z), for these samples (default mean)")
+    add("--rounding", choices=get_args(Rounding), default="uint8", help="of their pixels (default uint8)")
+    add("--resize", choices=get_args(Resize), default="pytorch-fid", help="to 299 x 299 (default pytorch-fid)")
+    add("--kid-subsets", metavar="N", type=int, default=100, help="pairs of subsets for kid (default 100)")
+    add("--kid-subset-size", metavar="N", type=int, default=1000, help="images in each of them (default 1000)")
+    add("--feature-weights", metavar="FILE", type=Path, help="the Inception weights (default: torch hub's, or fetched)")
     add("--checkpoint", default="latest", help="latest (default), best by validation, a step, or a checkpoint's folder")
     add("--precision", choices=("fp32", "bf16", "fp64"), default="fp32", help="of the computation (default fp32)")
     add("--seed", type=int, help="of the latent noise (default: the run's, as in its validation)")
@@ -93,21 +106,14 @@ def run(parsed: argparse.Namespace) -> int:
         if report is None:
             evaluate(build_request(parsed), runtime)
             return 0
-        request = request_of(report, parsed.location, parsed.data, parsed.classifier, parsed.command)
+        files = {"classifier": parsed.classifier, "feature_weights": parsed.feature_weights}
+        request = request_of(report, parsed.location, parsed.data, parsed.command, **files)
         return 0 if repeat(report, request, runtime) else 1
 
 
 def build_request(parsed: argparse.Namespace) -> EvaluationRequest:
     """The command line as a request."""
-    options = Options(
-        seed=parsed.seed,
-        split=parsed.split,
-        images=parsed.images,
-        importance_samples=parsed.importance_samples,
-        temperature=parsed.temperature,
-        per_class=parsed.per_class,
-        classifier=parsed.classifier,
-    )
+    options = Options(**{field.name: getattr(parsed, field.name) for field in fields(Options)})
     return EvaluationRequest(
         location=parsed.location,
         checkpoint=parsed.checkpoint,
@@ -127,7 +133,7 @@ def check_arguments(parsed: argparse.Namespace) -> None:
     if parsed.location is None and not parsed.repeat:
         raise ValueError("no MODEL: give the folder that pipeline/train.py wrote to, or another location; see --help")
     if parsed.repeat:
-        known = {"location", "repeat", "data", "classifier", "threads", "command"}
+        known = {"location", "repeat", "data", "classifier", "feature_weights", "threads", "command"}
         default = build_parser().get_default
         changed = [name for name, value in vars(parsed).items() if name not in known and value != default(name)]
         if changed:
@@ -136,6 +142,7 @@ def check_arguments(parsed: argparse.Namespace) -> None:
     if parsed.seed is not None and not 0 <= parsed.seed < 2**63:
         raise ValueError(f"--seed {parsed.seed}: must be from 0 to 2^63 - 1")
     least = {"images": 1, "importance_samples": 0, "batch_size": 1, "per_class": 1, "threads": 1}
+    least |= {"samples": 2, "kid_subsets": 1, "kid_subset_size": 2}
     for name, minimum in least.items():
         value = getattr(parsed, name)
         if value is not None and value < minimum:

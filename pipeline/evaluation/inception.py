@@ -177,6 +177,8 @@ def block_8(inputs: int, pool: Literal["average", "maximum"]) -> Block:
 class Inception(nn.Module):
     """Features (B, 2048) of inputs (B, 3, 299, 299) in [-1, 1], which `network_input` makes."""
 
+    size = FEATURES
+
     def __init__(self):
         super().__init__()
         self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2)

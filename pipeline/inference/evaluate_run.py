@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.data.remote import is_address
 from pipeline.distributed.agreement import code_version
 from pipeline.distributed.runtime import Runtime
+from pipeline.inference.feature_weights import load_feature_network
 from pipeline.inference.folders import check_split, check_writable, output_folder
 from pipeline.inference.locations import find_model, results_folder
 from pipeline.inference.metrics import METRICS, Measurement, Options, check_held_out, check_metrics, evaluation_recipe
@@ -25,6 +26,7 @@ from pipeline.inference.report import (
     table,
     to_finite,
 )
+from pipeline.inference.sample_metrics import SampleSets
 from pipeline.inference.text import printable
 from pipeline.inference.trained import TrainedModel, load
 from pipeline.models.classifier import Classifier
@@ -117,8 +119,8 @@ def measure(name: str, measurement: Measurement) -> dict[str, float]:
 
 
 def prepare(request: EvaluationRequest, runtime: Runtime) -> Measurement:
-    """Loads the model, the judge and the data, the same on every rank. Raises ValueError, on every rank, for what
-    cannot be measured.
+    """Loads the model, the judge, the feature network and the data, the same on every rank. Raises ValueError, on every
+    rank, for what cannot be measured.
     """
     # The main process chooses for all: a run that is being trained may write a newer checkpoint at any moment.
     chosen = runtime.run_on_main(lambda: find_model(request.location, request.checkpoint).place)
@@ -131,7 +133,14 @@ def prepare(request: EvaluationRequest, runtime: Runtime) -> Measurement:
         check_held_out(trained, data)
         facts["data"] = data.held_out.fingerprint
     runtime.check_agreement(facts)
-    return Measurement(trained, runtime, options, data, judge)
+    sets = None
+    if any(METRICS[name].uses_samples for name in request.metrics):
+        network = runtime.run_on_all(
+            lambda: load_feature_network(options.feature_weights, runtime.device, runtime.dtype),
+            "fetching the weights of the feature network",
+        )
+        sets = SampleSets(trained, runtime, options, data, network, request.metrics)
+    return Measurement(trained, runtime, options, data, judge, sets)
 
 
 def load_all(

@@ -14,6 +14,7 @@ from pipeline.evaluation.class_recognition import recognition
 from pipeline.evaluation.edit_metric import edit_figures, held_out_faces, hidden_by
 from pipeline.evaluation.likelihood_bounds import Evaluator, Journal
 from pipeline.inference.folders import has_split
+from pipeline.inference.sample_metrics import SampleOptions, SampleSets
 from pipeline.inference.trained import TrainedModel
 from pipeline.models.classifier import Classifier
 from pipeline.models.conditions import AttributeCondition, ClassCondition
@@ -26,17 +27,13 @@ ERRORS = ("_se", "_binarization_se")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SampleOptions):
     """What the user chose. A metric depends on `seed` and on those that its entry in METRICS names."""
 
-    seed: int | None = None
-    """Of the latent noise; None: the run's, as in its validation."""
     split: str = "test"
     images: int | None = None
     """Only the first so many images of the split; None: all."""
     importance_samples: int = 0
-    temperature: float = 1.0
-    """Scale of the priors' sigmas."""
     per_class: int = 1000
     """Samples of each class."""
     classifier: Path | None = None
@@ -52,6 +49,8 @@ class Measurement(NamedTuple):
     data: RunData | None
     """The split; None where no metric of the command reads images."""
     judge: Classifier | None
+    sets: SampleSets | None = None
+    """Features of samples and of real images; None where no metric of the command uses them."""
     journal: Journal | None = None
     """Where a metric that `resumes` keeps the results of its batches."""
 
@@ -71,6 +70,11 @@ class Metric(NamedTuple):
     @property
     def reads_images(self) -> bool:
         return "split" in self.options
+
+    @property
+    def uses_samples(self) -> bool:
+        """Whether it compares features of samples with those of real images."""
+        return "samples" in self.options
 
 
 def bound_figures(measurement: Measurement) -> dict[str, float]:
@@ -116,10 +120,15 @@ def recognition_measurement(measurement: Measurement) -> dict[str, float]:
     return recognition(model, judge, options.per_class, options.temperature, options.seed, *ranks)
 
 
+SAMPLES = ("split", "images", "samples", "temperature", "decoder", "rounding", "resize")
+SUBSETS = ("kid_subsets", "kid_subset_size")
 METRICS = {
     "elbo": Metric(bound_figures, ("split", "images", "importance_samples"), resumes=True),
     "edit": Metric(edit_measurement, ("split", "images", "classifier"), AttributeCondition),
     "recognition": Metric(recognition_measurement, ("per_class", "temperature", "classifier"), ClassCondition),
+    "fid": Metric(lambda measurement: measurement.sets.frechet(), SAMPLES),
+    "kid": Metric(lambda measurement: measurement.sets.kernel(), (*SAMPLES, *SUBSETS)),
+    "precision_recall": Metric(lambda measurement: measurement.sets.precision_recall(), SAMPLES),
 }
 """By the names that `--metrics` takes."""
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +27,16 @@ SAME = {
     "holdout": "data",
     "pixels_sha256": "pixels",
     "classifier_digest": "judge",
+    "feature_weights_sha256": "feature network",
 }
 """Entries of a report and of its `data` that a repetition must find again, and what they stand for."""
-WHERE = {"weights": "MODEL", "data": "--data", "pixels": "--data", "judge": "--classifier"}
+WHERE = {
+    "weights": "MODEL",
+    "data": "--data",
+    "pixels": "--data",
+    "judge": "--classifier",
+    "feature network": "--feature-weights",
+}
 
 
 class Earlier(BaseModel):
@@ -94,10 +101,10 @@ def load_report(path: Path) -> Report:
 
 
 def request_of(
-    report: Report, location: str | None, data: str | None, classifier: Path | None, command: Sequence[str]
+    report: Report, location: str | None, data: str | None, command: Sequence[str], **files: Path | None
 ) -> EvaluationRequest:
-    """What the report measured. `location`, `data` and `classifier` are other places of the same things, where not
-    None. Raises ValueError for a report that states no options, or whose model is not where it was.
+    """What the report measured. `location`, `data` and `files` (options of this name) are other places of the same
+    things, where not None. Raises ValueError for a report that states no options, or whose model is not where it was.
     """
     earlier = report.earlier
     place = earlier.checkpoint if location is None else location
@@ -109,14 +116,14 @@ def request_of(
         checkpoint=str(earlier.step) if is_run else "latest",
         data=(earlier.data or {}).get("root") if data is None else data,
         metrics=earlier.metrics,
-        options=options_of(report, classifier),
+        options=options_of(report, files),
         batch_size=earlier.batch_size,
         out=None,
         command=command,
     )
 
 
-def options_of(report: Report, classifier: Path | None) -> Options:
+def options_of(report: Report, files: Mapping[str, Path | None]) -> Options:
     """The options that the report states. Raises ValueError for values of another type."""
     content, earlier = report.content, report.earlier
     stated = {field.name: content[field.name] for field in fields(Options) if field.name in content}
@@ -124,8 +131,7 @@ def options_of(report: Report, classifier: Path | None) -> Options:
         count = (earlier.images or 0) + int(earlier.figures.get("skipped_samples") or 0)
         limit = None if count == earlier.split_images else count
         stated |= {"split": earlier.data.get("split"), "images": limit}
-    if classifier is not None:
-        stated["classifier"] = classifier
+    stated |= {name: path for name, path in files.items() if path is not None}
     try:
         return TypeAdapter(Options).validate_python(stated)
     except ValidationError as error:

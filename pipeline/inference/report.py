@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from pipeline.inference.code_facts import code_facts
+from pipeline.inference.feature_weights import INCEPTION
 from pipeline.inference.folders import output_folder
 from pipeline.inference.metrics import METRICS, Measurement, Options
+from pipeline.inference.sample_metrics import SampleOptions
 from pipeline.inference.text import printable
 from pipeline.run.classifier_folder import classifier_digest
 from pipeline.storage.atomic import replacing
@@ -30,6 +32,7 @@ MAX_BYTES = 4 * 2**20
 QUESTION = (
     "metrics", "step", "weights_sha256", "split", "images", "split_images", "fingerprint", "holdout",
     "importance_samples", "per_class", "temperature", "classifier_digest", "seed", "precision",
+    "samples", "decoder", "rounding", "resize", "kid_subsets", "kid_subset_size", "feature_weights_sha256",
 )  # fmt: skip
 """The entries of a report, and of its `data`, that say what was measured: equal ones are one question."""
 CONDITIONS = ("device", "batch_size", "num_processes", "threads", "version", "torch", "numpy")
@@ -64,6 +67,8 @@ def describe_measurement(
     if "classifier" in used:
         digest = f"{classifier_digest(options.classifier):016x}"
         report |= {"classifier": str(options.classifier), "classifier_digest": digest}
+    if "samples" in used:
+        report |= {"feature_network": "Inception-v3 of 2015-12-05", "feature_weights_sha256": INCEPTION.sha256}
     report |= {
         name: getattr(options, name) for name in option_names() if name in used - {"split", "images", "classifier"}
     }
@@ -119,6 +124,8 @@ def file_stem(report: dict[str, Any], training_seed: int) -> str:
         words.append(f"images_{report['images']}")
     if "per_class" in report:
         words.append(f"per_class_{report['per_class']}_temperature_{report['temperature']:g}")
+    if "samples" in report:
+        words += sample_words(report)
     if "classifier_digest" in report:
         words.append(f"classifier_{report['classifier_digest'][:8]}")
     if data and data["fingerprint"] != data["trained_on_fingerprint"]:
@@ -128,6 +135,15 @@ def file_stem(report: dict[str, Any], training_seed: int) -> str:
     if report["precision"] != "fp32":
         words.append(report["precision"])
     return re.sub(r"[^\w.-]", "_", "_".join(words))[:200]
+
+
+def sample_words(report: dict[str, Any]) -> list[str]:
+    """The number of samples, and what differs from the default protocol."""
+    words = [f"samples_{report['samples']}"]
+    if report["temperature"] != SampleOptions.temperature:
+        words.append(f"temperature_{report['temperature']:g}")
+    changed = [name for name in ("decoder", "rounding", "resize") if report[name] != getattr(SampleOptions, name)]
+    return words + [f"{name}_{report[name]}" for name in changed]
 
 
 def question(report: dict[str, Any]) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def test_equal_sets_cover_each_other_and_blocks_change_nothing(blocks, monkeypat
     monkeypatch.setattr("pipeline.evaluation.precision_recall.ROWS", blocks[0])
     monkeypatch.setattr("pipeline.evaluation.precision_recall.COLUMNS", blocks[1])
     real, fake = overlapping()
-    repeated = torch.cat([real[:1] * 100] * 6 + [real])
+    repeated = features(8, 300, seed=1, shift=5).repeat(6, 1)
     assert precision_recall(repeated, repeated.flip(0)) == {"precision": 1.0, "recall": 1.0}
     expected = {"precision": share_within(fake, real, 3), "recall": share_within(real, fake, 3)}
     assert precision_recall(real, fake) == expected

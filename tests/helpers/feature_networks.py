@@ -45,9 +45,11 @@ def as_file(state: dict[str, Tensor]) -> bytes:
 class SmallNetwork(nn.Module):
     """Features (B, 12) of inputs (B, 3, 299, 299): a fixed random projection of them, shrunk to 4 x 4."""
 
-    def __init__(self, size: int = 12):
+    size = 12
+
+    def __init__(self):
         super().__init__()
-        self.register_buffer("matrix", torch.randn(48, size, generator=torch.Generator().manual_seed(1)))
+        self.register_buffer("matrix", torch.randn(48, self.size, generator=torch.Generator().manual_seed(1)))
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.adaptive_avg_pool2d(x, 4).flatten(1) @ self.matrix

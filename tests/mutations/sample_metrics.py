@@ -1,0 +1,163 @@
+"""Mistakes in FID, KID, precision and recall."""
+
+from tests.mutations.mutation import Mutation
+
+DISTANCES, NETWORK = ("tests/evaluation/test_feature_distances.py",), ("tests/evaluation/test_inception.py",)
+WHOLE, WEIGHTS = ("tests/inference/test_sample_metrics.py",), ("tests/inference/test_feature_weights.py",)
+
+MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "the covariance with divisor n",
+        "pipeline/evaluation/feature_moments.py",
+        "centered / (count - 1)",
+        "centered / count",
+        DISTANCES,
+    ),
+    Mutation(
+        "covariances without the part between means",
+        "pipeline/evaluation/feature_moments.py",
+        " - count * torch.outer(mean, mean)",
+        "",
+        DISTANCES,
+    ),
+    Mutation(
+        "the distance without its means",
+        "pipeline/evaluation/frechet.py",
+        "(first.mean - second.mean).square().sum() + spread",
+        "spread",
+        DISTANCES,
+    ),
+    Mutation(
+        "the discrepancy is biased",
+        "pipeline/evaluation/kernel_distance.py",
+        "kernel.sum() - kernel.diagonal().sum()",
+        "kernel.sum()",
+        DISTANCES,
+    ),
+    Mutation(
+        "all subsets are the first one",
+        "pipeline/evaluation/kernel_distance.py",
+        'seed, "kid fake", i)',
+        'seed, "kid fake", 0)',
+        DISTANCES,
+    ),
+    Mutation(
+        "a feature is its own neighbor",
+        "pipeline/evaluation/precision_recall.py",
+        "min(k + 1, candidates.shape[1])",
+        "min(k, candidates.shape[1])",
+        DISTANCES,
+    ),
+    Mutation(
+        "precision and recall exchanged",
+        "pipeline/evaluation/precision_recall.py",
+        "covered_share(fake, real, real_radii, share, total)",
+        "covered_share(real, fake, fake_radii, share, total)",
+        DISTANCES,
+    ),
+    Mutation(
+        "equal features are apart by rounding",
+        "pipeline/evaluation/precision_recall.py",
+        "squares.masked_fill(squares < ROUNDING * lengths, 0)",
+        "squares.abs()",
+        DISTANCES,
+    ),
+    Mutation(
+        "padding counts in average pools",
+        "pipeline/evaluation/inception.py",
+        "padding=1, count_include_pad=False",
+        "padding=1",
+        NETWORK,
+    ),
+    Mutation(
+        "the last block pools by average",
+        "pipeline/evaluation/inception.py",
+        'block_8(2048, "maximum")',
+        'block_8(2048, "average")',
+        NETWORK,
+    ),
+    Mutation(
+        "branches of the network in another order",
+        "pipeline/evaluation/inception.py",
+        '(Conv("branch3x3_2a", 384, (1, 3)), Conv("branch3x3_2b", 384, (3, 1)))',
+        '(Conv("branch3x3_2b", 384, (3, 1)), Conv("branch3x3_2a", 384, (1, 3)))',
+        NETWORK,
+    ),
+    Mutation(
+        "both resize rules are scaled alike",
+        "pipeline/evaluation/inception.py",
+        "(resize_tf1(pixels) - 128) / 128",
+        "resize_tf1(pixels) / 127.5 - 1",
+        NETWORK,
+    ),
+    Mutation(
+        "zeros that fill up a pass count as images",
+        "pipeline/evaluation/image_features.py",
+        "[: len(images)]  # (b, d)",
+        "  # (b, d)",
+        WHOLE,
+    ),
+    Mutation(
+        "samples are not rounded",
+        "pipeline/evaluation/image_features.py",
+        'if rounding == "uint8" else pixels',
+        'if rounding == "none" else pixels',
+        WHOLE,
+    ),
+    Mutation(
+        "temperature 1 whatever was given",
+        "pipeline/inference/sample_metrics.py",
+        "model.sample_with_latents(noise, options.temperature, condition)",
+        "model.sample_with_latents(noise, 1.0, condition)",
+        WHOLE,
+    ),
+    Mutation(
+        "real images with their padding",
+        "pipeline/inference/sample_metrics.py",
+        "collector.add(without_border(x, self.data.recipe.data.pad), batch",
+        "collector.add(x, batch",
+        WHOLE,
+    ),
+    Mutation(
+        "samples are means whatever was given",
+        "pipeline/inference/sample_metrics.py",
+        'if options.decoder == "sample":',
+        'if options.decoder == "":',
+        WHOLE,
+    ),
+    Mutation(
+        "kept features do not depend on the resize rule",
+        "pipeline/inference/sample_metrics.py",
+        '            "resize": self.options.resize,\n',
+        "",
+        WHOLE,
+    ),
+    Mutation(
+        "kept features are not compared with their name",
+        "pipeline/inference/feature_cache.py",
+        'if fits and found.facts == self.facts | {"kind": kind}:',
+        "if fits:",
+        WHOLE,
+    ),
+    Mutation(
+        "protocols are one question",
+        "pipeline/inference/report.py",
+        '"kid_subsets", "kid_subset_size", "feature_weights_sha256",',
+        '"feature_weights_sha256",',
+        WHOLE,
+    ),
+    Mutation(
+        "any file of weights",
+        "pipeline/inference/feature_weights.py",
+        "if digest != INCEPTION.sha256:",
+        "if not digest:",
+        WEIGHTS,
+    ),
+    Mutation(
+        "weights are unpickled with all that they name",
+        "pipeline/inference/feature_weights.py",
+        "weights_only=True",
+        "weights_only=False",
+        WEIGHTS,
+    ),
+)
