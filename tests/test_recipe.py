@@ -1,13 +1,17 @@
 """Recipes: the shipped ones are valid, and checks of several sections name the setting to change."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import ConfigError, build, dump, load_yaml, overlay, parse_yaml
+from pipeline.data.loader import DataConfig
 from pipeline.recipe import RECIPES, Recipe, load_recipe, recipe_path, settings_page, total_steps
 from pipeline.run.resume import changed_settings
+from shard_data.__main__ import build_parser
+from shard_data.sources import SOURCES
 from tests.helpers.paper_table import PAPER
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -29,6 +33,18 @@ def test_a_shipped_recipe_is_a_whole_file(name):
     assert recipe.data.root
     assert recipe.data.source
     assert build(Recipe, parse_yaml(dump(recipe, defaults=False), name)) == recipe
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_command_that_makes_the_data_of_a_recipe_is_one(name):
+    data = build(DataConfig, load_yaml(recipe_path(name))["data"])
+    arguments = build_parser().parse_args([*shlex.split(data.source), "--out", data.root])
+    assert arguments.command in SOURCES
+    if hasattr(arguments, "size"):  # the others do not resize
+        assert arguments.size == data.size
+    if arguments.command == "folder":  # else there is no split to validate on
+        assert (arguments.val, arguments.test, arguments.no_classes) in ((3000, 0, True), (7000, 0, True))
+        assert arguments.name in data.root
 
 
 @pytest.mark.parametrize(

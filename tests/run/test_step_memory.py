@@ -81,6 +81,8 @@ def test_a_dry_run_states_the_peak_by_the_number_of_processes(make_recipe, monke
     ]
     recomputing = make_recipe("train.micro_batch=4", "train.recompute=cells")  # a model that can be changed once only
     assert len(describe_memory(recomputing, meta_model(recomputing), 1)) == len(lines)
+    many = describe_memory(make_recipe("train.batch_size=96"), meta_model(recipe), 1)[2:]
+    assert [line.split(" with ")[1].split()[0] for line in many] == ["1", "2", "4", "8", "24"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert len(describe_memory(recipe, meta_model(recipe), 1)) == 3
     assert "auto" in describe_memory(make_recipe("train.micro_batch=auto"), meta_model(recipe), 1)[-1]
