@@ -9,7 +9,8 @@ README.md, and samples.png. The card states the figures that `evaluate.py` has m
 first. Without --out, a model folder is pushed as it is, with what you have written into its card.
 
 `pipeline.load`, evaluate.py, sample.py and edit.py open the folder, and from the Hub hf-hub:OWNER/NAME[@REVISION]. The
-folder does not state absolute paths of this machine or names of W&B accounts. Pushing needs a token that may write:
+folder does not state absolute paths of this machine or names of W&B accounts. --readjust 500 --temperature 0.6 saves
+batch norm's statistics for samples at that temperature, which the card states. Pushing needs a token that may write:
 `hf auth login`, or HF_TOKEN.
 """
 
@@ -27,6 +28,7 @@ from pipeline.inference.export_run import ExportRequest, export_model_folder, pu
 from pipeline.inference.locations import LOCATIONS, is_hub, local_path  # noqa: E402
 from pipeline.inference.model_card import License  # noqa: E402
 from pipeline.inference.model_folder import CARD  # noqa: E402
+from pipeline.inference.readjust import add_arguments, parse_arguments  # noqa: E402
 
 FORMATS = {"model-folder": export_model_folder}
 """What --format can be: a function that writes `out` of an ExportRequest, completely or not at all."""
@@ -53,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data-name", metavar="ID", nargs="+", default=[], help="ids on the Hub of the data sets it was trained on")
     picture = "of samples: yes, no, or auto (default): unless the data set is known to show real people"
     add("--picture", choices=("auto", "yes", "no"), default="auto", help=picture)
+    add_arguments(parser)
     add("--device", help="for the samples: cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     return parser
 
@@ -86,6 +89,7 @@ def build_request(parsed: argparse.Namespace, repository: hub.Repository | None)
         license=License(parsed.license, parsed.license_name, parsed.license_link) if parsed.license else None,
         datasets=parsed.data_name,
         device=parsed.device,
+        readjust=parse_arguments(parsed),
     )
 
 
@@ -95,6 +99,8 @@ def check_arguments(parsed: argparse.Namespace) -> None:
         raise ValueError("--out: name the folder to write; or push a model folder with --push OWNER/NAME")
     if not parsed.out and (is_hub(parsed.location) or not (local_path(parsed.location) / CARD).is_file()):
         raise ValueError(f"{parsed.location}: not a model folder with a card; name the folder to write with --out DIR")
+    if parsed.readjust is not None and not (parsed.out and parsed.format == "model-folder"):
+        raise ValueError("--readjust: applies to a model folder that is written; name it with --out DIR")
     if parsed.private and not parsed.push:
         raise ValueError("--private: applies to --push")
     if parsed.push and "@" in parsed.push:

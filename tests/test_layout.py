@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = {
-    "launch train evaluate sample edit export train_classifier status": 7,  # the commands
+    "launch train evaluate sample edit convert export train_classifier status": 7,  # the commands
     "inference": 6,
     "run": 5,
     "recipe": 4,

@@ -21,8 +21,10 @@ from pipeline.inference.model_folder import (
     weights_stem,
     write_model_folder,
 )
+from pipeline.inference.nvlabs_import import license_of
+from pipeline.inference.readjust import Readjustment, readjusted_content, temperature_of
 from pipeline.inference.report import reports_of
-from pipeline.inference.trained import load
+from pipeline.inference.trained import find_device, load
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.recipe import Recipe
 from pipeline.storage.checkpoint_folder import Checkpoint
@@ -57,6 +59,8 @@ class ExportRequest:
     datasets: Sequence[str] = ()
     """Ids of data sets on the Hub."""
     device: str | None = None
+    readjust: Readjustment | None = None
+    """How batch norm's statistics are re-estimated, if they are."""
 
 
 def export_model_folder(request: ExportRequest) -> None:
@@ -69,18 +73,20 @@ def export_model_folder(request: ExportRequest) -> None:
     about = model_card.About(
         name=request.repository.name.partition("/")[2] if request.repository else request.out.resolve().name,
         location=f"{HUB}{request.repository.name}" if request.repository else request.out.resolve().name,
-        license=request.license,
+        license=request.license or license_of(found.facts),
         datasets=request.datasets,
         manifest=manifest,
         real_faces=shows_real_faces(content.recipe, manifest),
     )
+    described = replace(content, recipe=publishable(content.recipe), facts=facts_of(found, request.location))
+    if request.readjust:
+        described, reports = readjusted_content(described, request.readjust, find_device(request.device)), {}
     picture = None
     if request.picture == "yes" or (request.picture == "auto" and not about.real_faces):
-        picture, caption = draw_picture(place, request.device)
+        picture, caption = draw_picture(place, request.device, described)
         about = replace(about, picture=caption)
     elif request.picture == "auto":
         log.info("no picture of samples, because the data set shows real people; --picture yes adds it")
-    described = replace(content, recipe=publishable(content.recipe), facts=facts_of(found, request.location))
     write_model_folder(request.out, described, model_card.render(described, about, reports), picture)
     log.info("written to %s; evaluations of these weights in its card: %d", request.out, len(reports))
 
@@ -154,9 +160,14 @@ def shows_real_faces(recipe: Recipe, manifest: Mapping[str, Any] | None) -> bool
     return any(map(REAL_FACES.search, names))
 
 
-def draw_picture(place: str, device: str | None) -> tuple[np.ndarray, str]:
-    """uint8 (height, width, 3) of samples, the first that there are, and a caption."""
+def draw_picture(place: str, device: str | None, content: ModelContent) -> tuple[np.ndarray, str]:
+    """uint8 (height, width, 3) of samples, the first that there are, and a caption.
+
+    `content`: what is written, whose batch norm may be that of a temperature, unlike that of the model at `place`.
+    """
     trained = load(place, device=device)
+    trained.model.load_state_dict(content.weights)
+    temperature = temperature_of(content.facts)
     condition = trained.recipe.condition
     if isinstance(condition, ClassCondition):
         plan = draw_samples.plan_classes(trained, None, max(1, SAMPLES // condition.num_classes))
@@ -164,7 +175,8 @@ def draw_picture(place: str, device: str | None) -> tuple[np.ndarray, str]:
         plan = draw_samples.plan_attributes(trained, {}, SAMPLES)
     else:
         plan = draw_samples.plan_count(trained, SAMPLES)
-    images = draw_samples.sample_images(trained, plan, 1.0, SEED)
+    images = draw_samples.sample_images(trained, plan, temperature, SEED)
     rows = {ClassCondition: ", a row for each class", AttributeCondition: " with unknown attributes"}
-    caption = f"Samples of the prior at temperature 1{rows.get(type(condition), '')}, seed {SEED}, not selected"
+    order = f"{rows.get(type(condition), '')}, seed {SEED}, not selected"
+    caption = f"Samples of the prior at temperature {temperature:g}{order}"
     return draw_samples.picture(plan, images), caption

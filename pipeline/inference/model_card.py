@@ -192,7 +192,8 @@ def _training(content: ModelContent) -> str:
     source = source if isinstance(source, Mapping) else {}
     total = source.get("total_steps")
     of = f" of {total:,}" if isinstance(total, int) and total > 0 else ""
-    lines = [f"{content.step:,}{of} optimizer steps of {train.batch_size} images, in {code(train.precision)}"]
+    precision = "" if source.get("kind") == "nvlabs" else f", in {code(train.precision)}"  # such files do not state it
+    lines = [f"{content.step:,}{of} optimizer steps of {train.batch_size} images{precision}"]
     if source.get("averaged") is True:
         lines.append(f"The weights are a moving average over the steps, of decay {train.ema_decay:g}")
     origin = [
@@ -200,9 +201,24 @@ def _training(content: ModelContent) -> str:
     ]
     if origin:
         lines.append(f"Origin of the weights: {', '.join(origin)}")
+    lines += _readjusted(content.facts.get("readjusted"))
     lines += [f"{title}: {code(content.facts[name])}" for name, title in TRAINED_BY.items() if name in content.facts]
     settings = block(dump(content.recipe, defaults=False), "yaml")
     return f"{bullets(lines)}\n\nSettings that differ from their defaults (all of them: `{CONFIG}`):\n\n{settings}"
+
+
+def _readjusted(how: Any) -> list[str]:
+    """A line on batch norm's statistics where they were re-estimated (`readjust`)."""
+    if not isinstance(how, Mapping):
+        return []
+    iterations, temperature, batch_size, seed = (
+        code(how.get(name)) for name in ("iterations", "temperature", "batch_size", "seed")
+    )
+    return [
+        f"Batch norm's running statistics are those of samples at temperature {temperature} ({iterations} batches of "
+        f"{batch_size}, seed {seed}) instead of those of training. Sample at this temperature, and measure likelihoods "
+        "with the statistics of training"
+    ]
 
 
 def _limits(content: ModelContent, about: About) -> str:

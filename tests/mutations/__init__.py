@@ -1,11 +1,29 @@
 """The mistakes that `make mutate` makes, and the tests that must notice each of them. One module per folder of code,
-and one for sample metrics."""
+and one each for sample metrics and for checkpoints of other implementations.
+"""
 
-from tests.mutations import data, distributed, evaluation, models_and_layers, sample_metrics, storage, trainer, training
+from tests.mutations import (
+    conversion,
+    data,
+    distributed,
+    evaluation,
+    models_and_layers,
+    sample_metrics,
+    storage,
+    trainer,
+    training,
+)
 from tests.mutations.mutation import Mutation
 
-MUTATIONS: tuple[Mutation, ...] = tuple(
-    mutation
-    for module in (data, distributed, evaluation, models_and_layers, sample_metrics, storage, trainer, training)
-    for mutation in module.MUTATIONS
+MODULES = (
+    conversion,
+    data,
+    distributed,
+    evaluation,
+    models_and_layers,
+    sample_metrics,
+    storage,
+    trainer,
+    training,
 )
+MUTATIONS: tuple[Mutation, ...] = tuple(mutation for module in MODULES for mutation in module.MUTATIONS)

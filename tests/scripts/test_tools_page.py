@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import edit, evaluate, sample
+from pipeline import convert, edit, evaluate, sample
 
 ROOT = Path(__file__).parents[2]
-TOOLS = {"evaluate.py": evaluate, "sample.py": sample, "edit.py": edit}
+TOOLS = {"evaluate.py": evaluate, "sample.py": sample, "edit.py": edit, "convert.py": convert}
 TEXTS = [(ROOT / "docs/tools.md").read_text(), *(tool.__doc__ for tool in TOOLS.values())]
-COMMANDS = sorted({line.strip() for text in TEXTS for line in re.findall(r"^.*pipeline/\w+\.py runs/.*$", text, re.M)})
+SHOWN = re.compile(r"^.*pipeline/\w+\.py (?:runs/|--from|--to).*$", re.M)
+COMMANDS = sorted({line.strip() for text in TEXTS for line in SHOWN.findall(text)})
 
 
 def test_there_are_commands():

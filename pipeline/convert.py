@@ -1,0 +1,106 @@
+"""A checkpoint of another NVAE implementation becomes a model folder, and the other way round.
+
+python pipeline/convert.py --from nvlabs checkpoint.pt --out models/cifar10
+python pipeline/convert.py --from nvlabs checkpoint.pt --out models/celeba64_t0.6 --readjust 500 --temperature 0.6
+python pipeline/convert.py --to nvlabs runs/nvae_mnist --out nvae_mnist.pt
+
+`nvlabs` is NVIDIA's release of NVAE, github.com/NVlabs/NVAE. Its checkpoints for MNIST, CIFAR-10, CelebA 64,
+CelebA-HQ 256 and FFHQ 256 are in a download folder that the README of that repository links to. Nothing is downloaded
+here. Their license allows non-commercial use only; the model card states it.
+
+--from reads the file of torch.save that the release's training writes: weights, options (an argparse.Namespace), and
+what resumes training there, which is not used. Nothing in the file can run code. Every weight and every option that
+decides the model has to be known; old files get the defaults of their time. The model folder that is written can be
+given to evaluate.py, sample.py, edit.py, `pipeline.load` and `train.py --init`. evaluate.py then measures as the
+release does: its binarization of MNIST and crop of the padding, and its bin rule for 8-bit images.
+
+--to writes such a file from a run, a checkpoint or a model folder, for the release's code. What the format has no place
+for is refused: conditions, another likelihood, sizes of images that its data sets do not have. The state of Adamax is
+written if a run's last weights are; with the moving average, or from a model folder, there is none, and the entry is
+empty.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+# A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pipeline.cli import run_tool  # noqa: E402
+from pipeline.inference import model_card  # noqa: E402
+from pipeline.inference.export_run import shows_real_faces  # noqa: E402
+from pipeline.inference.locations import LOCATIONS, find_model  # noqa: E402
+from pipeline.inference.model_folder import write_model_folder  # noqa: E402
+from pipeline.inference.nvlabs_export import write_release  # noqa: E402
+from pipeline.inference.nvlabs_import import license_of, read_release  # noqa: E402
+from pipeline.inference.readjust import add_arguments, parse_arguments, readjusted_content  # noqa: E402
+from pipeline.inference.trained import find_device  # noqa: E402
+from pipeline.storage.new_folder import check_new  # noqa: E402
+
+log = logging.getLogger("pipeline")
+FORMATS = ["nvlabs"]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="convert.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--from", dest="source", choices=FORMATS, help="read this format, write a model folder")
+    direction.add_argument("--to", dest="target", choices=FORMATS, help="read a model of this project, write a file")
+    add("input", metavar="INPUT", help=f"with --from the file; with --to {LOCATIONS}")
+    add("--out", metavar="PATH", type=Path, required=True, help="new folder (--from) or new file (--to)")
+    add_arguments(parser)
+    add("--device", help="where samples are made: cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    add("--checkpoint", default="latest", help="with --to, of a run: latest (default), best, a step, or a folder")
+    add(
+        "--weights",
+        choices=["average", "last"],
+        help="with --to, of a run that keeps a moving average of its weights: the average, or the last weights",
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: see run_tool."""
+    parsed = build_parser().parse_args(arguments)
+    return run_tool(lambda: import_file(parsed) if parsed.source else export_file(parsed))
+
+
+def import_file(parsed: argparse.Namespace) -> None:
+    """From a file of another implementation to a model folder."""
+    if parsed.checkpoint != "latest" or parsed.weights:
+        raise ValueError("--checkpoint and --weights: apply to --to")
+    how = parse_arguments(parsed)
+    check_new(parsed.out)
+    content = read_release(Path(parsed.input))
+    count = sum(tensor.numel() for tensor in content.weights.values())
+    log.info("%s: %s numbers, of step %d", parsed.input, f"{count:,}", content.step)
+    if how is not None:
+        content = readjusted_content(content, how, find_device(parsed.device))
+    name, is_real = parsed.out.resolve().name, shows_real_faces(content.recipe, None)
+    about = model_card.About(name, location=name, license=license_of(content.facts), real_faces=is_real)
+    write_model_folder(parsed.out, content, model_card.render(content, about))
+    log.info("written to %s", parsed.out)
+
+
+def export_file(parsed: argparse.Namespace) -> None:
+    """From a model of this project to a file for another implementation."""
+    if parse_arguments(parsed) is not None:
+        raise ValueError("--readjust: applies to --from; readjust a model folder with export.py")
+    if parsed.out.exists():
+        raise ValueError(f"--out {parsed.out}: is there; name a new file")
+    found, place = find_model(parsed.input, parsed.checkpoint)
+    write_release(parsed.out, found, parsed.weights)
+    log.info("written to %s: %s", parsed.out, place)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
