@@ -7,6 +7,7 @@ import importlib
 
 _MODULES = {
     "AlreadyComplete": "errors",
+    "BinarizedMnist": "sources.binarized_mnist",
     "CelebA": "sources.celeba",
     "Cifar10": "sources.cifar",
     "Cifar100": "sources.cifar",
