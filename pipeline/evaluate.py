@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--split", default="test", help="split of the set (default: test)")
     add("--metrics", nargs="+", choices=METRICS, default=["elbo"], help="what to measure (default elbo)")
     add("--importance-samples", metavar="N", type=int, default=0, help="latent samples per image for nll (default 0)")
+    add("--binarizations", metavar="R", type=int, default=1, help="random binarizations for elbo and nll (default 1)")
     add("--images", metavar="N", type=int, help="only the first N images of the split")
     add("--batch-size", metavar="N", type=int, default=100, help="images in a pass over all processes (default 100)")
     add("--classifier", metavar="FOLDER", type=Path, help="judge of edit and recognition, of train_classifier.py")
@@ -141,7 +142,7 @@ def check_arguments(parsed: argparse.Namespace) -> None:
             raise ValueError(f"{name}: not with --repeat, which measures what {parsed.repeat} states; omit {name}")
     if parsed.seed is not None and not 0 <= parsed.seed < 2**63:
         raise ValueError(f"--seed {parsed.seed}: must be from 0 to 2^63 - 1")
-    least = {"images": 1, "importance_samples": 0, "batch_size": 1, "per_class": 1, "threads": 1}
+    least = {"images": 1, "importance_samples": 0, "binarizations": 1, "batch_size": 1, "per_class": 1, "threads": 1}
     least |= {"samples": 2, "kid_subsets": 1, "kid_subset_size": 2}
     for name, minimum in least.items():
         value = getattr(parsed, name)

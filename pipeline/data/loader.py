@@ -18,7 +18,7 @@ from pipeline.data.shards import TarShards, UnreadableShard
 from pipeline.data.unreadable import SkippedSample, drop_unreadable, replace_unreadable
 from pipeline.data.workers import iterate, iterate_in_workers
 from pipeline.schema import Section
-from shard_data.manifest import Image
+from shard_data.manifest import Image, Manifest
 
 OnError = Literal["raise", "skip"]
 
@@ -55,7 +55,8 @@ class DataConfig(Section):
     flip: bool = False
     """Mirror training images left and right with probability 1/2."""
     binarize: Binarize = "none"
-    """dynamic: each value v becomes 255 with probability v / 255, otherwise 0, sampled again in every epoch."""
+    """dynamic: each value v becomes 255 with probability v / 255, otherwise 0, sampled again in every epoch. fixed: the
+    set is binarized already, as `python -m shard_data binarized_mnist` makes it. none: values as they are stored."""
     pad: int = Field(default=0, ge=0, le=2**10)
     """Black pixels added on each side."""
     bits: int = Field(default=8, ge=1, le=8)
@@ -139,6 +140,25 @@ def check_data(config: DataConfig, image: Image, place: str) -> None:
         raise ValueError(
             f"data.channels is {config.channels}, but {place} holds images of {channels} channels; "
             f"use a recipe for that data set, or another set with --data"
+        )
+
+
+def is_binarized(manifest: Manifest) -> bool:
+    """Whether the images of a shard set were binarized when it was made."""
+    return "binarization" in manifest["transform"]
+
+
+def check_binarization(config: DataConfig, manifest: Manifest, place: str) -> None:
+    """Raises ValueError where `data.binarize` is not what the shard set at `place` needs."""
+    if config.binarize == "fixed" and not is_binarized(manifest):
+        raise ValueError(
+            f"data.binarize is fixed, but {place} is not a binarized set; make one with "
+            "`python -m shard_data binarized_mnist`, or set data.binarize=dynamic"
+        )
+    if config.binarize == "dynamic" and is_binarized(manifest):
+        raise ValueError(
+            f"data.binarize is dynamic, but {place} is binarized already, so that nothing would be random; set "
+            "data.binarize=fixed, or name a set of gray values with --data"
         )
 
 

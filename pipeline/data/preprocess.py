@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.data.random_hash import GOLDEN_GAMMA, Stream, hash64, mix64
 
-Binarize = Literal["none", "dynamic"]
+Binarize = Literal["none", "dynamic", "fixed"]
 
 MAX_RANDOM = np.uint32(2**32 - 2)
 THRESHOLD_STEP = np.uint32((2**32 - 1) // 255)  # nothing is lost: 255 divides 2^32 - 1
@@ -24,7 +24,8 @@ class Preprocess:
 
     `flip`: mirror left and right with probability 1/2. `binarize`: "dynamic" makes a value v 255 with probability
     v / 255 and otherwise 0, sampled again in each epoch (Burda et al. 2016, "Importance weighted autoencoders",
-    section 5). `pad`: black pixels on each side. Evaluation always uses epoch 0, so it sees the same pixels each time.
+    section 5); "fixed" and "none" leave the values as they are. `pad`: black pixels on each side. Evaluation uses
+    epoch 0, so it sees the same pixels each time; further epochs are further binarizations.
     """
 
     def __init__(self, seed: int, flip: bool = False, binarize: Binarize = "none", pad: int = 0):

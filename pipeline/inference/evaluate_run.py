@@ -14,7 +14,15 @@ from pipeline.distributed.runtime import Runtime
 from pipeline.inference.feature_weights import load_feature_network
 from pipeline.inference.folders import check_split, check_writable, output_folder
 from pipeline.inference.locations import find_model, results_folder
-from pipeline.inference.metrics import METRICS, Measurement, Options, check_held_out, check_metrics, evaluation_recipe
+from pipeline.inference.metrics import (
+    METRICS,
+    Measurement,
+    Options,
+    check_binarizations,
+    check_held_out,
+    check_metrics,
+    evaluation_recipe,
+)
 from pipeline.inference.report import (
     FOLDER,
     conditions,
@@ -158,6 +166,7 @@ def load_all(
     judged = any("classifier" in metric.options for metric in metrics)
     judge = load_classifier(options.classifier) if judged else None
     recipe = evaluation_recipe(trained.recipe, request.data, options, request.batch_size)
+    check_binarizations(options, recipe)
     reads_images = any(metric.reads_images for metric in metrics)
     if reads_images and not is_address(recipe.data.root) and not recipe.data.holdout:
         check_split(recipe.data.root, options.split)
@@ -169,8 +178,14 @@ def describe_question(name: str, measurement: Measurement) -> str:
     trained, options, data = measurement.trained, measurement.options, measurement.data
     values = {option: getattr(options, option) for option in METRICS[name].options}
     shown = [f"{option.replace('_', ' ')} {value}" for option, value in values.items() if value is not None]
-    where = f" on {data.recipe.data.root}" if METRICS[name].reads_images else ""
+    where = f" on {data.recipe.data.root}{describe_binarization(data.recipe)}" if METRICS[name].reads_images else ""
     return f"{name} of {trained.recipe.model.name} at step {trained.step}{where}: {', '.join(shown)}"
+
+
+def describe_binarization(recipe: Recipe) -> str:
+    """Of the images, where they are binarized."""
+    words = {"dynamic": f" (binarized at random, seed {recipe.train.seed})", "fixed": " (binarized, fixed)", "none": ""}
+    return words[recipe.data.binarize]
 
 
 def describe(names: Sequence[str], measurement: Measurement, request: EvaluationRequest) -> dict[str, Any]:

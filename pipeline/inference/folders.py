@@ -19,10 +19,9 @@ def check_split(root: str | Path, split: str) -> None:
     manifest.check_splits(manifest.load(Path(root)), str(root), {"--split": split})
 
 
-def has_split(root: str, split: str) -> bool:
-    """Whether the shard set in a folder or at an address has this split. Raises ValueError if there is no set."""
-    found = manifest.parse(fetch_manifest(root), root) if is_address(root) else manifest.load(Path(root))
-    return split in found["splits"]
+def load_manifest(root: str) -> manifest.Manifest:
+    """Of the shard set in a folder or at an address. Raises ValueError if there is none."""
+    return manifest.parse(fetch_manifest(root), root) if is_address(root) else manifest.load(Path(root))
 
 
 def output_folder(run: Path, name: str) -> Path:

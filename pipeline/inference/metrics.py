@@ -1,5 +1,6 @@
 """The metrics of evaluate.py. A new one is a function here, which calls the computation, and an entry in METRICS."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +10,20 @@ from torch import Tensor
 
 from pipeline.config import build
 from pipeline.data.holdout import SPLIT as HELD_OUT
+from pipeline.data.loader import is_binarized
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.class_recognition import recognition
 from pipeline.evaluation.edit_metric import edit_figures, held_out_faces, hidden_by
 from pipeline.evaluation.likelihood_bounds import Evaluator, Journal
-from pipeline.inference.folders import has_split
+from pipeline.inference.folders import load_manifest
 from pipeline.inference.sample_metrics import SampleOptions, SampleSets
 from pipeline.inference.trained import TrainedModel
 from pipeline.models.classifier import Classifier
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.recipe import Recipe
 from pipeline.run.data import RunData
+
+log = logging.getLogger("pipeline")
 
 HEADLINES = ("elbo", "bpd", "nll", "bpd_nll", "log_px", "kl")
 ERRORS = ("_se", "_binarization_se")
@@ -34,6 +38,8 @@ class Options(SampleOptions):
     images: int | None = None
     """Only the first so many images of the split; None: all."""
     importance_samples: int = 0
+    binarizations: int = 1
+    """Of the images at random, over which figures are means."""
     per_class: int = 1000
     """Samples of each class."""
     classifier: Path | None = None
@@ -80,7 +86,7 @@ class Metric(NamedTuple):
 def bound_figures(measurement: Measurement) -> dict[str, float]:
     """`elbo`, `log_px`, `kl`, `nll` in nats per image, `bpd` and `bpd_nll` in bits per dimension, and for each group
     `kl/GROUP` in nats and `active_units/GROUP`: means over the split, the same for any number of processes. `elbo_se`
-    and so on are standard errors of the mean over images.
+    and so on are standard errors of the mean over images, `elbo_binarization_se` and so on over binarizations.
 
     With the seed that the model was trained with, `elbo` is the `val/elbo` of training.
     """
@@ -91,6 +97,7 @@ def bound_figures(measurement: Measurement) -> dict[str, float]:
         measurement.runtime,
         measurement.options.seed,
         detailed=True,
+        binarizations=measurement.options.binarizations,
         journal=measurement.journal,
     )
     figures = {name.removeprefix("val/"): value for name, value in evaluator.run(trained.model, trained.step).items()}
@@ -123,7 +130,7 @@ def recognition_measurement(measurement: Measurement) -> dict[str, float]:
 SAMPLES = ("split", "images", "samples", "temperature", "decoder", "rounding", "resize")
 SUBSETS = ("kid_subsets", "kid_subset_size")
 METRICS = {
-    "elbo": Metric(bound_figures, ("split", "images", "importance_samples"), resumes=True),
+    "elbo": Metric(bound_figures, ("split", "images", "importance_samples", "binarizations"), resumes=True),
     "edit": Metric(edit_measurement, ("split", "images", "classifier"), AttributeCondition),
     "recognition": Metric(recognition_measurement, ("per_class", "temperature", "classifier"), ClassCondition),
     "fid": Metric(lambda measurement: measurement.sets.frechet(), SAMPLES),
@@ -157,7 +164,8 @@ def applicable_metrics(trained: TrainedModel) -> list[str]:
 def evaluation_recipe(recipe: Recipe, root: str | None, options: Options, batch_size: int = 100) -> Recipe:
     """The recipe of a run with one split as its data, of its own shard set where `root` is None. For a run with
     `data.holdout`, `val` is the held-out images, and the training split is without them. Another set may have a `val`
-    of its own.
+    of its own. Of a set that is binarized already, the images are measured as they are (`data.binarize=fixed`), also
+    by a model that was trained on dynamic binarizations.
 
     Raises ConfigError for numbers out of range.
     """
@@ -165,10 +173,13 @@ def evaluation_recipe(recipe: Recipe, root: str | None, options: Options, batch_
     root = recipe.data.root if root is None else root
     settings["data"] |= {"root": root, "train_split": options.split}
     own_set = root == recipe.data.root
-    if recipe.data.holdout and options.split == HELD_OUT and (own_set or not has_split(root, HELD_OUT)):
+    if recipe.data.holdout and options.split == HELD_OUT and (own_set or HELD_OUT not in load_manifest(root)["splits"]):
         settings["data"]["train_split"] = recipe.data.train_split
     elif options.split != recipe.data.train_split or not own_set:
         settings["data"]["holdout"] = 0
+    if not own_set and recipe.data.binarize == "dynamic" and is_binarized(load_manifest(root)):
+        settings["data"]["binarize"] = "fixed"
+        log.info("%s is binarized already: measured as it is (fixed), not by dynamic binarization", root)
     settings["validation"] |= {
         "split": options.split,
         "images": options.images,
@@ -176,6 +187,15 @@ def evaluation_recipe(recipe: Recipe, root: str | None, options: Options, batch_
         "importance_samples": options.importance_samples,
     }
     return build(Recipe, settings)
+
+
+def check_binarizations(options: Options, recipe: Recipe) -> None:
+    """Raises ValueError for several binarizations of images that are not binarized at random."""
+    if options.binarizations > 1 and recipe.data.binarize != "dynamic":
+        raise ValueError(
+            f"--binarizations {options.binarizations}: the images of {recipe.data.root} are not binarized at random "
+            f"(data.binarize is {recipe.data.binarize}); omit the option"
+        )
 
 
 def check_held_out(trained: TrainedModel, data: RunData) -> None:

@@ -31,7 +31,8 @@ FORMER = "evaluation_*.json"
 MAX_BYTES = 4 * 2**20
 QUESTION = (
     "metrics", "step", "weights_sha256", "split", "images", "split_images", "fingerprint", "holdout",
-    "importance_samples", "per_class", "temperature", "classifier_digest", "seed", "precision",
+    "importance_samples", "binarize", "binarizations", "per_class", "temperature", "classifier_digest", "seed",
+    "precision",
     "samples", "decoder", "rounding", "resize", "kid_subsets", "kid_subset_size", "feature_weights_sha256",
 )  # fmt: skip
 """The entries of a report, and of its `data`, that say what was measured: equal ones are one question."""
@@ -63,7 +64,7 @@ def describe_measurement(
         "condition": trained.recipe.condition and trained.recipe.condition.model_dump(mode="json"),
     }
     if "split" in used:
-        report |= describe_data(measurement, int(figures.get("skipped_samples", 0)))
+        report |= describe_data(measurement, used, int(figures.get("skipped_samples", 0)))
     if "classifier" in used:
         digest = f"{classifier_digest(options.classifier):016x}"
         report |= {"classifier": str(options.classifier), "classifier_digest": digest}
@@ -91,8 +92,9 @@ def option_names() -> list[str]:
     return [field.name for field in fields(Options)]
 
 
-def describe_data(measurement: Measurement, skipped: int) -> dict[str, Any]:
-    """The split, and how many images of it were measured."""
+def describe_data(measurement: Measurement, used: set[str], skipped: int) -> dict[str, Any]:
+    """The split, and how many images of it were measured. `used`: the options of the metrics."""
+    binarizations = measurement.options.binarizations if "binarizations" in used else 1
     recipe, shards = measurement.data.recipe, measurement.data.held_out
     size = len(shards)
     return {
@@ -107,7 +109,7 @@ def describe_data(measurement: Measurement, skipped: int) -> dict[str, Any]:
             "binarize": recipe.data.binarize,
             "binarization_seed": recipe.train.seed if recipe.data.binarize == "dynamic" else None,
             "bits": recipe.data.bits,
-            "pixels_sha256": measurement.data.held_out_sha256(),
+            "pixels_sha256": measurement.data.held_out_sha256(binarizations),
         },
         "split_images": size,
         "images": min(recipe.validation.images or size, size) - skipped,
@@ -120,6 +122,8 @@ def file_stem(report: dict[str, Any], training_seed: int) -> str:
     words = [*report["metrics"], *([data["split"]] if data else []), f"step_{report['step']:08d}"]
     if report.get("importance_samples"):
         words.append(f"importance_{report['importance_samples']}")
+    if report.get("binarizations", 1) > 1:
+        words.append(f"binarizations_{report['binarizations']}")
     if data and report["images"] + int(figures.get("skipped_samples", 0)) < report["split_images"]:
         words.append(f"images_{report['images']}")
     if "per_class" in report:

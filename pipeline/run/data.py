@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.data.device_copies import on_device
 from pipeline.data.holdout import SPLIT, check_holdout, describe_holdout, open_split
-from pipeline.data.loader import Batch, build_eval_loader, build_train_loader, check_data
+from pipeline.data.loader import Batch, build_eval_loader, build_train_loader, check_binarization, check_data
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Preprocess, to_model_input
 from pipeline.data.remote import check_address, default_cache, fetch_manifest, fetch_set, is_address
@@ -38,6 +38,7 @@ class RunData:
 
     def __init__(self, recipe: Recipe, runtime: Runtime, progress: bool = False):
         self.recipe = recipe
+        self._pixel_hashes: dict[int, str] = {}
         self._shows_progress = progress and runtime.is_main
         self.runtime = runtime
         config = recipe.data
@@ -117,8 +118,13 @@ class RunData:
 
     def held_out_sha256(self, binarizations: int = 1) -> str:
         """Of the uint8 pixels (N, C, H, W) of the validation images, binarized as for the model and without padding;
-        one binarization after the other. Reads them on this rank alone, without those that are unreadable.
+        one binarization after the other. Reads them once, on this rank alone, without those that are unreadable.
         """
+        if binarizations not in self._pixel_hashes:
+            self._pixel_hashes[binarizations] = self._hash_pixels(binarizations)
+        return self._pixel_hashes[binarizations]
+
+    def _hash_pixels(self, binarizations: int) -> str:
         config, digest = self.recipe.data, hashlib.sha256()
         plain = Preprocess(self.recipe.train.seed, binarize=config.binarize)
         for epoch in range(binarizations):
@@ -177,6 +183,7 @@ def check_set(recipe: Recipe, manifest: Manifest, place: str) -> None:
     if len(set(splits.values())) > 1 or recipe.data.holdout:  # evaluate.py opens one split, which no setting names
         manifests.check_splits(manifest, place, splits)
     check_data(recipe.data, manifest["image"], place)
+    check_binarization(recipe.data, manifest, place)
     if recipe.condition is not None:
         recipe.condition.check(manifest["classes"], manifest["attributes"])
 

@@ -15,6 +15,8 @@ from tests.helpers.recipes import tiny_settings
 from tests.helpers.shard_sets import random_samples, write_set
 from tests.helpers.trained_runs import make_judge, make_run
 
+OLD = Path(__file__).parents[1] / "old_runs"
+
 
 def settings(root: Path) -> dict:
     """A recipe that is fast to load and evaluate."""
@@ -165,6 +167,19 @@ def test_a_report_that_is_not_whole_is_refused_in_one_line(report, ask, changes,
     assert code == 2
     assert message in printed
     assert len([line for line in printed.splitlines() if "error" in line]) == 1
+
+
+def test_a_report_of_an_earlier_version_is_repeated_if_it_names_the_weights(report, ask):
+    """Yesterday's stated neither threads nor pixels nor binarizations; those before not even the weights."""
+    content = read(report)
+    for place, name in ((content, "threads"), (content, "binarizations"), (content["data"], "pixels_sha256")):
+        del place[name]
+    report.write_text(json.dumps(content))
+    code, printed = ask("--repeat", report)
+    assert code == 0, printed
+    assert "threads None, now 1" in printed
+    code, printed = ask(OLD / "nvae", "--repeat", OLD / "nvae" / "evaluation_val_step_00000008.json")
+    assert (code, "not a whole report: metrics: Field required" in printed) == (2, True)
 
 
 def test_other_noise_is_compared_by_standard_errors():
