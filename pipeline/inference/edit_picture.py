@@ -139,8 +139,8 @@ def _edited(
         torch.cat([subject.image, _reconstruction(trained, subject), to_uint8(edited)])
         for subject, edited in zip(subjects, edits, strict=True)
     ]
-    columns = ["original", "0 (reconstr.)", *(f"{strength:g}" for strength in strengths.tolist())]
-    return LabeledImages(torch.cat(rows), Labels(columns))
+    columns = ["original", "recon-\nstruction", *(f"{strength:.3g}" for strength in strengths.tolist())]
+    return LabeledImages(torch.cat(rows), Labels(columns, caption=f"{', '.join(request.edits)}, by strength"))
 
 
 def _interpolated(trained: TrainedModel, subjects: list[Subject], steps: int) -> LabeledImages:
@@ -148,7 +148,7 @@ def _interpolated(trained: TrainedModel, subjects: list[Subject], steps: int) ->
     start, end = subjects
     paths = editing.interpolate(trained, start, end, steps)
     rows = [torch.cat([start.image, to_uint8(path), end.image]) for path in paths]
-    columns = ["original", *(f"{weight:.2g}" for weight in torch.linspace(0, 1, steps).tolist()), "original"]
+    columns = ["original", *(f"{weight:.3g}" for weight in torch.linspace(0, 1, steps).tolist()), "original"]
     return LabeledImages(torch.cat(rows), Labels(columns, ["linear", "spherical"]))
 
 

@@ -9,6 +9,7 @@ components of e over the images.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,6 +17,9 @@ from pipeline.data.shards import TarShards
 from pipeline.inference.editing import sample_conditions
 from pipeline.inference.passes import IMAGES_PER_PASS
 from pipeline.inference.trained import TrainedModel
+
+ELEMENTS = 4096
+"""Of each row that are converted to float64 at a time."""
 
 
 class PrincipalDirections(NamedTuple):
@@ -44,19 +48,36 @@ def group_noise(trained: TrainedModel, shards: TarShards, group: int, count: int
 def principal_directions(rows: Tensor, count: int) -> PrincipalDirections:
     """The first `count` principal components of rows (n, ...).
 
-    Raises ValueError if there are not so many: at most n - 1, and as many as the rows have elements. Memory: 16 bytes
-    for each element of the rows.
+    Raises ValueError if there are not so many: at most n - 1, and as many as a row has elements. Products are summed in
+    float64. Beside a copy of the rows, memory is needed for a square matrix of the smaller of n and a row's elements.
     """
-    centered = rows.flatten(1).double()
-    centered = centered - centered.mean(0)
+    centered = rows.flatten(1)
+    centered = centered - centered.double().mean(0).to(rows.dtype)  # (n, d)
     most = min(len(rows) - 1, centered.shape[1])
     if count > most:
         raise ValueError(f"--directions {count}: {len(rows)} images have at most {most}; read more with --images")
-    _, singular, directions = torch.linalg.svd(centered, full_matrices=False)
-    variances = singular.square() / (len(rows) - 1)
-    if not variances.sum() > 0:
+    values, vectors, total = _eigenvectors(centered, count)
+    if not total > 0:
         raise ValueError("the group's posterior is its prior for all images; it has no directions")
-    directions = directions[:count]
+    directions = F.normalize(vectors, dim=1)
     signs = directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
-    shares = variances[:count] / variances.sum()
-    return PrincipalDirections((signs * directions).view(count, *rows.shape[1:]), variances[:count].sqrt(), shares)
+    directions = (signs * directions).view(count, *rows.shape[1:])
+    return PrincipalDirections(directions, (values / (len(rows) - 1)).sqrt(), values / total)
+
+
+def _eigenvectors(centered: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of X^T X, for X (n, d): the `count` largest eigenvalues, their vectors (count, d) of any length, and the trace.
+
+    Where rows are few, from those of X X^T: if X X^T v = s v, then X^T v is an eigenvector of X^T X for s.
+    """
+    parts = centered.split(ELEMENTS, dim=1)
+    few_rows = len(centered) <= centered.shape[1]
+    if few_rows:
+        products = sum(part.double() @ part.double().T for part in parts)
+    else:
+        products = centered.double().T @ centered.double()
+    values, vectors = torch.linalg.eigh(products)  # ascending
+    values, vectors = values.flip(0)[:count].clamp(min=0), vectors.flip(1)[:, :count].T  # (count, n or d)
+    if few_rows:
+        vectors = torch.cat([vectors @ part.double() for part in parts], dim=1)
+    return values, vectors, products.trace()

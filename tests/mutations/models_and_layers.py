@@ -4,6 +4,27 @@ from tests.mutations.mutation import Mutation
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
+        "the temperature of the first group is that of all",
+        "pipeline/models/nvae.py",
+        "condition), temperatures[k])",
+        "condition), temperatures[0])",
+        ("tests/models/test_nvae_restatement.py",),
+    ),
+    Mutation(
+        "latents that are given are not used",
+        "pipeline/models/vector_vae.py",
+        "latents = list(given) or [noise[0] * scale]",
+        "latents = [noise[0] * scale]",
+        ("tests/models/test_models.py",),
+    ),
+    Mutation(
+        "the noise of latents without the prior's sigma",
+        "pipeline/models/nvae.py",
+        "noise.append((latents[k] - prior.mean) / prior.sigma)",
+        "noise.append(latents[k] - prior.mean)",
+        ("tests/models/test_models.py",),
+    ),
+    Mutation(
         "shapes are not compared",
         "pipeline/models/weights.py",
         "if found.shape != expected.shape:",

@@ -133,6 +133,32 @@ def test_a_group_is_moved_along_its_principal_directions(runs, shards, tmp_path,
     assert not torch.equal(found[0, 1], found[1, 1])
 
 
+@torch.no_grad()
+def test_the_groups_of_a_model_with_one_latent_vector(shards, tmp_path):
+    """By class: the noise of a latent is the latent; the picture of no group is that of the prior's mean."""
+    settings = tiny_settings("nowhere") | {"condition": {"name": "class", "num_classes": 10}}
+    settings["model"] = {"name": "mlp_vae", "hidden": 16, "latent_size": 3, "likelihood": {"name": "normal"}}
+    settings["regularizers"] = {"strength": 0.0}
+    trained = pipeline.load(make_run(tmp_path / "run", settings), device="cpu")
+    split = TarShards(shards, "test")
+    x, labels = torch.from_numpy(split.images(range(20)).transpose(0, 3, 1, 2).copy()), split.labels(range(20))
+    z = trained.encode(x, torch.from_numpy(labels), seed=None)[0].flatten(1).double().numpy()
+    variances, vectors = np.linalg.eigh(np.cov(z.T))
+    vector = vectors[:, -1] * np.sign(vectors[np.abs(vectors[:, -1]).argmax(), -1])
+    common = [str(tmp_path / "run"), "--data", str(shards), "--key", "4", "--device", "cpu"]
+    words = ["--traverse", "1x1", "--images", "20", "--directions", "1", "--strength=-1,2"]
+    assert main([*common, *words, "--out", str(tmp_path / "moved.png")]) == 0
+    (row,) = tiles(tmp_path / "moved.png", 3)
+    for tile, strength in zip(row[1:], (-1, 2), strict=True):
+        moved = torch.from_numpy(z[4] + strength * variances[-1] ** 0.5 * vector).float().view(1, 3, 1, 1)
+        near(tile, to_uint8(trained.decode([moved], int(labels[4])))[0])
+    assert main([*common, "--keep-groups", "--out", str(tmp_path / "kept.png")]) == 0
+    (row,) = tiles(tmp_path / "kept.png", 3)
+    for tile, latent in zip(row[1:], (np.zeros(3), z[4]), strict=True):
+        latents = [torch.from_numpy(latent).float().view(1, 3, 1, 1)]
+        near(tile, to_uint8(trained.decode(latents, int(labels[4])))[0])
+
+
 # ---------------------------------------------------------------------------------------------------------- animations
 
 
