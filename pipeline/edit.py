@@ -48,35 +48,60 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add_pictures(parser.add_argument_group("pictures"))
+    add_edits(parser.add_argument_group("attributes and classes"))
+    add_interpolation(parser.add_argument_group("interpolation"))
+    add_latent_groups(parser.add_argument_group("latent groups"))
+    return parser
+
+
+def add_pictures(options: argparse._ArgumentGroup) -> None:
+    """What is edited, by which model, and where the result goes."""
+    add = options.add_argument
     add("location", metavar="MODEL", help=HELP)
     add("--image", metavar="FILE", type=Path, nargs="+", default=[], help="pictures to edit")
     add("--key", metavar="KEY", nargs="+", default=[], help="samples of --data to edit, by key or number")
-    add("--data", metavar="DIR", help="shard set: of --key, of the mean differences, and of --traverse")
-    add("--split", default="test", help="split of --data (default test)")
-    add("--set", metavar="NAME=1|CLASS", action="append", default=[], help="attribute (1 or 0), or class, to change to")
     known = "known attributes, or class, of the pictures of --image; the rest is inferred"
     add("--known", metavar="NAME=1,...|CLASS", action="append", default=[], help=known)
-    strength = "how much of the edit: a number, 0,0.5,1 or 0..1 (default 1; of --traverse -3..3)"
-    add("--strength", metavar="S", help=strength)
-    add("--steps", metavar="N", type=int, default=7, help="of a range of strengths, or of --interpolate (default 7)")
-    add("--interpolate", action="store_true", help="between two pictures: linear above, spherical below")
-    add("--gif", action="store_true", help="also write the spherical interpolation as a GIF, forth and back")
-    add("--webp", action="store_true", help="the same as a lossless WebP; --out FILE.gif or FILE.webp means it too")
-    add("--frames", metavar="N", type=int, default=25, help="of the animation, from one end to the other (default 25)")
-    kept = "numbers of first groups, resolutions (8x8: all groups up to it) or names of groups (default: each number)"
-    add("--keep-groups", metavar="K", nargs="*", help=kept)
-    add("--traverse", metavar="GROUP", help="name of the latent group to move, such as 8x8_group03")
-    add("--directions", metavar="D", type=int, default=4, help="principal directions of --traverse (default 4)")
-    temperature = "of groups that follow from their priors: a number, or by resolution as 4x4=1.0,8x8=0.7 (default: 0 "
-    add("--temperature", metavar="T", help=temperature + "with --keep-groups, 1 with --traverse)")
-    add("--seed", type=int, default=0, help="of the noise of --keep-groups (default 0)")
-    images = "of --data, for the mean differences and --traverse (default 2000)"
+    data = "shard set: of --key, of the mean differences of --set, and of the directions of --traverse"
+    add("--data", metavar="DIR", help=data)
+    add("--split", default="test", help="split of --data (default test)")
+    images = "of --data, for the mean differences and the directions (default 2000)"
     add("--images", metavar="N", type=int, default=2000, help=images)
     add("--checkpoint", default="latest", help="latest (default), best by validation, a step, or a checkpoint's folder")
     add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     add("--out", metavar="FILE.png", type=Path, help="the picture (default: in MODEL/edited)")
-    return parser
+
+
+def add_edits(options: argparse._ArgumentGroup) -> None:
+    """Of --set; --strength and --steps are of --traverse too."""
+    add = options.add_argument
+    add("--set", metavar="NAME=1|CLASS", action="append", default=[], help="attribute (1 or 0), or class, to change to")
+    strength = "how much of the edit: a number, 0,0.5,1 or 0..1 (default 1; of --traverse -3..3)"
+    add("--strength", metavar="S", help=strength)
+    add("--steps", metavar="N", type=int, default=7, help="of a range of strengths, or of --interpolate (default 7)")
+
+
+def add_interpolation(options: argparse._ArgumentGroup) -> None:
+    """Of --interpolate."""
+    add = options.add_argument
+    add("--interpolate", action="store_true", help="between two pictures: linear above, spherical below")
+    add("--gif", action="store_true", help="also write the spherical interpolation as a GIF, forth and back")
+    add("--webp", action="store_true", help="the same as a lossless WebP; --out FILE.gif or FILE.webp means it too")
+    add("--frames", metavar="N", type=int, default=25, help="of the animation, from one end to the other (default 25)")
+
+
+def add_latent_groups(options: argparse._ArgumentGroup) -> None:
+    """Of --keep-groups and --traverse."""
+    add = options.add_argument
+    kept = "numbers of first groups, resolutions (8x8: all groups up to it) or names of groups (default: each number)"
+    add("--keep-groups", metavar="K", nargs="*", help=kept)
+    moved = "latent group to move, such as 8x8_group03: the GROUP of the metrics' kl/GROUP"
+    add("--traverse", metavar="GROUP", help=moved)
+    add("--directions", metavar="D", type=int, default=4, help="principal directions of --traverse (default 4)")
+    temperature = "of groups that follow from their priors: a number, or by resolution as 4x4=1.0,8x8=0.7 (default: 0 "
+    add("--temperature", metavar="T", help=temperature + "with --keep-groups, 1 with --traverse)")
+    add("--seed", type=int, default=0, help="of the noise of --keep-groups (default 0)")
 
 
 def main(arguments: list[str] | None = None) -> int:

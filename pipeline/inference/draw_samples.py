@@ -48,6 +48,8 @@ class Plan(NamedTuple):
     """So many of the first latent groups are the same in all samples of a row of the picture."""
     caption: str = ""
     """Of the picture."""
+    row_labels: Sequence[str] = ()
+    """Of the picture: the class of each row."""
 
 
 def plan_count(trained: TrainedModel, count: int) -> Plan:
@@ -63,7 +65,9 @@ def plan_classes(trained: TrainedModel, classes: Sequence[int] | None, per_class
         raise ValueError(f"--per-class {per_class}: must be at least 1")
     numbers = range(trained.recipe.condition.num_classes) if classes is None else classes
     labels = np.repeat(np.asarray(numbers, np.int64), per_class)
-    return Plan(len(labels), trained.condition(torch.from_numpy(labels), len(labels)), per_class, labels=labels)
+    condition = trained.condition(torch.from_numpy(labels), len(labels))
+    row_labels = [trained.classes[number] for number in numbers]
+    return Plan(len(labels), condition, per_class, labels=labels, row_labels=row_labels)
 
 
 def plan_attributes(
@@ -160,8 +164,9 @@ def picture(plan: Plan, images: np.ndarray) -> np.ndarray:
         images = images.reshape(-1, columns, *images.shape[1:])[:, :20]
         columns = images.shape[1]
         images = images.reshape(-1, *images.shape[2:])
-    grid = image_grid(torch.from_numpy(images[:MOST_SHOWN]).permute(0, 3, 1, 2), columns)
-    return labeled(grid, Labels(caption=plan.caption))
+    images = images[:MOST_SHOWN]
+    grid = image_grid(torch.from_numpy(images).permute(0, 3, 1, 2), columns)
+    return labeled(grid, Labels(rows=plan.row_labels[: -(-len(images) // columns)], caption=plan.caption))
 
 
 def save_picture(path: Path, plan: Plan, images: np.ndarray) -> None:

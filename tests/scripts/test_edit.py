@@ -14,7 +14,7 @@ from pipeline.edit import main, parse_strengths
 from pipeline.evaluation.images import to_uint8
 from pipeline.inference.editing import Subject, edit_by_condition, find_direction, find_sample, interpolate
 from pipeline.inference.latents import spherical
-from tests.helpers.edit_pictures import near, pixels, tiles
+from tests.helpers.grids import near, pixels, tiles
 from tests.helpers.recipes import tiny_settings
 from tests.helpers.shard_sets import random_samples, write_set
 from tests.helpers.trained_runs import make_run

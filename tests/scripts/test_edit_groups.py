@@ -15,7 +15,7 @@ from pipeline.evaluation.images import to_uint8
 from pipeline.inference.editing import Subject
 from pipeline.inference.group_pictures import find_directions, traversed
 from pipeline.models.noise import draw_noise
-from tests.helpers.edit_pictures import near, tiles
+from tests.helpers.grids import near, tiles
 from tests.helpers.recipes import tiny_settings
 from tests.helpers.shard_sets import random_samples, write_set
 from tests.helpers.trained_runs import make_run

@@ -1,4 +1,4 @@
-"""The pictures that edit.py writes, taken apart."""
+"""The pictures that sample.py and edit.py write, taken apart."""
 
 from pathlib import Path
 
