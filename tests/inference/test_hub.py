@@ -1,5 +1,6 @@
 """Push to and pull from the Hugging Face Hub, against a stand-in for it; each way in which it can refuse."""
 
+import json
 import logging
 import shutil
 import socket
@@ -11,6 +12,7 @@ import torch
 from huggingface_hub import constants
 
 import pipeline
+from pipeline import evaluate, sample
 from pipeline.inference.export_run import push_folder
 from pipeline.inference.hub import LIMITS, Repository, parse_repository, pull, push
 from pipeline.inference.locations import find_model
@@ -19,6 +21,7 @@ from pipeline.storage.checkpoint import Checkpoints
 from tests.helpers.hub_server import TOKEN, HubServer, StoredRepository, use_hub
 from tests.helpers.launching import ROOT
 from tests.helpers.recipes import tiny_settings
+from tests.helpers.shard_sets import random_samples, write_set
 from tests.helpers.trained_runs import make_run
 
 NAME = "alice/faces"
@@ -79,6 +82,20 @@ def test_a_model_is_loaded_from_the_hub_and_the_revision_is_pinned(hub, stored, 
     assert pipeline.load(found.place).place == found.place
     with pytest.raises(ValueError, match="holds no model of this project: no meta.json and no model.safetensors"):
         pipeline.load(f"hf-hub:{NAME}")
+
+
+def test_the_tools_take_a_model_of_the_hub_and_write_into_the_current_folder(
+    hub, stored, tmp_path, monkeypatch, make_runtime
+):
+    monkeypatch.chdir(tmp_path)
+    shards = write_set(tmp_path / "set", {"test": random_samples(3, 16, 16)}, [3])
+    make_runtime()
+    assert sample.main([f"hf-hub:{NAME}@main", "--count", "1"]) == 0
+    assert evaluate.main([f"hf-hub:{NAME}", "--data", str(shards), "--threads", "1"]) == 0
+    (report,) = (tmp_path / "alice--faces/evaluations").iterdir()
+    assert json.loads(report.read_text())["checkpoint"] == f"hf-hub:{NAME}@{stored.refs['main']}"
+    assert [path.suffix for path in (tmp_path / "alice--faces/samples").iterdir()] == [".png"]
+    assert evaluate.main([f"hf-hub:{NAME}", "--checkpoint", "best", "--data", str(shards), "--threads", "1"]) == 2
 
 
 def test_only_the_files_of_a_model_folder_are_taken(hub, stored):

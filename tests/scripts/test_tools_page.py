@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import convert, edit, evaluate, sample
+from pipeline import convert, edit, evaluate, export, sample
 
 ROOT = Path(__file__).parents[2]
-TOOLS = {"evaluate.py": evaluate, "sample.py": sample, "edit.py": edit, "convert.py": convert}
+TOOLS = {"evaluate.py": evaluate, "sample.py": sample, "edit.py": edit, "convert.py": convert, "export.py": export}
 TEXTS = [(ROOT / "docs/tools.md").read_text(), *(tool.__doc__ for tool in TOOLS.values())]
-SHOWN = re.compile(r"^.*pipeline/\w+\.py (?:runs/|--from|--to).*$", re.M)
+SHOWN = re.compile(r"^.*pipeline/\w+\.py (?:runs/|models/|hf-hub:|--from|--to).*$", re.M)
 COMMANDS = sorted({line.strip() for text in TEXTS for line in SHOWN.findall(text)})
 
 
@@ -25,6 +25,8 @@ def test_a_command_that_is_shown_can_be_typed(command):
     place = next(i for i, word in enumerate(words) if word.removeprefix("pipeline/") in TOOLS)
     tool = TOOLS[words[place].removeprefix("pipeline/")]
     parsed = tool.build_parser().parse_args(words[place + 1 :])
+    if tool is export and "models/" not in parsed.location:
+        export.check_arguments(parsed)
     if tool is edit:
         edit.check_arguments(parsed)
         edit.parse_strengths(parsed.strength or "1", parsed.steps)
