@@ -363,6 +363,7 @@ def test_a_run_with_a_moving_average_needs_a_choice(kept, tmp_path):
             "model.likelihood",
         ),
         ({"model": {"groups_per_scale": [1, 5]}}, "model.groups_per_scale"),
+        ({"data": {"pad": 2, "size": 28}}, "data.pad"),
     ],
 )
 def test_what_the_format_has_no_place_for_is_refused_by_name(sections, message, tmp_path):
@@ -370,6 +371,13 @@ def test_what_the_format_has_no_place_for_is_refused_by_name(sections, message, 
     with pytest.raises(ValueError, match=f"cannot be written in the release's format: .*{message}"):
         write_release(tmp_path / "x.pt", read_folder(tmp_path / "run" / "checkpoints" / "step_00000007"))
     assert os.listdir(tmp_path) == ["run"]
+
+
+def test_another_model_is_refused_by_name(tmp_path):
+    settings = run_settings() | {"model": {"name": "mlp_vae", "hidden": 8, "latent_size": 2}}
+    make_run(tmp_path / "run", settings | {"regularizers": {"strength": 0}})
+    with pytest.raises(ValueError, match="model.name=mlp_vae; it has only NVAE"):
+        write_release(tmp_path / "x.pt", read_folder(tmp_path / "run" / "checkpoints" / "step_00000007"))
 
 
 def test_a_choice_of_weights_that_are_not_there_is_refused(tmp_path):

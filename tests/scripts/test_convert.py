@@ -11,6 +11,7 @@ import torch
 
 import pipeline
 from pipeline import convert, evaluate, export
+from pipeline.inference import export_run
 from pipeline.models.noise import draw_noise
 from tests.helpers import golden
 from tests.helpers.golden import close
@@ -97,8 +98,10 @@ def test_batch_norm_for_a_temperature_is_saved_with_the_folder(file, folder, tmp
     assert "Batch norm" not in (folder / "README.md").read_text()
 
 
-def test_a_folder_that_is_exported_again_keeps_license_and_statistics(folder, tmp_path):
-    """export.py re-estimates in the same manner as convert.py, and its picture is of that temperature."""
+def test_a_folder_that_is_exported_again_keeps_license_and_statistics(folder, tmp_path, monkeypatch):
+    """export.py re-estimates in the same manner as convert.py, and its picture is of that temperature. The figures of
+    the weights before are not those of the new ones."""
+    monkeypatch.setattr(export_run, "reports_of", lambda *_: {"of_the_weights_before.json": {"figures": {"bpd": 1.0}}})
     words = ["--readjust", "2", "--temperature", "0.6", "--batch-size", "3", "--seed", "4"]
     assert export.main([str(folder), "--out", str(tmp_path / "one"), "--picture", "yes", *words]) == 0
     assert export.main([str(tmp_path / "one"), "--out", str(tmp_path / "two"), "--picture", "no"]) == 0
@@ -111,7 +114,9 @@ def test_a_folder_that_is_exported_again_keeps_license_and_statistics(folder, tm
         card = (tmp_path / name / "README.md").read_text()
         assert "license_name: nvlabs-nvae-non-commercial" in card
         assert "samples at temperature `0.6`" in card
-    assert "Samples of the prior at temperature 0.6" in (tmp_path / "one" / "README.md").read_text()
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert "Samples of the prior at temperature 0.6" in card
+    assert "No evaluation of these weights was at hand." in card
 
 
 def test_export_readjusts_only_what_it_writes(folder, capsys):
