@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = {
-    "launch train evaluate sample edit convert export train_classifier status": 7,  # the commands
-    "inference": 6,
+    "launch train evaluate sample edit convert export train_classifier status report": 7,  # the commands
+    "inference reporting": 6,
     "run": 5,
     "recipe": 4,
     "evaluation training": 3,
@@ -25,7 +25,19 @@ FLOORS = {
 named here may not stand at the top of pipeline/."""
 
 FLOOR = {name: floor for names, floor in FLOORS.items() for name in names.split()}
-FOLDERS = {"inference", "run", "evaluation", "training", "data", "models", "tracking", "nn", "storage", "distributed"}
+FOLDERS = {
+    "inference",
+    "reporting",
+    "run",
+    "evaluation",
+    "training",
+    "data",
+    "models",
+    "tracking",
+    "nn",
+    "storage",
+    "distributed",
+}
 
 DOORS = {
     "wandb": {"pipeline/tracking/wandb_run.py"},
@@ -90,8 +102,8 @@ def test_few_places_depend_on_each_other():
                 (start, room(name)) for name in imports(path) if name.split(".")[0] in ("pipeline", "shard_data")
             }
     arrows = {(start, end) for start, end in arrows if start != end and end != "pipeline"}
-    assert len({place for arrow in arrows for place in arrow}) <= 26
-    assert len(arrows) <= 88
+    assert len({place for arrow in arrows for place in arrow}) <= 27
+    assert len(arrows) <= 94
 
 
 def room(module: str) -> str:
@@ -120,6 +132,7 @@ FORMAT = {
     "data": {"errors", "fetch", "file_lock", "files", "manifest", "progress"},
     "run": {"manifest", "progress"},
     "inference": {"fetch", "file_lock", "files", "manifest", "progress"},
+    "reporting": {"errors", "files", "info", "manifest"},
     "storage": {"file_lock", "files", "progress"},
     "distributed": {"progress"},
     "cli": {"progress"},

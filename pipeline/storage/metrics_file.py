@@ -88,12 +88,17 @@ def read_records(path: Path) -> Iterator[dict[str, int | float]]:
 
     Lines that are no records, and values that are no numbers, are skipped. Raises OSError for a symbolic link.
     """
-    for line in read_lines(path):
-        if len(line) <= MAX_RECORD and (record := parse(line)):
-            numbers = {key: number for key, value in record.items() if (number := _number(value)) is not None}
-            written = numbers.get("time", 0.0)
-            numbers["time"] = written if math.isfinite(written) else 0.0
-            yield numbers
+    yield from (record for line in read_lines(path) if (record := read_record(line)) is not None)
+
+
+def read_record(line: bytes) -> dict[str, int | float] | None:
+    """The numbers of one line; None for a line that is no record."""
+    if len(line) > MAX_RECORD or not (record := parse(line)):
+        return None
+    numbers = {key: number for key, value in record.items() if (number := _number(value)) is not None}
+    written = numbers.get("time", 0.0)
+    numbers["time"] = written if math.isfinite(written) else 0.0
+    return numbers
 
 
 def read_lines(path: Path) -> Iterator[bytes]:

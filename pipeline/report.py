@@ -1,0 +1,50 @@
+"""Writes a page on one run, or several compared: curves, latent groups, pictures, evaluations, settings, data.
+
+    python pipeline/report.py runs/nvae
+    python pipeline/report.py runs/nvae runs/nvae-2 --out compared.html
+
+RUN is a folder of pipeline/train.py, also one that is being trained. The page is one HTML file: it needs no network and
+no server, and can be sent by e-mail. Curves are thinned to what a screen shows, without losing extremes, and pictures
+evenly over the steps; the page says how far. What a folder lacks is named on the page, and the rest is shown.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+# A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pipeline.cli import run_tool  # noqa: E402
+from pipeline.reporting.write_report import write_report  # noqa: E402
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="report.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("runs", metavar="RUN", nargs="+", type=Path, help="run folder of pipeline/train.py; several are compared")
+    add(
+        "--out",
+        metavar="FILE.html",
+        type=Path,
+        help="the page (default: RUN/report.html; of several runs, report.html)",
+    )
+    add("--contact-sheet", action="store_true", help="show the first pictures of the data set also if they show people")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: see run_tool."""
+    parsed = build_parser().parse_args(arguments)
+    out = parsed.out or (parsed.runs[0] if len(parsed.runs) == 1 else Path()) / "report.html"
+    return run_tool(lambda: write_report(parsed.runs, out, parsed.contact_sheet))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

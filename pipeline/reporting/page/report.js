@@ -1,0 +1,446 @@
+(() => {
+  "use strict";
+  const page = JSON.parse(document.getElementById("drawn").textContent);
+  const several = page.runs.length > 1;
+  const find = (selector, inside = document) => inside.querySelector(selector);
+  const findAll = (selector, inside = document) => [...inside.querySelectorAll(selector)];
+  const state = { smoothing: 0, log: false, zoom: null, hidden: new Set() };
+
+  function make(tag, className = "", text = "") {
+    const element = document.createElement(tag);
+    if (className) element.className = className;
+    if (text) element.textContent = text; // never as HTML: it may come from a run
+    return element;
+  }
+
+  // ---- numbers and colors
+
+  const minus = (text) => text.replace("-", "\u2212");
+  const whole = (value) => minus(Math.round(value).toLocaleString("en-US"));
+  function precise(value) {
+    if (value == null) return "\u2013";
+    if (value === 0) return "0";
+    const size = Math.abs(value);
+    if (size < 1e-4 || size >= 1e7) return minus(value.toExponential(2));
+    const digits = Number.isInteger(value) || size < 1 ? 1 : 4;
+    return minus(value.toLocaleString("en-US", { minimumSignificantDigits: digits, maximumSignificantDigits: 4 }));
+  }
+  function compact(value) {
+    if (value === 0) return "0";
+    const size = Math.abs(value);
+    if (size < 1e-3) return minus(value.toExponential(0));
+    return minus(value.toLocaleString("en-US", { notation: "compact", maximumSignificantDigits: 3 }));
+  }
+
+  const probe = make("span");
+  probe.hidden = true;
+  document.body.append(probe);
+  /** The color of a style variable in the present theme. */
+  function color(name) {
+    probe.style.color = `var(--${name})`;
+    return getComputedStyle(probe).color;
+  }
+  const translucent = (rgb, alpha) => rgb.replace(/^rgb\(/, "rgba(").replace(/\)$/, `, ${alpha})`);
+  const runColor = (run) => `run-${run % 12}`;
+  const isDark = () => {
+    const chosen = document.documentElement.dataset.theme;
+    return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  };
+
+  // ---- curves
+
+  const lastStep = Math.max(1, ...page.runs.flatMap((run) => Object.values(run.curves).map(([steps]) => steps.at(-1) ?? 0)));
+  const splitOf = (key) => (key.startsWith("val/") ? "validation" : "training");
+  const nameOf = (chart, key) => {
+    const rest = key.slice(key.indexOf("/") + 1);
+    return chart.keys.filter((other) => splitOf(other) === splitOf(key)).length > 1 ? `${splitOf(key)} ${rest}` : splitOf(key);
+  };
+  const DASHES = { 0: [], 1: [7, 4], 2: [2, 3] };
+
+  /** Moving average whose weight falls by `share` for each point, without a bias to the first one. */
+  function smooth(values, share) {
+    let sum = 0;
+    let weight = 0;
+    return values.map((value) => {
+      sum = share * sum + (1 - share) * value;
+      weight = share * weight + (1 - share);
+      return sum / weight;
+    });
+  }
+
+  /** The lines of a chart: one for each run and key. */
+  function linesOf(chart) {
+    return page.runs.flatMap((run, number) =>
+      chart.keys.flatMap((key, place) =>
+        run.curves[key] ? [{ run: number, key, place, steps: run.curves[key][0], values: run.curves[key][1] }] : [],
+      ),
+    );
+  }
+
+  class ChartCard {
+    constructor(chart, parent) {
+      this.chart = chart;
+      this.lines = linesOf(chart);
+      this.card = make("div", "card");
+      const head = make("div", "card-head");
+      const title = make("b", "", chart.title);
+      if (chart.unit) title.append(make("span", "unit", chart.unit));
+      this.readout = make("div", "readout");
+      head.append(title, this.readout);
+      this.place = make("div", "plot");
+      this.card.append(head, this.place);
+      parent.append(this.card);
+      this.draw();
+    }
+
+    /** Smoothed values stand before the given ones, so that series 2i + 1 are smooth and 2i + 2 are as logged. */
+    table() {
+      const tables = this.lines.flatMap(({ steps, values }) => [
+        [steps, smooth(values, state.smoothing)],
+        [steps, values],
+      ]);
+      return uPlot.join(tables);
+    }
+
+    colorOf(line) {
+      return color(several ? runColor(line.run) : runColor(line.place));
+    }
+
+    series() {
+      return this.lines.flatMap((line) => {
+        const stroke = this.colorOf(line);
+        const points = { show: line.steps.length < 40 && line.key.startsWith("val/"), size: 5, fill: stroke };
+        const base = { spanGaps: true, show: !state.hidden.has(line.run), dash: several ? DASHES[line.place] : [] };
+        const single = line.steps.length === 1;
+        return [
+          { ...base, stroke, width: 1.6, points: single ? { show: true, size: 6, fill: stroke } : points },
+          { ...base, stroke: translucent(stroke, 0.28), width: 1, points: { show: false }, show: base.show && state.smoothing > 0 },
+        ];
+      });
+    }
+
+    draw() {
+      this.plot?.destroy();
+      const positive = this.lines.every(({ values }) => values.every((value) => value > 0));
+      const axis = { stroke: color("quiet"), font: "11px system-ui, sans-serif", ticks: { show: false } };
+      const grid = { stroke: color("line"), width: 1 };
+      const options = {
+        width: Math.max(200, this.place.clientWidth),
+        height: 190,
+        legend: { show: false },
+        padding: [6, 10, 0, 0],
+        scales: {
+          x: { time: false, range: () => state.zoom ?? [0, lastStep] },
+          y: { distr: state.log ? (positive ? 3 : 4) : 1 },
+        },
+        axes: [
+          { ...axis, grid: { show: false }, values: (u, splits) => splits.map((value) => value == null ? null : compact(value)), space: 60, size: 20, gap: 4 },
+          { ...axis, grid, values: (u, splits) => splits.map((value) => value == null ? null : compact(value)), space: 34, size: 52, gap: 6 },
+        ],
+        series: [{}, ...this.series()],
+        cursor: {
+          sync: { key: "steps", setSeries: false },
+          drag: { x: true, y: false, setScale: false },
+          y: false,
+          points: { show: false },
+          bind: { dblclick: () => () => { zoomTo(null); return null; } },
+        },
+        hooks: {
+          setSelect: [(u) => this.selected(u)],
+          setCursor: [(u) => this.read(u.cursor.idx)],
+          drawAxes: [(u) => this.drawRestarts(u)],
+        },
+      };
+      this.plot = new uPlot(options, this.table(), this.place);
+      this.read(null);
+    }
+
+    selected(u) {
+      const { left, width } = u.select;
+      if (width > 4) zoomTo([u.posToVal(left, "x"), u.posToVal(left + width, "x")]);
+      if (width) u.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
+    }
+
+    /** A dashed line where an attempt after the first one begins. */
+    drawRestarts(u) {
+      const { ctx, bbox } = u;
+      ctx.save();
+      ctx.beginPath();
+      ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
+      ctx.clip();
+      ctx.setLineDash([4, 4]);
+      page.runs.forEach((run, number) => {
+        if (state.hidden.has(number)) return;
+        ctx.strokeStyle = translucent(color(several ? runColor(number) : "quiet"), 0.7);
+        ctx.lineWidth = devicePixelRatio;
+        for (const { step } of run.restarts) {
+          const x = Math.round(u.valToPos(step, "x", true));
+          ctx.beginPath();
+          ctx.moveTo(x, bbox.top);
+          ctx.lineTo(x, bbox.top + bbox.height);
+          ctx.stroke();
+        }
+      });
+      ctx.restore();
+    }
+
+    /** Shows the values at a place of the table, or the last ones. */
+    read(place) {
+      this.readout.replaceChildren();
+      const steps = this.plot?.data[0] ?? [];
+      if (place != null && steps.length) this.readout.append(make("span", "", `step ${whole(steps[place])}`));
+      const order = this.lines.map((line, number) => number).sort((a, b) => this.lines[a].place - this.lines[b].place);
+      let group = this.readout;
+      let key = "";
+      for (const number of order) {
+        const line = this.lines[number];
+        if (state.hidden.has(line.run)) continue;
+        if (several && line.key !== key) {
+          group = make("div", "group");
+          this.readout.append(group);
+          if (this.chart.keys.length > 1) group.append(make("span", "", nameOf(this.chart, line.key)));
+          key = line.key;
+        }
+        const values = this.plot?.data[2 * number + 1] ?? [];
+        let at = place ?? values.length - 1;
+        while (at >= 0 && values[at] == null) at -= 1;
+        const item = make("span");
+        const dot = make("i", "dot");
+        dot.style.background = `var(--${several ? runColor(line.run) : runColor(line.place)})`;
+        item.append(dot);
+        if (!several && this.chart.keys.length > 1) item.append(`${nameOf(this.chart, line.key)} `);
+        item.append(make("strong", "", precise(values[at])));
+        group.append(item);
+      }
+    }
+
+    update() {
+      this.plot.setData(this.table());
+      this.read(null);
+    }
+
+    resize() {
+      const width = Math.max(200, this.place.clientWidth);
+      if (width !== this.plot.width) this.plot.setSize({ width, height: 190 });
+    }
+  }
+
+  const cards = [];
+  for (const chart of page.charts) {
+    const parent = findAll(".charts").find((element) => element.dataset.section === chart.section);
+    cards.push(new ChartCard(chart, parent));
+  }
+
+  function zoomTo(range) {
+    state.zoom = range;
+    for (const card of cards) card.plot.setScale("x", { min: range?.[0] ?? 0, max: range?.[1] ?? lastStep });
+    const share = range === null ? 1 : range[1] === lastStep ? 1 - range[0] / lastStep : 0;
+    for (const button of findAll(".ranges button")) {
+      button.setAttribute("aria-pressed", String(Math.abs(Number(button.dataset.range) - share) < 1e-9));
+    }
+  }
+
+  for (const button of findAll(".ranges button")) {
+    const share = Number(button.dataset.range);
+    button.addEventListener("click", () => zoomTo(share === 1 ? null : [lastStep * (1 - share), lastStep]));
+  }
+  find("#smoothing")?.addEventListener("input", (event) => {
+    const before = state.smoothing;
+    state.smoothing = Number(event.target.value);
+    find("output[for=smoothing]").textContent = event.target.value;
+    const redraw = (before > 0) !== (state.smoothing > 0);
+    for (const card of cards) redraw ? card.draw() : card.update();
+  });
+  find("#log")?.addEventListener("change", (event) => {
+    state.log = event.target.checked;
+    for (const card of cards) card.draw();
+  });
+
+  // ---- latent groups
+
+  const RAMPS = {
+    light: [[244, 246, 249], [163, 200, 232], [41, 112, 190], [10, 42, 94]],
+    dark: [[27, 34, 43], [28, 78, 128], [74, 160, 222], [220, 243, 255]],
+  };
+  function ramp(share, stops) {
+    const at = Math.min(0.9999, Math.max(0, share)) * (stops.length - 1);
+    const [from, to] = [stops[Math.floor(at)], stops[Math.floor(at) + 1]];
+    return `rgb(${from.map((value, i) => Math.round(value + (to[i] - value) * (at % 1))).join(",")})`;
+  }
+
+  class HeatMap {
+    constructor(run, title, unit, map, parent) {
+      Object.assign(this, { map, unit });
+      const sorted = map.values.flat().filter((value) => value != null).sort((a, b) => a - b);
+      this.top = sorted[Math.floor(0.98 * (sorted.length - 1))] || 1;
+      this.isCut = sorted.at(-1) > this.top * 1.001;
+      this.rowHeight = Math.max(11, Math.min(24, Math.floor(260 / map.rows.length)));
+      const card = make("div", "card");
+      card.dataset.run = run;
+      const head = make("div", "card-head");
+      const heading = make("b", "", several ? `${page.runs[run].name}: ${title}` : title);
+      if (unit) heading.append(make("span", "unit", unit));
+      this.scale = make("span", "scale");
+      this.bar = make("i");
+      this.scale.append("0", this.bar, `${this.isCut ? "\u2265 " : ""}${precise(this.top)}`);
+      this.readout = make("div", "readout");
+      head.append(heading, this.scale, this.readout);
+      this.canvas = make("canvas");
+      this.canvas.setAttribute("role", "img");
+      this.canvas.setAttribute("aria-label", `${title}, groups by steps; the newest values are in the table below`);
+      const labels = make("div", "labels");
+      for (const row of map.rows) {
+        const label = make("div", "", row.replace("_group", " \u00b7 "));
+        label.style.cssText = `height:${this.rowHeight}px;line-height:${this.rowHeight}px;font-size:${Math.min(12, this.rowHeight - 1)}px`;
+        labels.append(label);
+      }
+      const body = make("div", "map");
+      const axis = make("div", "axis");
+      for (const part of [0, 0.5, 1]) axis.append(make("span", "", compact(part * map.last)));
+      body.append(labels, this.canvas, axis);
+      card.append(head, body);
+      parent.append(card);
+      this.card = card;
+      for (const kind of ["pointermove", "pointerdown"]) this.canvas.addEventListener(kind, (event) => this.read(event));
+      this.canvas.addEventListener("pointerleave", () => this.readout.replaceChildren());
+      this.draw();
+    }
+
+    draw() {
+      const { canvas, map, rowHeight } = this;
+      const stops = RAMPS[isDark() ? "dark" : "light"];
+      this.bar.style.background = `linear-gradient(to right, ${[0, 0.25, 0.5, 0.75, 1].map((share) => ramp(Math.sqrt(share), stops)).join(",")})`;
+      const width = Math.max(80, canvas.clientWidth || canvas.parentElement.clientWidth - 90);
+      const ratio = devicePixelRatio || 1;
+      canvas.width = Math.round(width * ratio);
+      canvas.height = Math.round(rowHeight * map.rows.length * ratio);
+      canvas.style.height = `${rowHeight * map.rows.length}px`;
+      const ctx = canvas.getContext("2d");
+      const edge = (column) => Math.round((column < map.steps.length ? map.steps[column] / Math.max(1, map.last) : 1) * canvas.width);
+      map.values.forEach((values, row) => {
+        const top = Math.round(row * rowHeight * ratio);
+        const height = Math.round((row + 1) * rowHeight * ratio) - top - Math.round(ratio);
+        values.forEach((value, column) => {
+          if (value == null) return;
+          ctx.fillStyle = ramp(Math.sqrt(Math.max(0, value) / this.top), stops);
+          ctx.fillRect(edge(column), top, Math.max(1, edge(column + 1) - edge(column)), height);
+        });
+      });
+    }
+
+    read(event) {
+      const box = this.canvas.getBoundingClientRect();
+      const row = Math.min(this.map.rows.length - 1, Math.max(0, Math.floor((event.clientY - box.top) / this.rowHeight)));
+      const step = ((event.clientX - box.left) / box.width) * this.map.last;
+      const column = this.map.steps.findLastIndex((start) => start <= step);
+      this.readout.replaceChildren();
+      if (column < 0) return;
+      this.readout.append(make("span", "", `${this.map.rows[row]}, from step ${whole(this.map.steps[column])}:`));
+      this.readout.append(make("strong", "", precise(this.map.values[row][column])));
+    }
+  }
+
+  const maps = [];
+  page.runs.forEach((run, number) => {
+    const { kl, active_units: active } = run.groups;
+    if (kl) maps.push(new HeatMap(number, "KL by group", "nats", kl, find("#maps")));
+    if (active) maps.push(new HeatMap(number, "Active units by group", "", active, find("#maps")));
+  });
+
+  // ---- pictures
+
+  const gallery = find("#gallery");
+  if (gallery) {
+    const steps = [...new Set(page.runs.flatMap((run) => run.steps))].sort((a, b) => a - b);
+    const frames = [];
+    page.runs.forEach((run, number) => {
+      if (!run.steps.length) return;
+      const block = make("div");
+      block.dataset.run = number;
+      if (several) {
+        const title = make("h3", "run-title");
+        title.append(make("i", `dot run-${number}`), run.name);
+        block.append(title);
+      }
+      const kinds = make("div", "kinds");
+      for (const [kind, pictures] of Object.entries(run.pictures)) {
+        const figure = make("figure", "card");
+        const caption = make("figcaption");
+        const stepText = make("span");
+        const [folder, rest] = kind.split("/");
+        caption.append(make("b", "", rest ? `${folder}, ${rest.replaceAll("_", " ")}` : folder), stepText);
+        const image = make("img", run.sizes[kind][0] < 480 ? "few" : "");
+        [image.width, image.height] = run.sizes[kind];
+        figure.append(caption, image);
+        kinds.append(figure);
+        frames.push({ image, stepText, pictures, kind, name: run.name, own: Object.keys(pictures).map(Number).sort((a, b) => a - b) });
+      }
+      block.append(kinds);
+      gallery.append(block);
+    });
+    const slider = find("#step");
+    slider.max = steps.length - 1;
+    slider.value = steps.length - 1;
+    const show = () => {
+      const step = steps[Number(slider.value)];
+      find("output[for=step]").textContent = whole(step);
+      slider.setAttribute("aria-valuetext", `step ${step}`);
+      for (const { image, stepText, pictures, kind, name, own } of frames) {
+        const nearest = own.findLast((other) => other <= step) ?? own[0];
+        image.src = pictures[nearest];
+        image.alt = `${kind} of ${name} at step ${nearest}`;
+        stepText.textContent = `step ${whole(nearest)}`;
+      }
+    };
+    slider.addEventListener("input", show);
+    show();
+  }
+
+  // ---- runs, theme, size
+
+  const paintDots = () => findAll(".dot[class*=run-]").forEach((dot) => {
+    dot.style.background = `var(--run-${Number(dot.className.match(/run-(\d+)/)[1]) % 12})`;
+  });
+  paintDots();
+  for (const chip of findAll(".chip")) {
+    chip.addEventListener("click", () => {
+      const run = Number(chip.dataset.run);
+      state.hidden.has(run) ? state.hidden.delete(run) : state.hidden.add(run);
+      chip.setAttribute("aria-pressed", String(!state.hidden.has(run)));
+      for (const card of cards) card.draw();
+      for (const part of findAll("#maps [data-run], #gallery [data-run]")) part.hidden = state.hidden.has(Number(part.dataset.run));
+    });
+  }
+
+  const themeButton = find("#theme");
+  function redrawAll() {
+    themeButton.textContent = isDark() ? "Light" : "Dark";
+    for (const card of cards) card.draw();
+    for (const map of maps) map.draw();
+  }
+  function keepTheme(theme) {
+    try {
+      localStorage.setItem("theme", theme);
+    } catch {
+      // a browser that stores nothing for a file: the choice holds for this view
+    }
+  }
+  try {
+    const kept = localStorage.getItem("theme");
+    if (kept === "light" || kept === "dark") document.documentElement.dataset.theme = kept;
+  } catch {
+    // the system's theme is used
+  }
+  themeButton.addEventListener("click", () => {
+    document.documentElement.dataset.theme = isDark() ? "light" : "dark";
+    keepTheme(document.documentElement.dataset.theme);
+    redrawAll();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redrawAll);
+  redrawAll();
+  new ResizeObserver(() => {
+    for (const card of cards) card.resize();
+    for (const map of maps) map.draw();
+  }).observe(find("main"));
+  document.documentElement.dataset.ready = "true";
+})();

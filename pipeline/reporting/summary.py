@@ -1,0 +1,156 @@
+"""The first lines of a report: in which state a run is, how far, how good, and how long it takes."""
+
+import time
+from dataclasses import dataclass
+
+from pipeline.reporting.run_folder import Run, count, seconds_silent
+from pipeline.reporting.text import duration, moment, number
+
+SILENT = 900.0
+"""Seconds without a record after which a run that states `running` may have been killed; at least 10 intervals."""
+STATES = {
+    "none": ("no attempt", "quiet"),
+    "running": ("running", "busy"),
+    "preempted": ("preempted", "warn"),
+    "interrupted": ("interrupted", "warn"),
+    "finished": ("finished", "good"),
+    "failed": ("failed", "bad"),
+}
+"""What is shown for a state, and how."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The figure by which a run is judged."""
+
+    key: str
+    """Of `metrics.jsonl`."""
+    label: str
+    unit: str
+    larger_is_better: bool
+    held_out: bool
+    """Measured on the validation split."""
+
+
+OBJECTIVES = (
+    Objective("val/elbo", "ELBO", "nats", True, True),
+    Objective("train/elbo", "ELBO", "nats", True, False),
+)
+BITS = (
+    Objective("val/bpd", "bits/dim", "", False, True),
+    Objective("train/bpd", "bits/dim", "", False, False),
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number of the summary."""
+
+    label: str
+    value: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The summary of one run."""
+
+    state: str
+    tone: str
+    """good, busy, warn, bad or quiet."""
+    step: int
+    total_steps: int
+    progress: float | None
+    """In [0, 1]."""
+    time_left: str
+    reason: str
+    """Why it stopped, or what may be wrong."""
+    figures: list[Figure]
+
+
+def objective_of(run: Run) -> Objective | None:
+    """Nats for binary images, bits per dimension for others; of the held-out split where it was validated."""
+    binary = run.settings.get("model.likelihood.name") == "bernoulli"
+    candidates = OBJECTIVES + BITS if binary else BITS + OBJECTIVES
+    return next((objective for objective in candidates if objective.key in run.history.best), None)
+
+
+def best_of(run: Run, objective: Objective) -> tuple[int, float] | None:
+    """Step and value of the best one."""
+    best = run.history.best.get(objective.key)
+    return None if best is None else best[objective.larger_is_better]
+
+
+def summarize(run: Run, now: float | None = None) -> Summary:
+    """The summary at this moment."""
+    now = time.time() if now is None else now
+    status, history = run.status, run.history
+    step, total = max(status.step, history.last_step), status.total_steps
+    state, tone = STATES[status.state]
+    reason, time_left = status.reason, ""
+    pace = history.seconds_per_step()
+    silent = seconds_silent(run, now)
+    if status.state == "running":
+        interval = pace * max(1, history.recent[-1][0] - history.recent[-2][0]) if pace else 0.0
+        if silent > max(SILENT, 10 * interval):
+            state, tone = "running?", "warn"
+            reason = (
+                f"Nothing was written for {duration(silent)}. If no process is training, the run was killed: the same "
+                "command again continues it."
+            )
+        elif pace and total > step:
+            seconds = (total - step) * pace
+            time_left = f"{duration(seconds)} left, until {moment(now + seconds)}"
+    return Summary(
+        state=state,
+        tone=tone,
+        step=step,
+        total_steps=total,
+        progress=min(1.0, step / total) if total else None,
+        time_left=time_left,
+        reason=reason,
+        figures=figures_of(run, pace),
+    )
+
+
+def figures_of(run: Run, pace: float | None) -> list[Figure]:
+    """What stands below the state."""
+    history, figures = run.history, []
+    for objective in _objectives_shown(run):
+        step, value = best_of(run, objective)
+        split = run.settings.get("validation.split", "held out") if objective.held_out else "training"
+        label = f"best {objective.label}" + (f", {objective.unit}" if objective.unit else "")
+        figures.append(Figure(label, number(value), f"{split}, step {step:,}"))
+    if (kl := history.last("train/kl")) is not None:
+        figures.append(Figure("KL, nats", number(kl), "training, newest"))
+    if (speed := history.last("perf/images_per_second")) is not None:
+        figures.append(Figure("images/s", number(speed, 3), _pace(pace)))
+    if history.seconds:
+        figures.append(Figure("training time", duration(history.seconds), "over all attempts"))
+    if run.status.attempt:
+        figures.append(Figure("attempts", number(run.status.attempt), _restarts(run)))
+    return figures
+
+
+def _pace(seconds_per_step: float | None) -> str:
+    if not seconds_per_step:
+        return ""
+    if seconds_per_step >= 1:
+        return f"{number(seconds_per_step, 3)} s per step"
+    return f"{number(1 / seconds_per_step, 3)} steps per second"
+
+
+def _restarts(run: Run) -> str:
+    restarts = len(run.history.attempts) - 1
+    if restarts > 0:
+        return f"{count(restarts, 'restart')} in the curves"
+    return "never restarted" if run.status.attempt == 1 else ""
+
+
+def _objectives_shown(run: Run) -> list[Objective]:
+    """The main one, and the same bound in the other unit."""
+    main = objective_of(run)
+    if main is None:
+        return []
+    others = [one for one in OBJECTIVES + BITS if one.held_out == main.held_out and one.label != main.label]
+    return [main, *(one for one in others if one.key in run.history.best)]
