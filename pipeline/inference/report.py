@@ -28,6 +28,8 @@ log = logging.getLogger("pipeline")
 FOLDER = "evaluations"
 FORMER = "evaluation_*.json"
 """Reports of earlier versions, in the run folder itself."""
+UNFINISHED = "*.rank0.unfinished"
+"""Journals; see `EvaluationJournal`."""
 MAX_BYTES = 4 * 2**20
 QUESTION = (
     "metrics", "step", "weights_sha256", "split", "images", "split_images", "fingerprint", "holdout",
@@ -215,7 +217,9 @@ def read_report(path: Path) -> dict[str, Any] | str:
 
 
 def list_reports(run: Path) -> list[str]:
-    """A line for each evaluation in a folder: its file, and its main figures. Raises ValueError if it is not there."""
+    """A line for each evaluation in a folder, also an unfinished one: its file, and its main figures. Raises ValueError
+    if the folder is not there.
+    """
     if not run.is_dir():
         raise ValueError(f"{run}: no such folder, so there are no evaluations of this model")
     files = sorted(run.glob(FORMER)) + sorted(output_folder(run, FOLDER).glob("*.json"))
@@ -224,7 +228,10 @@ def list_reports(run: Path) -> list[str]:
         report = read_report(path)
         text = f"cannot be read: {report}" if isinstance(report, str) else headline(report)
         lines.append(printable(f"{path.relative_to(run)}  {text}"))
-    return lines
+    unfinished = sorted(output_folder(run, FOLDER).glob(UNFINISHED))
+    return lines + [
+        printable(f"{path.relative_to(run)}  unfinished: the same command resumes it") for path in unfinished
+    ]
 
 
 def reports_of(folder: Path, weights_sha256: str) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ import pytest
 from pipeline.data.shards import TarShards
 from pipeline.evaluate import main
 from pipeline.storage.checkpoint import Checkpoints
+from pipeline.storage.evaluation_journal import EvaluationJournal
 from tests.helpers.model_cases import MLP
 from tests.helpers.recipes import tiny_settings
 from tests.helpers.shard_sets import random_samples, write_set
@@ -167,6 +168,8 @@ def test_all_evaluations_are_listed_those_of_earlier_versions_too(run, ask):
         (run / "evaluations" / name).write_bytes(content)
     (run / "evaluations" / "link.json").symlink_to(OLD / "nvae" / "evaluation_val_step_00000008.json")
     os.mkfifo(run / "evaluations" / "pipe.json")
+    for rank in (0, 1):
+        EvaluationJournal(run / "evaluations" / "elbo_test", {}, rank).close()
     code, printed = ask(run, "--list")
     assert code == 0
     lines = dict(line.split("  ", 1) for line in printed.splitlines())
@@ -176,8 +179,9 @@ def test_all_evaluations_are_listed_those_of_earlier_versions_too(run, ask):
     assert lines["evaluations/pipe.json"] == "cannot be read: not a regular file"
     assert lines["evaluations/name.json"] == "?[2Jelbo 1.5000"
     assert lines["evaluations/text.json"] == "no figures"
+    assert lines["evaluations/elbo_test.rank0.unfinished"] == "unfinished: the same command resumes it"
     assert "\x1b" not in printed
-    assert len(lines) == len(HOSTILE) + 4
+    assert len(lines) == len(HOSTILE) + 5
     assert ask(run / "nothing", "--list")[0] == 2
 
 

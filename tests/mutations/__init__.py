@@ -1,5 +1,5 @@
 """The mistakes that `make mutate` makes, and the tests that must notice each of them. One module per folder of code,
-and one each for sample metrics and for checkpoints of other implementations.
+and one each for sample metrics, for what makes figures comparable, and for checkpoints of other implementations.
 """
 
 from tests.mutations import (
@@ -7,6 +7,7 @@ from tests.mutations import (
     data,
     distributed,
     evaluation,
+    figures,
     models_and_layers,
     sample_metrics,
     storage,
@@ -20,6 +21,7 @@ MODULES = (
     data,
     distributed,
     evaluation,
+    figures,
     models_and_layers,
     sample_metrics,
     storage,

@@ -1,0 +1,111 @@
+"""Mistakes in what makes figures comparable: journals, repetitions, binarizations."""
+
+from tests.mutations.mutation import Mutation
+
+MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "a damaged line of the journal is read",
+        "pipeline/storage/evaluation_journal.py",
+        'if line != b"%08x %s\\n" % (zlib.crc32(text), text):',
+        'if not line.endswith(b"\\n"):',
+        ("tests/storage/test_evaluation_journal.py",),
+    ),
+    Mutation(
+        "the damaged end of a journal stays",
+        "pipeline/storage/evaluation_journal.py",
+        "self._file.truncate(size)",
+        "pass",
+        ("tests/storage/test_evaluation_journal.py",),
+    ),
+    Mutation(
+        "the journal of another evaluation is resumed",
+        "pipeline/storage/evaluation_journal.py",
+        "if values and values[0] != head:",
+        "if values and not values[0]:",
+        ("tests/storage/test_evaluation_journal.py",),
+    ),
+    Mutation(
+        "the journal stays beside the report",
+        "pipeline/storage/evaluation_journal.py",
+        "        if delete:\n",
+        "        if not delete:\n",
+        ("tests/storage/test_evaluation_journal.py",),
+    ),
+    Mutation(
+        "a resumed evaluation measures all images again",
+        "pipeline/evaluation/likelihood_bounds.py",
+        "self._measured(model, binarization, len(done))",
+        "self._measured(model, binarization, 0)",
+        ("tests/scripts/test_evaluate_kills.py::test_killed_evaluations_continue_to_the_same_bits",),
+    ),
+    Mutation(
+        "a resumed evaluation forgets what the journal holds",
+        "pipeline/evaluation/likelihood_bounds.py",
+        "for bounds in chain(done, ",
+        "for bounds in chain(done[1:], ",
+        ("tests/scripts/test_evaluate_kills.py::test_killed_evaluations_continue_to_the_same_bits",),
+    ),
+    Mutation(
+        "binarizations share their latent noise",
+        "pipeline/evaluation/likelihood_bounds.py",
+        'which = f"/binarization {binarization}" if binarization else ""',
+        'which = ""',
+        ("tests/inference/test_binarization.py",),
+    ),
+    Mutation(
+        "every binarization is the first",
+        "pipeline/data/loader.py",
+        "np.full_like(indices, self.epoch)",
+        "np.zeros_like(indices)",
+        ("tests/inference/test_binarization.py",),
+    ),
+    Mutation(
+        "the standard error over binarizations is a deviation",
+        "pipeline/evaluation/bound_totals.py",
+        "means.std(dim=0) / math.sqrt(runs)",
+        "means.std(dim=0)",
+        ("tests/evaluation/test_bound_totals.py",),
+    ),
+    Mutation(
+        "a set that is binarized already is binarized again",
+        "pipeline/data/loader.py",
+        'if config.binarize == "dynamic" and is_binarized(manifest):',
+        'if config.binarize == "dynamic" and not manifest:',
+        ("tests/inference/test_binarization.py",),
+    ),
+    Mutation(
+        "a figure that differs a little is called equal",
+        "pipeline/inference/repeat.py",
+        "<= self.allowed",
+        "<= self.allowed + 1e-9",
+        ("tests/inference/test_repeat.py",),
+    ),
+    Mutation(
+        "the evaluation of other weights is a repetition",
+        "pipeline/inference/repeat.py",
+        "if before.get(name) not in (None, after.get(name)):",
+        "if before.get(name) is NotImplemented:",
+        ("tests/inference/test_repeat.py",),
+    ),
+    Mutation(
+        "gray values count as binary ones",
+        "shard_data/mat_file.py",
+        "wrong = values[(values != 0) & (values != 1)]",
+        "wrong = values[values > 1]",
+        ("tests/shard_data/test_sources_binarized_mnist.py",),
+    ),
+    Mutation(
+        "a MATLAB matrix is read by rows",
+        "shard_data/mat_file.py",
+        "return out.reshape(columns, rows).T if",
+        "return out.reshape(rows, columns) if",
+        ("tests/shard_data/test_sources_binarized_mnist.py",),
+    ),
+    Mutation(
+        "an incomplete text file is complete",
+        "shard_data/sources/binarized_mnist.py",
+        "    if found < count:\n",
+        "    if found > count:\n",
+        ("tests/shard_data/test_sources_binarized_mnist.py",),
+    ),
+)
