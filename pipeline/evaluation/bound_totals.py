@@ -35,7 +35,11 @@ class BatchBounds(NamedTuple):
             binarization, images, groups, skipped = value
             images = torch.tensor(images, dtype=torch.float64, device=device).reshape(len(images), columns)
             groups = torch.tensor(groups, dtype=torch.float64, device=device).reshape(sums)
-            return cls(int(binarization), images, groups, [SkippedSample(*one) for one in skipped])
+            samples = [
+                SkippedSample(int(position), int(index), "".join(filter(str.isprintable, problem)), None)
+                for position, index, problem, _ in skipped
+            ]
+            return cls(int(binarization), images, groups, samples)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(f"not the bounds of a batch: {str(error)[:200]}") from None
 

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ SECONDS = 20
 """That git may take."""
 
 
+@cache
 def code_facts() -> dict[str, Any]:
     """The sha256 over this package's sources; the commit of its repository and whether files differ from it (None
     outside of a repository); versions of Python and of the libraries that compute.

@@ -93,11 +93,13 @@ def journals(
     Raises ValueError, on every rank, for the journal of an evaluation under other conditions.
     """
     runtime, opened = measurement.runtime, {}
-    folder = output_folder(results_folder(request.location), FOLDER)
     for name in names:
         if METRICS[name].resumes:
             report = describe([name], measurement, request)
-            path = request.out or folder / file_stem(report, measurement.trained.recipe.train.seed)
+            path = request.out or (
+                output_folder(results_folder(request.location), FOLDER)
+                / file_stem(report, measurement.trained.recipe.train.seed)
+            )
             depends_on = question(report) | conditions(report)
             opened[name] = runtime.run_on_all(
                 lambda path=path, depends_on=depends_on: open_journal(path, depends_on, runtime.rank)

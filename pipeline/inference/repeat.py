@@ -173,7 +173,7 @@ def check_same(report: Report, now: dict[str, Any]) -> None:
 def changed_conditions(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What may change the last digits of figures, with its value before and now."""
     earlier, here = conditions(before), conditions(now)
-    return [f"{name} {was}, now {here[name]}" for name, was in earlier.items() if was != here[name]]
+    return [f"{name} {str(was)[:20]}, now {str(here[name])[:20]}" for name, was in earlier.items() if was != here[name]]
 
 
 def compare(before: dict[str, Any], now: dict[str, Any], changes: Sequence[str]) -> list[Difference]:

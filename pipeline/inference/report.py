@@ -161,7 +161,7 @@ def question(report: dict[str, Any]) -> dict[str, Any]:
 def conditions(report: dict[str, Any]) -> dict[str, Any]:
     """Under which conditions it was computed."""
     flat = flattened(report)
-    return {name: flat.get(name) for name in CONDITIONS}
+    return {"code" if name == "version" else name: flat.get(name) for name in CONDITIONS}
 
 
 def flattened(report: dict[str, Any]) -> dict[str, Any]:
@@ -246,11 +246,13 @@ def reports_of(folder: Path, weights_sha256: str) -> dict[str, dict[str, Any]]:
 
 
 def headline(report: dict[str, Any]) -> str:
-    """The main figures, those of the fewest slashes in their names, on one line."""
+    """The main figures, those of the fewest slashes in their names, on one line, with their standard errors."""
     figures = {name: value for name, value in report["figures"].items() if isinstance(value, float)}
     depth = min((name.count("/") for name in figures), default=0)
-    main = [f"{printable(name)} {value:.4f}" for name, value in figures.items() if name.count("/") == depth]
-    return "  ".join(main[:MAX_SHOWN]) or "no figures"
+    main = {name: value for name, value in figures.items() if name.count("/") == depth and not name.endswith("_se")}
+    errors = {name: f" (se {figures[f'{name}_se']:.4f})" for name in main if f"{name}_se" in figures}
+    shown = [f"{printable(name)} {value:.4f}{errors.get(name, '')}" for name, value in main.items()]
+    return "  ".join(shown[:MAX_SHOWN]) or "no figures"
 
 
 def date_of(report: dict[str, Any]) -> str:

@@ -128,7 +128,7 @@ def foreign(found: Any, wanted: dict[str, Any]) -> str:
     if not isinstance(earlier, dict) or found.get("format") != FORMAT:
         return "not an unfinished evaluation; remove the file"
     names = [name for name, value in wanted["question"].items() if earlier.get(name) != value]
-    parts = [f"{name} {str(earlier.get(name))[:64]}, now {str(wanted['question'][name])[:64]}" for name in names]
+    parts = [f"{name} {str(earlier.get(name))[:20]}, now {str(wanted['question'][name])[:20]}" for name in names]
     return (
         f"an unfinished evaluation under other conditions ({'; '.join(parts) or 'another version'}); "
         "repeat those to resume it, or remove the file to start over"

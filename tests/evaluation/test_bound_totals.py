@@ -1,5 +1,6 @@
 """Means and standard errors over images: numpy's, however the images are shared among processes and batches."""
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.unreadable import SkippedSample
 from pipeline.evaluation.bound_totals import BatchBounds, BoundTotals
 from pipeline.models.base import LatentGroup
 
@@ -88,9 +90,11 @@ def test_one_image_has_no_standard_error_and_none_has_no_figures():
 
 
 def test_bounds_survive_json_and_nothing_else_is_taken_for_bounds():
-    bounds = BatchBounds(2, torch.rand(3, 2).double(), torch.rand(5).double(), [])
-    again = BatchBounds.from_json(bounds.as_json(), 2, 5, "cpu")
-    assert (again.binarization, again.skipped) == (2, [])
+    skipped = [SkippedSample(4, 4, "a.tar: sample 'x': \x1b[2Jtruncated", None)]
+    bounds = BatchBounds(2, torch.rand(3, 2).double(), torch.rand(5).double(), skipped)
+    again = BatchBounds.from_json(json.loads(json.dumps(bounds.as_json())), 2, 5, "cpu")
+    assert again.binarization == 2
+    assert again.skipped == [SkippedSample(4, 4, "a.tar: sample 'x': [2Jtruncated", None)]
     assert torch.equal(again.images, bounds.images)
     assert torch.equal(again.groups, bounds.groups)
     for wrong in (
