@@ -177,14 +177,14 @@ def changed_conditions(before: dict[str, Any], now: dict[str, Any]) -> list[str]
 
 
 def compare(before: dict[str, Any], now: dict[str, Any], changes: Sequence[str]) -> list[Difference]:
-    """Of each figure of either report: equal to the bit where no condition changed; else by rounding (RELATIVE). The
-    noise of another kind of device differs: then figures are compared by their standard errors, and those without one
-    are not compared.
+    """Of each figure of the report before: equal to the bit where no condition changed; else by rounding (RELATIVE).
+    The noise of another kind of device differs: then figures are compared by their standard errors, and those without
+    one are not compared.
     """
     old, new = before["figures"], now["figures"]
     other_noise = (before.get("device") == "CPU") != (now["device"] == "CPU")
     differences = []
-    for name in dict.fromkeys((*old, *new)):
+    for name in old:
         was, is_now = (math.nan if one.get(name) is None else one[name] for one in (old, new))
         errors = [one.get(f"{name}_se") for one in (old, new)]
         if not changes or math.isnan(was) or math.isnan(is_now):

@@ -170,9 +170,14 @@ def test_a_report_that_is_not_whole_is_refused_in_one_line(report, ask, changes,
 
 
 def test_a_report_of_an_earlier_version_is_repeated_if_it_names_the_weights(report, ask):
-    """Yesterday's stated neither threads nor pixels nor binarizations; those before not even the weights."""
+    """The last one stated no threads, pixels and standard errors; those before not even the weights."""
     content = read(report)
-    for place, name in ((content, "threads"), (content, "binarizations"), (content["data"], "pixels_sha256")):
+    for place, name in (
+        (content, "threads"),
+        (content, "binarizations"),
+        (content["data"], "pixels_sha256"),
+        (content["figures"], "elbo_se"),
+    ):
         del place[name]
     report.write_text(json.dumps(content))
     code, printed = ask("--repeat", report)
