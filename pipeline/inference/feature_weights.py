@@ -101,7 +101,7 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
     Raises ValueError for a file that cannot be read, and for any other file, of which nothing is unpickled.
     """
     expected = f"the file of the Inception weights has {INCEPTION.size:,} bytes and sha256 {INCEPTION.sha256}"
-    fix = "delete it, or name the right one with --feature-weights FILE"
+    fix = "put that file there, or name it with --feature-weights FILE"
     try:
         size = path.stat().st_size
         content = read_bounded(path, INCEPTION.size, follow=True) if size == INCEPTION.size else None

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.evaluation.feature_moments import FeatureMoments, Moments
 from pipeline.evaluation.frechet import frechet_distance
 from pipeline.evaluation.kernel_distance import kernel_distance, squared_discrepancy
-from pipeline.evaluation.precision_recall import precision_recall
+from pipeline.evaluation.precision_recall import precision_recall, squared_distances
 from tests.helpers.feature_networks import import_reference
 
 
@@ -181,6 +181,7 @@ def test_equal_sets_cover_each_other_and_blocks_change_nothing(blocks, monkeypat
     real, fake = overlapping()
     repeated = features(8, 300, seed=1, shift=5).repeat(6, 1)
     assert precision_recall(repeated, repeated.flip(0)) == {"precision": 1.0, "recall": 1.0}
+    assert torch.equal(squared_distances(repeated, repeated.flip(0)) == 0, torch.cdist(repeated, repeated.flip(0)) < 1)
     expected = {"precision": share_within(fake, real, 3), "recall": share_within(real, fake, 3)}
     assert precision_recall(real, fake) == expected
 
