@@ -21,7 +21,7 @@ from pipeline.inference.latent_groups import find_group
 from pipeline.inference.parse_condition import parse_settings
 from pipeline.inference.read_image import open_picture
 from pipeline.inference.trained import TrainedModel
-from pipeline.storage.pictures import save_animation, save_png
+from pipeline.storage.pictures import check_animation, save_animation, save_png
 
 log = logging.getLogger("pipeline")
 ANIMATION_SIDE = 256
@@ -77,17 +77,18 @@ def write_edits(
     shards = open_split(request.data, request.split) if request.data else None
     subjects = _open_subjects(trained, shards, request)
     path = out or folder / _default_name(subjects, request)
+    animated = [path.with_suffix(suffix) for suffix in animations]
+    for animation in animated:
+        check_animation(animation)
     drawn = _draw(trained, shards, subjects, request)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_png(path, drawn.picture())
-    paths = [path]
-    if animations:
+    if animated:
         frames = _animated(trained, subjects, request.frames)
         milliseconds = [END_MILLISECONDS if i in (0, request.frames - 1) else MILLISECONDS for i in range(len(frames))]
-        for suffix in animations:
-            paths.append(path.with_suffix(suffix))
-            save_animation(paths[-1], frames, milliseconds)
-    return paths
+        for animation in animated:
+            save_animation(animation, frames, milliseconds)
+    return [path, *animated]
 
 
 def _draw(

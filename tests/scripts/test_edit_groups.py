@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageSequence
+from PIL import Image, ImageSequence, features
 
 import pipeline
 from pipeline.data.preprocess import to_model_input
@@ -195,6 +195,14 @@ def test_gray_animations_are_exact_as_gif(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("morph*")) == ["morph.gif", "morph.png", "morph.webp"]
     for one, other in zip(frames(tmp_path / "morph.gif"), frames(tmp_path / "morph.webp"), strict=True):
         assert np.array_equal(one, other)
+
+
+def test_nothing_is_written_by_a_pillow_without_webp(runs, shards, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(features, "check", lambda name: False)
+    words = ["--data", str(shards), "--key", "3", "8", "--interpolate", "--gif", "--webp"]
+    assert main([str(runs["plain"]), *words, "--out", str(tmp_path / "out.png")]) == 2
+    assert "out.webp: this Pillow was built without WebP; write a .gif" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 BAD = {
