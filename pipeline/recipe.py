@@ -4,6 +4,7 @@
 """
 
 import json
+import sys
 from difflib import get_close_matches
 from math import isqrt
 from pathlib import Path
@@ -237,5 +238,35 @@ def _one_line(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
+def default_settings() -> dict[str, dict[str, Any]]:
+    """{setting: {name of the section that has it: default}}, without settings that have none. The name is that of
+    `model.name` and the like, and empty for a section that has no other kinds. `resnet_vae.normal` stands for the
+    section `normal` that `resnet_vae` has by default, which may set other values.
+    """
+    return _defaults_of("", [Recipe])
+
+
+def _defaults_of(path: str, variants: list[type[Section]]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for section in variants:
+        tag = tag_of(section) if len(variants) > 1 else ""
+        for name, field in section.model_fields.items():
+            key, default = f"{path}{name}", field.get_default(call_default_factory=True)
+            if isinstance(default, Section):
+                flat = flatten(default.model_dump(mode="json"), f"{key}.")
+                kind = flat.pop(f"{key}.name", None)
+                found.setdefault(f"{key}.name", {})[tag] = kind
+                for nested, value in flat.items():
+                    found.setdefault(nested, {})[f"{tag}.{kind}"] = value
+            elif not field.is_required() and not (name == "name" and tag):
+                found.setdefault(key, {})[tag] = json.loads(json.dumps(default))
+            for nested, defaults in _defaults_of(f"{key}.", sections_in(field.annotation)).items():
+                found.setdefault(nested, {}).update(defaults)
+    return found
+
+
 if __name__ == "__main__":
-    print(settings_page(), end="")
+    if sys.argv[1:] == ["--defaults"]:
+        print(json.dumps(default_settings(), indent=1))
+    else:
+        print(settings_page(), end="")

@@ -1,9 +1,12 @@
 """The tables of a report: evaluations, validation, attempts, settings, environment."""
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.reporting.curves import group_order
+from pipeline.reporting.defaults import REQUIRED, default_of
 from pipeline.reporting.run_folder import Run
 from pipeline.reporting.summary import Objective, best_of, objective_of, summarize
 from pipeline.reporting.text import duration, moment, number, setting
@@ -21,6 +24,8 @@ class Table:
     head: list[str]
     rows: list[list[str]]
     numeric: frozenset[int] = frozenset()
+    is_facts: bool = False
+    """One value to a line, which may be long."""
 
 
 def evaluation_table(run: Run) -> Table | None:
@@ -40,6 +45,18 @@ def evaluation_table(run: Run) -> Table | None:
         rows.append([one.file, *facts, *(_figure(figures.get(name)) for name in names)])
     head = ["file", "step", "split", "images", "importance samples", *names]
     return Table(head, rows, frozenset(range(1, len(head))) - {2})
+
+
+def evaluate_command(run: Run) -> str:
+    """What measures the newest checkpoint."""
+    return f"python pipeline/evaluate.py {shlex.quote(str(run.folder))}"
+
+
+def shared_notes(notes: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:
+    """Sentences on several runs: with the run's name, but for those that hold for all."""
+    everywhere = [note for note in notes[0] if all(note in own for own in notes)]
+    own = [f"{name}: {note}" for name, run in zip(names, notes, strict=True) for note in run if note not in everywhere]
+    return everywhere + own
 
 
 def validation_table(run: Run) -> Table | None:
@@ -64,8 +81,8 @@ def _figure(value: object) -> str:
 
 
 def attempt_table(run: Run) -> Table | None:
-    """A row for each start that has logged something."""
-    if not run.history.attempts or run.history.attempts[0].number == 0:
+    """A row for each start that has logged something; None for a run that was never restarted."""
+    if len(run.history.attempts) < 2:
         return None
     rows = []
     for one in run.history.attempts[-MAX_ROWS:]:
@@ -80,7 +97,17 @@ def facts_table(facts: Sequence[Sequence[tuple[str, str]]], names: Sequence[str]
     by_run = [dict(own) for own in facts]
     rows = list(dict.fromkeys(name for own in by_run for name in own))
     cells = [[name, *(own.get(name, "\N{EN DASH}") for own in by_run)] for name in rows]
-    return Table(["", *names] if len(names) > 1 else [], cells)
+    return Table(["", *names] if len(names) > 1 else [], cells, is_facts=True)
+
+
+def changed_settings(settings: Mapping[str, Any]) -> Table:
+    """The settings that differ from their defaults, and those that have none."""
+    rows = []
+    for path, value in settings.items():
+        default = default_of(path, settings)
+        if default is REQUIRED or value != default:
+            rows.append([path, setting(value), "\N{EN DASH}" if default is REQUIRED else setting(default)])
+    return Table(["setting", "value", "default"], rows)
 
 
 def settings_table(runs: Sequence[Run], names: Sequence[str]) -> Table:
