@@ -97,10 +97,9 @@ def push_folder(folder: Path, repository: hub.Repository, private: bool) -> None
     try:
         commit = hub.push(folder, repository, private)
     except ValueError as error:
-        raise ValueError(
-            f"{error}\n{folder} is complete; to push it: python pipeline/export.py {folder} --push {repository.name}"
-        ) from None
-    log.info("pushed to %s, commit %s; load it as %s@%s", hub.address(repository), commit, repository, commit[:12])
+        again = f"python pipeline/export.py {folder} --push {repository.name}"
+        raise ValueError(f"{error}\n{folder} is complete; to push it again: {again}") from None
+    log.info("pushed to %s; load it as %s@%s", hub.address(repository), repository, commit)
 
 
 def facts_of(found: Checkpoint, location: str) -> dict[str, Any]:

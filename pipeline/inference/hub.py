@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import (
-    DryRunFileInfo,
     EvalResult,
     HfApi,
     ModelCardData,
@@ -32,7 +31,11 @@ from pipeline.storage.checkpoint_folder import MAX_META_BYTES, META, read_meta
 log = logging.getLogger("pipeline")
 
 LIBRARY = "nvae-pipeline"
-LOGIN = "log in with `hf auth login`, or set HF_TOKEN,"
+LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
+TIMEOUT = 10.0
+"""Seconds for the answer to a question; downloads have the library's own limits."""
+UNREACHED = (errors.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
+"""What the library raises where the Hub refuses or cannot be reached."""
 MAX_WEIGHTS_BYTES = 8 * 2**30
 """Of a model that is taken from the Hub: two billion parameters in float32."""
 MAX_OTHER_BYTES = 2**24
@@ -83,36 +86,41 @@ def pull(repository: Repository) -> tuple[Path, str]:
     options = {"repo_id": repository.name, "allow_patterns": list(LIMITS), "library_name": LIBRARY}
     with _explained(repository):
         try:
-            files = snapshot_download(**options, revision=repository.revision, dry_run=True)
-        except errors.DryRunError as error:  # offline, or refused
-            folder = _cached(options, repository, error.__cause__)
-        else:
-            _check_files(repository, files)
-            folder = snapshot_download(**options, revision=files[0].commit_hash)
-    return Path(folder), Path(folder).name
+            info = _api().model_info(
+                repository.name, revision=repository.revision, files_metadata=True, timeout=TIMEOUT
+            )
+        except errors.RevisionNotFoundError:
+            raise
+        except UNREACHED as error:
+            return _cached(options, repository, error)
+        _check_files(repository, {file.rfilename: file.size for file in info.siblings or ()})
+        folder = Path(snapshot_download(**options, revision=repository.revision))
+    if folder.name != info.sha:
+        raise ValueError(f"{repository}: was changed while it was downloaded; try again")
+    return folder, info.sha
 
 
-def _cached(options: dict, repository: Repository, problem: BaseException | None) -> str:
-    """The folder in the cache. Raises ValueError, with the problem, if there is none."""
+def _cached(options: dict[str, Any], repository: Repository, problem: Exception) -> tuple[Path, str]:
+    """The folder in the cache, and its commit. Raises ValueError, with the problem, if there is none."""
     try:
-        folder = snapshot_download(**options, revision=repository.revision, local_files_only=True)
+        folder = Path(snapshot_download(**options, revision=repository.revision, local_files_only=True))
     except errors.LocalEntryNotFoundError:
         answered = isinstance(problem, errors.HfHubHTTPError)
         cache = "" if answered else "; there is no copy in the cache"
         raise ValueError(f"{repository}: {_explain(problem)}{cache}") from None
     log.warning("%s: the copy in the cache is used, because %s", repository, _explain(problem))
-    return folder
+    return folder, folder.name
 
 
-def _check_files(repository: Repository, files: Sequence[DryRunFileInfo]) -> None:
+def _check_files(repository: Repository, sizes: Mapping[str, int | None]) -> None:
     """Before anything is downloaded."""
-    sizes = {file.filename: file.file_size for file in files}
     missing = [name for name in (META, WEIGHTS) if name not in sizes]
     if missing:
         raise ValueError(f"{repository}: holds no model of this project: no {' and no '.join(missing)}")
-    for name, size in sizes.items():
-        if size is None or size > LIMITS[name]:
-            raise ValueError(f"{repository}: {name} has {size} bytes; at most {LIMITS[name]} are taken")
+    for name, limit in LIMITS.items():
+        size = sizes.get(name, 0)
+        if size is None or size > limit:
+            raise ValueError(f"{repository}: {name} has {size} bytes; at most {limit} are taken")
 
 
 # ------------------------------------------------------------------------------------------------------------- pushing
@@ -126,7 +134,7 @@ def push(folder: Path, repository: Repository, private: bool = False) -> str:
     that is public or holds something else.
     """
     check_token(repository)
-    api = HfApi(library_name=LIBRARY)
+    api = _api()
     with _explained(repository):
         api.create_repo(repository.name, private=private or None, exist_ok=True)
         info = api.model_info(repository.name)
@@ -149,7 +157,7 @@ def address(repository: Repository) -> str:
 def check_token(repository: Repository) -> None:
     """Raises ValueError where pushing would fail for lack of a token, before anything is done."""
     if not get_token():
-        raise ValueError(f"{repository}: no token; {LOGIN} with a token that may write")
+        raise ValueError(f"{repository}: no token; {LOGIN}, with a token that may write")
 
 
 def _check_target(repository: Repository, names: set[str], is_public: bool) -> None:
@@ -167,7 +175,7 @@ def _explained(repository: Repository) -> Iterator[None]:
     """Turns the library's errors into a ValueError of one line."""
     try:
         yield
-    except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+    except UNREACHED as error:
         raise ValueError(f"{repository}: {_explain(error)}") from None
     except json.JSONDecodeError:
         raise ValueError(f"{repository}: {constants.ENDPOINT} does not answer as a Hub does; see HF_ENDPOINT") from None
@@ -186,11 +194,15 @@ def _explain(error: BaseException | None) -> str:
         case errors.OfflineModeIsEnabled():
             return "HF_HUB_OFFLINE is set"
         case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
-            return f"the Hub refused the token ({error.response.status_code}); {LOGIN} with one that may do this"
+            return f"the Hub refused the token ({error.response.status_code}); {LOGIN}, with one that may do this"
         case errors.HfHubHTTPError():
             return f"the Hub answered with an error ({error.response.status_code} {_line(error.server_message)})"
         case _:
             return f"the Hub cannot be reached ({_line(error)})"
+
+
+def _api() -> HfApi:
+    return HfApi(library_name=LIBRARY)
 
 
 def _line(text: object) -> str:

@@ -10,7 +10,8 @@ MAX_LENGTH = 200
 
 def escape(text: str) -> str:
     """Text of one line."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&$!])", r"\\\1", printable(text)[:MAX_LENGTH])
+    text = re.sub(r"([\\`*{}\[\]<>#|~&$!])", r"\\\1", printable(text)[:MAX_LENGTH])
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)  # within a word it is no markup
 
 
 def code(value: object) -> str:

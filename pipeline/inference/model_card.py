@@ -196,9 +196,8 @@ def _training(content: ModelContent) -> str:
     lines = [f"{content.step:,}{of} optimizer steps of {train.batch_size} images{precision}"]
     if source.get("averaged") is True:
         lines.append(f"The weights are a moving average over the steps, of decay {train.ema_decay:g}")
-    origin = [
-        f"{escape(str(name).replace('_', ' '))} {code(value)}" for name, value in source.items() if name not in STATED
-    ]
+    stated = {name: value for name, value in source.items() if name not in STATED and value is not None}
+    origin = [f"{escape(str(name).replace('_', ' '))} {code(value)}" for name, value in stated.items()]
     if origin:
         lines.append(f"Origin of the weights: {', '.join(origin)}")
     lines += _readjusted(content.facts.get("readjusted"))

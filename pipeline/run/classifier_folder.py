@@ -1,8 +1,6 @@
 """A classifier's folder: the checkpoint format (safetensors and a hashed meta.json), written once."""
 
 import hashlib
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,29 +9,17 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.models.classifier import Classifier, ClassifierConfig, FrozenClassifier
-from pipeline.storage.checkpoint_folder import META, read_folder, snapshot, sync_folder, write_folder
+from pipeline.storage.checkpoint_folder import META, read_folder, snapshot, write_folder
+from pipeline.storage.new_folder import new_folder
 
 HOW_TO_MAKE = "make one with: python pipeline/train_classifier.py --data DIR --out"
 
 
-def check_new(folder: Path) -> None:
-    """Raises ValueError where something lies at `folder` already."""
-    if folder.exists():
-        raise ValueError(f"{folder} is there already; name another folder with --out, or remove it")
-
-
 def save_classifier(classifier: Classifier, folder: Path, step: int, facts: Mapping[str, Any]) -> None:
-    """A new folder, whole or not there. `facts`: JSON values to keep beside. Raises ValueError where it is there."""
-    check_new(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    hidden = folder.with_name(f".{folder.name}.{os.getpid()}.writing")
+    """A new folder, complete or not there. `facts`: JSON values to keep beside. Raises as `new_folder` does."""
     contents = {**facts, "classifier": classifier.config.model_dump(mode="json")}
-    try:
+    with new_folder(folder) as hidden:
         write_folder(hidden, snapshot({"model": classifier.state_dict()}), step, contents, None)
-        os.rename(hidden, folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def load_classifier(folder: Path | str) -> Classifier:

@@ -16,7 +16,8 @@ from pipeline.data.preprocess import Preprocess, to_model_input
 from pipeline.data.shards import TarShards
 from pipeline.distributed.runtime import cores_per_process
 from pipeline.models.classifier import Classifier, ClassifierConfig
-from pipeline.run.classifier_folder import check_new, save_classifier
+from pipeline.run.classifier_folder import save_classifier
+from pipeline.storage.new_folder import check_new
 from shard_data.progress import advance
 
 log = logging.getLogger("pipeline")

@@ -15,8 +15,8 @@ from pipeline.storage.checkpoint_folder import sync_folder
 def new_folder(path: Path) -> Iterator[Path]:
     """The path of a hidden folder to make and fill, which becomes `path` in one rename, and vanishes if that fails.
 
-    Raises ValueError where `path` is there and is not an empty folder. What a killed process of this host has left is
-    removed.
+    Raises ValueError where `path` is there and is not an empty folder, and OSError, which names it, where it cannot be
+    written. What a killed process of this host has left is removed.
     """
     path = Path(os.path.abspath(path))
     check_new(path)
@@ -28,6 +28,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         sync_folder(hidden)
         os.rename(hidden, path)
         sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
 

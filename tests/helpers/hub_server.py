@@ -190,17 +190,17 @@ class _Handler(BaseHTTPRequestHandler):
         found = self._files(name, revision)
         if found:
             number, files = found
-            siblings = [{"rfilename": path} for path in files]
+            sizes = {path: self.server_state.sizes.get(path, len(data)) for path, data in files.items()}
+            siblings = [{"rfilename": path, "size": size} for path, size in sizes.items()]
             private = self.server_state.repositories[name].private
             self._send({"id": name, "sha": number, "private": private, "siblings": siblings, "tags": []})
 
     def _tree(self, _: bytes, name: str, revision: str) -> None:
         found = self._files(name, revision)
         if found:
-            sizes = self.server_state.sizes
             self._send(
                 [
-                    {"type": "file", "path": path, "size": sizes.get(path, len(data)), "oid": git_id(data)}
+                    {"type": "file", "path": path, "size": len(data), "oid": git_id(data)}
                     for path, data in found[1].items()
                 ]
             )
@@ -213,8 +213,6 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in files:
             return self._refuse(404, "EntryNotFound", "Entry not found")
         headers = {"X-Repo-Commit": number, "ETag": f'"{git_id(files[path])}"'}
-        if self.command == "HEAD" and path in self.server_state.sizes:
-            headers["X-Linked-Size"] = str(self.server_state.sizes[path])
         return self._send(files[path], headers=headers)
 
     def _validate_yaml(self, _: bytes) -> None:

@@ -233,7 +233,7 @@ def test_nothing_that_is_downloaded_is_trusted(hub, stored):
 
 def test_a_push_that_fails_says_how_to_try_again(hub, folder, monkeypatch, tmp_path):
     use_hub(monkeypatch, nowhere(), tmp_path / "home")
-    with pytest.raises(ValueError, match=f"is complete; to push it: .*export.py {folder} --push {NAME}"):
+    with pytest.raises(ValueError, match=f"is complete; to push it again: .*export.py {folder} --push {NAME}"):
         push_folder(folder, FACES, private=False)
 
 
@@ -253,7 +253,7 @@ def test_the_token_is_neither_logged_nor_written(folder, tmp_path):
         ended = subprocess.run(command, env={"PATH": "", **environment}, capture_output=True, text=True, cwd=tmp_path)
         assert ended.returncode == 0, ended.stderr
         commit = server.repositories[NAME].refs["main"]
-        assert f"pushed to {server.address}/{NAME}, commit {commit}; load it as hf-hub:{NAME}@" in ended.stderr
+        assert f"pushed to {server.address}/{NAME}; load it as hf-hub:{NAME}@{commit}" in ended.stderr
         assert TOKEN not in ended.stdout + ended.stderr
         assert TOKEN.encode() not in b"".join(
             b"".join(files.values()) for _, files in server.repositories[NAME].commits

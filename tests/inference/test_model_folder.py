@@ -84,7 +84,7 @@ def test_a_folder_whose_writing_fails_is_not_there(content, tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(model_folder, last, fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="model could not be written: No space left"):
         write_model_folder(tmp_path / "model", content, "", np.zeros((4, 4, 3), np.uint8))
     assert list(tmp_path.iterdir()) == []
 

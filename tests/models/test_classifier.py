@@ -135,7 +135,7 @@ def test_a_missing_or_foreign_folder_is_refused(folder, tmp_path):
 
 
 def test_nothing_is_written_over_a_folder(folder):
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="is not empty; name a new folder"):
         save_classifier(make(), folder, 9, {})
     assert load_classifier(folder)
 
@@ -233,8 +233,9 @@ def test_user_errors(faces, tmp_path, capsys, arguments, message):
 
 def test_an_existing_folder_or_a_set_without_targets_is_refused(faces, tmp_path, capsys):
     (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
     assert train(faces, tmp_path / "out") == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "is not empty; name a new folder" in capsys.readouterr().err
     plain = random_samples(20, 8, 8)
     plain.labels = None
     data = write_set(tmp_path / "plain", {"train": plain, "test": plain}, [20])
