@@ -14,7 +14,7 @@ help:            ## List the targets
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 demo")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[test,lint]' --constraint constraints.txt
+	$(BIN)/pip install --quiet --editable '.[test,lint,browser]' --constraint constraints.txt
 	touch $@
 
 demo: $(STAMP)   ## Train a small NVAE on synthetic faces; results are in runs/nvae
