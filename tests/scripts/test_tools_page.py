@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import convert, edit, evaluate, export, sample
+from pipeline import convert, edit, evaluate, export, report, sample
 
 ROOT = Path(__file__).parents[2]
-TOOLS = {"evaluate.py": evaluate, "sample.py": sample, "edit.py": edit, "convert.py": convert, "export.py": export}
+TOOLS = {f"{tool.__name__.split('.')[-1]}.py": tool for tool in (evaluate, sample, edit, convert, export, report)}
 TEXTS = [(ROOT / "docs/tools.md").read_text(), *(tool.__doc__ for tool in TOOLS.values())]
 SHOWN = re.compile(r"^.*pipeline/\w+\.py (?:runs/|models/|hf-hub:|--from|--to).*$", re.M)
 COMMANDS = sorted({line.strip() for text in TEXTS for line in SHOWN.findall(text)})
