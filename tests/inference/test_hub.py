@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 
 import pipeline
 from pipeline import evaluate, sample
@@ -218,6 +218,15 @@ def test_a_file_over_the_limit_is_not_downloaded(hub, stored):
             hub.sizes = {name: limit + 1}
             assert f"{name} has {limit + 1} bytes; at most {limit} are taken" in refusal(lambda: pull(FACES))
     assert not [path for method, path, _ in hub.requests if method == "GET" and "resolve" in path]
+
+
+def test_a_push_between_the_question_and_the_download_is_noticed(hub, stored, monkeypatch):
+    def after_a_push(**options):
+        stored.commit(stored.files("main")[1] | {"README.md": b"another"})
+        return snapshot_download(**options)
+
+    monkeypatch.setattr("pipeline.inference.hub.snapshot_download", after_a_push)
+    assert refusal(lambda: pull(FACES)) == f"hf-hub:{NAME}: was changed while it was downloaded; try again"
 
 
 def test_nothing_that_is_downloaded_is_trusted(hub, stored):
