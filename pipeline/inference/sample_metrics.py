@@ -228,7 +228,7 @@ class SampleSets:
             "holdout": self.data.holdout,
             "images": self.num_real,
             "binarize": config.binarize,
-            "binarization_seed": None if config.binarize == "none" else self.data.recipe.train.seed,
+            "binarization_seed": self.data.recipe.train.seed if config.binarize == "dynamic" else None,
             "bits": config.bits,
             "resize": self.options.resize,
             "rounding": self.options.rounding,

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +12,21 @@ from torch import Tensor
 
 from pipeline.data.shards import TarShards
 from pipeline.evaluate import build_parser, build_request, evaluate
-from pipeline.evaluation.images import to_uint8
 from pipeline.evaluation.inception import network_input
 from pipeline.evaluation.kernel_distance import kernel_distance
 from pipeline.evaluation.precision_recall import precision_recall
 from pipeline.inference import evaluate_run
+from pipeline.inference.repeat import load_report, repeat, request_of
 from pipeline.inference.sample_metrics import SampleSets
 from pipeline.inference.trained import load
 from tests.helpers.feature_networks import SmallNetwork
 from tests.helpers.launching import ROOT, launch
 from tests.helpers.recipes import merged, tiny_settings
-from tests.helpers.shard_sets import random_samples, write_set
+from tests.helpers.shard_sets import flip_byte, random_samples, write_set
 from tests.helpers.trained_runs import make_run
 
 SETTINGS = ("--samples", "70", "--kid-subsets", "5", "--kid-subset-size", "40")
+BERNOULLI = {"name": "mlp_vae", "hidden": 12, "latent_size": 3, "likelihood": {"name": "bernoulli"}}
 ALL = ("--metrics", "fid", "kid", "precision_recall", *SETTINGS)
 
 
@@ -46,6 +48,13 @@ def _small_network(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def small_run(shards, tmp_path) -> Path:
+    """A new one for each test, of a fast model."""
+    settings = tiny_settings(shards) | {"model": BERNOULLI, "regularizers": {"strength": 0.0}}
+    return make_run(tmp_path / "run", settings, fingerprint=TarShards(shards, "test").fingerprint)
+
+
+@pytest.fixture
 def measure(run, make_runtime, tmp_path):
     """(arguments) -> the report of an evaluation in this process, in float64 by default."""
 
@@ -60,7 +69,7 @@ def measure(run, make_runtime, tmp_path):
 
 def features(images: Tensor, rounds: bool = True, rule: str = "pytorch-fid") -> Tensor:
     """(n, 12) of images in [0, 1], all in one pass."""
-    pixels = to_uint8(images).double() if rounds else images * 255
+    pixels = (images * 255).round() if rounds else images * 255
     return SmallNetwork().double()(network_input(pixels, rule))
 
 
@@ -99,12 +108,8 @@ def test_a_set_compared_with_itself(measure, monkeypatch, shards):
     assert found["kid"] < 0  # unbiased: the kernel's values of an image with itself count in one of its terms only
 
 
-BERNOULLI = {"name": "mlp_vae", "hidden": 12, "latent_size": 3, "likelihood": {"name": "bernoulli"}}
-
-
-def test_samples_of_the_decoder_are_not_its_means(shards, measure, tmp_path, monkeypatch):
-    settings = tiny_settings(shards) | {"model": BERNOULLI, "regularizers": {"strength": 0.0}}
-    run, seen = make_run(tmp_path / "run", settings), []
+def test_samples_of_the_decoder_are_not_its_means(small_run, measure, monkeypatch):
+    run, seen = small_run, []
     plain = SampleSets._sample
 
     def noted(self, positions: range) -> Tensor:
@@ -156,8 +161,8 @@ def count_reads(monkeypatch) -> list:
     return reads
 
 
-def test_real_images_are_read_once_for_each_protocol(measure, monkeypatch, run):
-    reads = count_reads(monkeypatch)
+def test_real_images_are_read_once_for_each_protocol(measure, monkeypatch, small_run):
+    reads, measure = count_reads(monkeypatch), partial(measure, of=small_run)
     first = measure(*ALL)
     assert len(reads) == 1
     assert measure(*ALL)["figures"] == first["figures"]
@@ -254,8 +259,8 @@ def test_samples_that_are_not_finite_are_named(measure, monkeypatch):
         measure("--metrics", "fid", *SETTINGS)
 
 
-def test_reports_state_the_protocol_and_protocols_are_different_files(shards, make_runtime, tmp_path):
-    run = make_run(tmp_path / "run", tiny_settings(shards), fingerprint=TarShards(shards, "test").fingerprint)
+def test_reports_state_the_protocol_and_protocols_are_different_files(small_run, make_runtime):
+    run = small_run
     changes = [(), ("--samples", "60"), ("--temperature", "0.5"), ("--decoder", "sample"), ("--rounding", "float"),
                ("--resize", "tf1"), ("--seed", "3"), ("--images", "52")]  # fmt: skip
     for words in changes:
@@ -275,12 +280,45 @@ def test_reports_state_the_protocol_and_protocols_are_different_files(shards, ma
     assert "kid_subsets" not in report
 
 
-def test_subsets_of_kid_make_another_question(shards, make_runtime, tmp_path):
-    run = make_run(tmp_path / "run", tiny_settings(shards))
+def test_subsets_of_kid_make_another_question(small_run, make_runtime):
+    run = small_run
     for words in ((), ("--kid-subsets", "6"), ("--kid-subset-size", "41")):
         parsed = build_parser().parse_args([str(run), "--metrics", "kid", *SETTINGS, *words])
         evaluate(build_request(parsed), make_runtime())
     assert len(list((run / "evaluations").iterdir())) == 3
+
+
+def test_a_report_is_repeated(measure, run, make_runtime, tmp_path):
+    """The whole protocol comes from the report."""
+    measure(
+        *ALL, "--decoder", "sample", "--resize", "tf1", "--rounding", "float", "--temperature", "0.6", "--seed", "8"
+    )
+    report = load_report(tmp_path / "out.json")
+    request = request_of(report, None, None, [], feature_weights=tmp_path / "weights.pth")
+    options = request.options
+    assert (options.decoder, options.resize, options.rounding) == ("sample", "tf1", "float")
+    assert (options.temperature, options.seed, options.kid_subset_size, options.samples) == (0.6, 8, 40, 70)
+    assert options.feature_weights == tmp_path / "weights.pth"
+    assert repeat(report, request, make_runtime("fp64"))
+
+
+def test_images_that_cannot_be_read_are_counted_and_not_kept(measure, tmp_path, monkeypatch):
+    """The figures are those of the others, and the features are computed again the next time."""
+    samples = random_samples(50, 16, 16, seed=2)
+    root = write_set(tmp_path / "set", {"train": samples, "test": samples}, [30], encoding="png")
+    row = np.load(root / "test-000000.index.npy")[7]
+    flip_byte(root / "test-000000.tar", int(row["offset"]) + 20)
+    run = make_run(tmp_path / "run", merged(tiny_settings(root), {"data": {"on_error": "skip", "verify": False}}))
+    words = (*ALL, "--samples", "60", "--kid-subset-size", "49")
+    first, reads = measure(*words, of=run), count_reads(monkeypatch)
+    assert first["figures"]["skipped_samples"] == 1
+    assert first["images"] == 49
+    assert measure(*words, of=run)["figures"] == first["figures"]
+    assert len(reads) == 1
+    kept = torch.from_numpy(np.delete(samples.images, 7, axis=0).transpose(0, 3, 1, 2)).double() / 255
+    x, y = features(kept), features(load(run, dtype=torch.float64).sample(60, seed=1))
+    expected = {"fid": frechet(x, y)} | precision_recall(x, y) | kernel_distance(x, y, 5, 49, seed=1)
+    assert {name: first["figures"][name] for name in expected} == pytest.approx(expected, rel=1e-9)
 
 
 # ---- several processes ---------------------------------------------------------------------------------------------
