@@ -20,9 +20,9 @@ class TrainingData(Protocol):
     def batches(self, step: int) -> Iterable[Batch]:
         """This rank's micro-batches from optimizer step `step` to the end of the run."""
 
-    def held_out_batches(self, first: int = 0, epoch: int = 0) -> Iterable[Batch]:
+    def held_out_batches(self, first: int = 0, epoch: int = 0, batch_size: int | None = None) -> Iterable[Batch]:
         """This rank's share of the held-out images, in their natural order, from batch `first` on. `epoch`: of the
-        random binarization.
+        random binarization. `batch_size`: images over all processes, by default those of a forward pass.
         """
 
     def model_inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:

@@ -22,6 +22,9 @@ from pipeline.models.base import VAE, VAEOutput, evaluating
 from pipeline.models.noise import draw_noise
 from pipeline.schema import Section
 
+MAX_PASSES = 50
+"""Per batch of images: with many importance samples, fewer images are a batch, so that little is lost by a kill."""
+
 
 class ValidationConfig(Section):
     """When and on what the model is validated."""
@@ -77,6 +80,8 @@ class Evaluator:
         self.binarizations = binarizations
         self.journal = journal
         self.rows_per_pass = max(1, config.batch_size // runtime.world_size)  # images times draws
+        in_few_passes = config.batch_size * MAX_PASSES // max(1, config.importance_samples)
+        self.images_per_batch = max(1, min(config.batch_size, in_few_passes))  # over all processes
 
     @torch.no_grad()
     def run(self, model: VAE, step: int) -> dict[str, float]:
@@ -126,7 +131,7 @@ class Evaluator:
 
     def _measured(self, model: VAE, binarization: int, first: int) -> Iterator[BatchBounds]:
         """From batch `first` on. Each is in the journal before it is returned."""
-        for batch in self.data.held_out_batches(first, binarization):
+        for batch in self.data.held_out_batches(first, binarization, self.images_per_batch):
             bounds = self._bounds(model, batch, binarization)
             if self.journal is not None:
                 self.journal.add(bounds.as_json())

@@ -89,13 +89,13 @@ class RunData:
         )
         return on_device(loader, self.runtime.device)
 
-    def held_out_batches(self, first: int = 0, epoch: int = 0) -> Iterable[Batch]:
+    def held_out_batches(self, first: int = 0, epoch: int = 0, batch_size: int | None = None) -> Iterable[Batch]:
         """See TrainingData."""
         config = self.recipe.validation
         loader = build_eval_loader(
             self.held_out,
             self._plain,
-            batch_size=config.batch_size,
+            batch_size=batch_size or config.batch_size,
             limit=config.images,
             first=first,
             epoch=epoch,

@@ -136,6 +136,19 @@ def test_small_batches_take_several_draws_in_one_pass(run, make_runtime, monkeyp
     assert rows == [2, 20, 20, 20]
 
 
+def test_many_draws_make_batches_of_few_images_and_passes_stay_as_large(run, make_runtime, monkeypatch):
+    """A batch, which a kill loses, takes at most 50 passes or one image."""
+    from pipeline.models.nvae import NVAE
+
+    rows, features = [], []
+    plain, plain_features = NVAE.bound, NVAE.features
+    monkeypatch.setattr(NVAE, "bound", lambda self, x, *rest: rows.append(len(x)) or plain(self, x, *rest))
+    monkeypatch.setattr(NVAE, "features", lambda self, x, *r: features.append(len(x)) or plain_features(self, x, *r))
+    measured(run, make_runtime, "--images", "5", "--batch-size", "5", "--importance-samples", "101")
+    assert features == [2, 2, 1]
+    assert rows == 2 * [2, *50 * [4]] + [1, *20 * [5]]
+
+
 def test_the_report_holds_all_that_the_figures_depend_on(run, shards, make_runtime):
     report = measured(run, make_runtime, "--images", "7", "--importance-samples", "2", "--seed", "9")
     fingerprint = TarShards(shards, "test").fingerprint
