@@ -2,10 +2,14 @@
 
     python pipeline/report.py runs/nvae
     python pipeline/report.py runs/nvae runs/nvae-2 --out compared.html
+    python pipeline/report.py runs/nvae --serve
 
 RUN is a folder of pipeline/train.py, also one that is being trained. The page is one HTML file: it needs no network and
 no server, and can be sent by e-mail. Curves are thinned to what a screen shows, without losing extremes, and pictures
 evenly over the steps; the page says how far. What a folder lacks is named on the page, and the rest is shown.
+
+With --serve nothing is written: the page is at http://127.0.0.1:8000/ and refreshes what changed while it is open. On a
+remote machine, leave it on the loopback interface and forward the port: ssh -L 8000:127.0.0.1:8000 MACHINE.
 """
 
 import argparse
@@ -16,6 +20,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipeline.cli import run_tool  # noqa: E402
+from pipeline.reporting.serve import serve  # noqa: E402
 from pipeline.reporting.write_report import write_report  # noqa: E402
 
 
@@ -36,12 +41,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="the page (default: RUN/report.html; of several runs, report.html)",
     )
     add("--contact-sheet", action="store_true", help="show the first pictures of the data set also if they show people")
+    add("--serve", action="store_true", help="serve the page until Ctrl-C, and refresh it while the runs are trained")
+    add("--port", type=int, default=8000, help="with --serve (default 8000; 0: any that is free)")
+    add("--host", default="127.0.0.1", help="with --serve: the interface (default 127.0.0.1, this machine alone)")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: see run_tool."""
     parsed = build_parser().parse_args(arguments)
+    if parsed.serve:
+        return run_tool(lambda: serve(parsed.runs, parsed.host, parsed.port, parsed.contact_sheet))
     out = parsed.out or (parsed.runs[0] if len(parsed.runs) == 1 else Path()) / "report.html"
     return run_tool(lambda: write_report(parsed.runs, out, parsed.contact_sheet))
 

@@ -29,14 +29,17 @@ MAX_RUNS = 12
 """In one page; more curves than that cannot be distinguished."""
 
 
+REFRESH_SECONDS = 5
+
+
 @dataclass(frozen=True)
 class Options:
     """What the user asks of a report."""
 
     contact_sheet: bool = False
     """Show the first pictures of the data set also where they may show people."""
-    refresh: bool = False
-    """The page asks its server for news."""
+    version: str = ""
+    """Of a page that asks its server for news: what the server calls the present state of the runs."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def build_page(runs: Sequence[Run], options: Options = Options()) -> str:
     drawn = {
         "runs": [drawn_run(view, curve) for view, curve in zip(views, curves, strict=True)],
         "charts": [{"title": one.title, "unit": one.unit, "keys": one.keys, "section": one.section} for one in charts],
-        "refresh": options.refresh,
+        "refresh": {"version": options.version, "seconds": REFRESH_SECONDS} if options.version else None,
     }
     return render(views, charts, drawn, max_ranges)
 
@@ -131,7 +134,7 @@ def render(views: list[RunView], charts: list[Chart], drawn: dict[str, Any], max
         made=moment(time.time()),
         has_groups=any(run["groups"]["kl"] for run in drawn["runs"]),
         has_pictures=any(view.gallery.steps for view in views),
-        refresh=drawn["refresh"],
+        refresh=drawn["refresh"] is not None,
     )
 
 

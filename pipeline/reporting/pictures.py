@@ -1,6 +1,7 @@
 """The pictures of a run as WebP, thinned evenly over its steps until they fit a number of bytes."""
 
 import base64
+import functools
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -81,12 +82,19 @@ class _Encoder:
     def encode(self, path: Path) -> bytes:
         if path not in self._encoded:
             try:
-                self._encoded[path], self.sizes[path] = to_webp(read_bounded(path, MAX_FILE_BYTES), self.max_side)
+                changed = path.lstat().st_mtime_ns
+                self._encoded[path], self.sizes[path] = _file_to_webp(path, changed, self.max_side)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 problem = getattr(error, "strerror", None) or str(error)
                 self.notes.append(f"{path.parent.name}/{path.name} cannot be shown ({problem[:200]}); the others are.")
                 self._encoded[path] = b""
         return self._encoded[path]
+
+
+@functools.lru_cache(maxsize=500)
+def _file_to_webp(path: Path, changed: int, max_side: int) -> tuple[bytes, tuple[int, int]]:
+    """Kept for a page that is made again and again; `changed` is when the file was."""
+    return to_webp(read_bounded(path, MAX_FILE_BYTES), max_side)
 
 
 def to_webp(content: bytes, max_side: int = MAX_SIDE) -> tuple[bytes, tuple[int, int]]:

@@ -4,6 +4,7 @@ a million lines open fast.
 
 import json
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline import report
+from pipeline.reporting.serve import Pages, Server
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install '.[browser]'")
 OLD_RUNS = Path(__file__).parents[1] / "old_runs"
@@ -170,3 +172,30 @@ def test_a_million_lines_open_in_five_seconds(browser, tmp_path):
         "return Math.max(...JSON.parse(document.getElementById('drawn').textContent).runs[0].curves['train/loss'][1])"
     )
     assert browser.execute_script(highest) == 99
+
+
+def text_of(browser, selector: str) -> str:
+    """Read at once: an element may be replaced at any moment."""
+    return browser.execute_script("return document.querySelector(arguments[0]).textContent", selector)
+
+
+def test_a_served_page_shows_news_without_losing_what_was_chosen(browser, pages):
+    run = pages / "first"
+    with Server(Pages([run], contact_sheet=False), "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser.get(server.address)
+        element(browser, "#settings summary").send_keys(" ")
+        element(browser, "#log").send_keys(" ")
+        element(browser, "#step").send_keys("\ue012")
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 1000, "time": 1.0, "train/loss": 0.125, "train/elbo": 1.0}) + "\n")
+        deadline = time.monotonic() + 30
+        while "Step 1,000" not in text_of(browser, "#summary") and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert "Step 1,000" in text_of(browser, "#summary")
+        assert "0.125" in text_of(browser, "[data-section=Objective] .card:first-child .readout")
+        assert element(browser, "#settings details").get_attribute("open") == "true"
+        assert element(browser, "#log").is_selected()
+        assert element(browser, "output[for=step]").text == "4"
+        assert browser.get_log("browser") == []
+        server.shutdown()

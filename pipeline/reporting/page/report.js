@@ -1,6 +1,6 @@
 (() => {
   "use strict";
-  const page = JSON.parse(document.getElementById("drawn").textContent);
+  let page = JSON.parse(document.getElementById("drawn").textContent);
   const several = page.runs.length > 1;
   const find = (selector, inside = document) => inside.querySelector(selector);
   const findAll = (selector, inside = document) => [...inside.querySelectorAll(selector)];
@@ -49,7 +49,8 @@
 
   // ---- curves
 
-  const lastStep = Math.max(1, ...page.runs.flatMap((run) => Object.values(run.curves).map(([steps]) => steps.at(-1) ?? 0)));
+  const lastStepOf = (runs) => Math.max(1, ...runs.flatMap((run) => Object.values(run.curves).map(([steps]) => steps.at(-1) ?? 0)));
+  let lastStep = lastStepOf(page.runs);
   const splitOf = (key) => (key.startsWith("val/") ? "validation" : "training");
   const nameOf = (chart, key) => {
     const rest = key.slice(key.indexOf("/") + 1);
@@ -219,6 +220,12 @@
       this.read(null);
     }
 
+    /** Takes over the numbers of a newer page. */
+    renew() {
+      this.lines = linesOf(this.chart);
+      this.draw();
+    }
+
     resize() {
       const width = Math.max(200, this.place.clientWidth);
       if (width !== this.plot.width) this.plot.setSize({ width, height: 190 });
@@ -340,17 +347,27 @@
     }
   }
 
-  const maps = [];
-  page.runs.forEach((run, number) => {
-    const { kl, active_units: active } = run.groups;
-    if (kl) maps.push(new HeatMap(number, "KL by group", "nats", kl, find("#maps")));
-    if (active) maps.push(new HeatMap(number, "Active units by group", "", active, find("#maps")));
-  });
+  let maps = [];
+  function buildMaps() {
+    find("#maps")?.replaceChildren();
+    maps = page.runs.flatMap((run, number) => {
+      const { kl, active_units: active } = run.groups;
+      return [
+        ...(kl ? [new HeatMap(number, "KL by group", "nats", kl, find("#maps"))] : []),
+        ...(active ? [new HeatMap(number, "Active units by group", "", active, find("#maps"))] : []),
+      ];
+    });
+  }
+  buildMaps();
 
   // ---- pictures
 
   const gallery = find("#gallery");
-  if (gallery) {
+  const slider = find("#step");
+  /** Shows the newest step, or stays at the one that was chosen. */
+  function buildGallery() {
+    const chosen = slider.value === slider.max ? null : Number(slider.dataset.step);
+    gallery.replaceChildren();
     const steps = [...new Set(page.runs.flatMap((run) => run.steps))].sort((a, b) => a - b);
     const frames = [];
     page.runs.forEach((run, number) => {
@@ -378,11 +395,11 @@
       block.append(kinds);
       gallery.append(block);
     });
-    const slider = find("#step");
     slider.max = steps.length - 1;
-    slider.value = steps.length - 1;
+    slider.value = chosen === null ? steps.length - 1 : Math.max(0, steps.findLastIndex((step) => step <= chosen));
     const show = () => {
       const step = steps[Number(slider.value)];
+      slider.dataset.step = step;
       find("output[for=step]").textContent = whole(step);
       slider.setAttribute("aria-valuetext", `step ${step}`);
       for (const { image, stepText, pictures, kind, name, own } of frames) {
@@ -392,9 +409,10 @@
         stepText.textContent = `step ${whole(nearest)}`;
       }
     };
-    slider.addEventListener("input", show);
+    slider.oninput = show;
     show();
   }
+  if (gallery) buildGallery();
 
   // ---- runs, theme, size
 
@@ -442,5 +460,57 @@
     for (const card of cards) card.resize();
     for (const map of maps) map.draw();
   }).observe(find("main"));
+
+  // ---- news of runs that are being trained, from report.py --serve
+
+  const RENEWED = ["#summary", "#evaluations", "#settings", "#data", "#environment", ".title .state", ".made"];
+  const shapeOf = ({ charts, runs }) =>
+    JSON.stringify([charts, runs.map((run) => [run.name, !!run.groups.kl, run.steps.length > 0])]);
+
+  async function ask(address) {
+    const answer = await fetch(address, { cache: "no-store" });
+    const text = await answer.text();
+    if (!answer.ok) throw new Error(text);
+    return text;
+  }
+
+  /** Replaces what differs in a newer page; reads it anew where it has other charts. */
+  function renew(fresh) {
+    const drawn = JSON.parse(find("#drawn", fresh).textContent);
+    if (shapeOf(drawn) !== shapeOf(page)) {
+      location.reload();
+      return;
+    }
+    for (const selector of RENEWED) {
+      const [old, renewed] = [find(selector), find(selector, fresh)];
+      if (!old || !renewed || old.outerHTML === renewed.outerHTML) continue;
+      findAll("details", renewed).forEach((part, place) => { part.open = findAll("details", old)[place]?.open ?? false; });
+      old.replaceWith(document.adoptNode(renewed));
+    }
+    page = drawn;
+    lastStep = lastStepOf(page.runs);
+    for (const card of cards) card.renew();
+    buildMaps();
+    if (gallery) buildGallery();
+    paintDots();
+    for (const part of findAll("#maps [data-run], #gallery [data-run]")) part.hidden = state.hidden.has(Number(part.dataset.run));
+  }
+
+  async function watch() {
+    const notice = find("#watch");
+    let { version } = page.refresh;
+    for (;;) {
+      await new Promise((done) => setTimeout(done, page.refresh.seconds * 1000));
+      try {
+        const newest = await ask("version");
+        if (newest !== version) renew(new DOMParser().parseFromString(await ask("page"), "text/html"));
+        version = newest;
+        notice.textContent = "refreshed while it is open";
+      } catch (error) {
+        notice.textContent = `not refreshed: ${error instanceof TypeError ? "report.py no longer answers" : error.message}`;
+      }
+    }
+  }
+  if (page.refresh) watch();
   document.documentElement.dataset.ready = "true";
 })();
