@@ -12,7 +12,7 @@ from pipeline.data.remote import is_address
 from pipeline.distributed.agreement import code_version
 from pipeline.distributed.runtime import Runtime
 from pipeline.inference.feature_weights import load_feature_network
-from pipeline.inference.folders import check_split, check_writable, output_folder
+from pipeline.inference.folders import check_at_hand, check_split, check_writable, output_folder
 from pipeline.inference.locations import find_model, results_folder
 from pipeline.inference.metrics import (
     METRICS,
@@ -167,9 +167,11 @@ def load_all(
     metrics = [METRICS[name] for name in request.metrics]
     judged = any("classifier" in metric.options for metric in metrics)
     judge = load_classifier(options.classifier) if judged else None
+    reads_images = any(metric.reads_images for metric in metrics)
+    if reads_images and request.data is None:
+        check_at_hand(trained.recipe.data.root)
     recipe = evaluation_recipe(trained.recipe, request.data, options, request.batch_size)
     check_binarizations(options, recipe)
-    reads_images = any(metric.reads_images for metric in metrics)
     if reads_images and not is_address(recipe.data.root) and not recipe.data.holdout:
         check_split(recipe.data.root, options.split)
     return trained, options, judge, recipe

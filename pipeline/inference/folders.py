@@ -14,6 +14,15 @@ def open_split(root: str | Path, split: str) -> TarShards:
     return TarShards(root, split)
 
 
+def check_at_hand(root: str | None) -> None:
+    """Raises ValueError where the shard set that a model was trained on is not on this machine, nor at an address."""
+    if root is None or not (is_address(root) or Path(root).is_dir()):
+        name = (
+            f"{root}, the shard set that the model was trained on, is not here" if root else "the model names no data"
+        )
+        raise ValueError(f"{name}; name a shard set with --data DIR")
+
+
 def check_split(root: str | Path, split: str) -> None:
     """Raises as `open_split` does."""
     manifest.check_splits(manifest.load(Path(root)), str(root), {"--split": split})

@@ -109,6 +109,19 @@ def test_the_tools_take_any_place_and_write_there(copy, shards, make_runtime, pl
     assert re.fullmatch(rf"evaluations/{report.name}  elbo -?\d+.*\n", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    ("root", "message"), [("elsewhere/set", "elsewhere/set, the shard set"), (None, "names no data")]
+)
+def test_data_that_are_not_here_have_to_be_named(copy, make_runtime, capfd, root, message):
+    """As for a model folder of someone else."""
+    make_run(copy / "other", tiny_settings("x") | {"data": tiny_settings("x")["data"] | {"root": root}})
+    make_runtime()
+    assert evaluate.main(["other", "--threads", "1"]) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert "; name a shard set with --data DIR" in error
+
+
 def test_a_list_of_evaluations_where_there_are_none(copy, capfd):
     assert evaluate.main(["model", "--list"]) == 0
     assert capfd.readouterr().out == "no evaluations in model\n"
