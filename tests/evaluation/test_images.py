@@ -76,6 +76,7 @@ def test_reconstructions_lie_below_their_originals():
 
 
 def test_png_holds_the_grid_exactly(tmp_path):
+    (tmp_path / "samples").mkdir()
     grid = image_grid(torch.rand(4, 3, 16, 16), 2)
     save_png(tmp_path / "samples" / "step_1.png", grid)
     assert (np.asarray(Image.open(tmp_path / "samples" / "step_1.png")) == grid).all()
