@@ -96,8 +96,10 @@ def test_forged_settings_are_refused_before_memory_is_allocated(honest, tmp_path
     assert message in use(forge(honest, tmp_path / "run", **changes))
 
 
-def weights(honest: Path) -> torch.Tensor:
-    return next(iter(Checkpoints(honest / "checkpoints").latest().tensors["ema"].items()))
+def weights(honest: Path) -> tuple[str, torch.Tensor]:
+    """The name and the values of a parameter. A safetensors file lists its tensors in changing order."""
+    tensors = Checkpoints(honest / "checkpoints").latest().tensors["ema"]
+    return next(item for item in tensors.items() if item[1].is_floating_point())
 
 
 WEIGHTS = {
