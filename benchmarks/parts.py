@@ -27,6 +27,8 @@ Report = Callable[..., None]
 """Called with the fields of one record."""
 
 ROOT = Path(__file__).parents[1]
+SHORTEST = 1.0
+"""Seconds below which a part is not started."""
 MARK = "RECORD "
 """Begins a line of a part's standard output that holds a record."""
 
@@ -36,7 +38,7 @@ class Part(NamedTuple):
 
     name: str
     seconds: float
-    """After which it is ended. It gets less where the time of the whole command is over before."""
+    """After which it is ended; earlier where it would leave too little of the whole command's time (`time_for`)."""
     work: Callable[[Report, bool], None]
     """(report, tiny): reports what it finds. `tiny`: in a form that takes a second on a CPU."""
 
@@ -217,6 +219,14 @@ def parse(module: str, text: str, parts: Sequence[Part], out: str) -> argparse.N
     return parsed
 
 
+def time_for(parts: Sequence[Part], left: float) -> float:
+    """Seconds for the first of these parts, which share the time that is left in proportion to their limits.
+
+    What a part does not use, all later ones share, up to their limits.
+    """
+    return parts[0].seconds * min(1.0, left / sum(part.seconds for part in parts))
+
+
 def run_all(
     module: str, parsed: argparse.Namespace, parts: Sequence[Part], title: str, seconds: float
 ) -> Results | None:
@@ -226,15 +236,14 @@ def run_all(
         return None
     results = Results(parsed.out, module.rpartition(".")[2], title)
     end = time.monotonic() + seconds
-    for part in parts:
-        if parsed.parts and part.name not in parsed.parts:
-            continue
-        left = min(part.seconds, end - time.monotonic())
-        if left <= 0:
-            results.end(part.name, f"not started: the {seconds:.0f} s of the command were over")
+    chosen = [part for part in parts if not parsed.parts or part.name in parsed.parts]
+    for number, part in enumerate(chosen):
+        given = time_for(chosen[number:], end - time.monotonic())
+        if given < SHORTEST:
+            results.end(part.name, f"not run: the {seconds:.0f} s of the command were over")
         elif parsed.tiny:
             run_here(part, results, tiny=True)
         else:
-            run_apart(part, results, [sys.executable, "-m", module, "--part", part.name], left)
+            run_apart(part, results, [sys.executable, "-m", module, "--part", part.name], given)
         print(f"{part.name}: {results.ends[part.name]}", flush=True)
     return results

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,8 +155,32 @@ def test_without_a_gpu_there_is_one_line(module, monkeypatch, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("module", [gpu, gpu_check])
+def test_every_part_gets_its_share_of_the_time(module):
+    """Whatever the earlier ones take: all of what they get, or half of it."""
+    whole = sum(part.seconds for part in module.PARTS)
+    for used in (1.0, 0.5):
+        left = module.SECONDS
+        for number, part in enumerate(module.PARTS):
+            given = parts.time_for(module.PARTS[number:], left)
+            assert part.seconds >= given >= 0.999 * min(1, module.SECONDS / whole) * part.seconds
+            left -= used * given
+        assert left >= -1e-9
+    assert given == module.PARTS[-1].seconds  # half used: the last one has its whole time
+
+
+def test_a_part_for_which_there_is_no_time_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "run_apart", lambda part, results, *_: results.end(part.name, "done in 0 s"))
+    clock = iter([0.0, 0.0, 99.5])  # at the start, and before each part
+    monkeypatch.setattr(parts.time, "monotonic", lambda: next(clock))
+    parsed = SimpleNamespace(part=None, parts=None, tiny=False, out=tmp_path)
+    both = [Part(name, 60.0, lambda *_: None) for name in ("first", "second")]
+    results = parts.run_all("benchmarks.gpu_check", parsed, both, "A title", 100.0)
+    assert results.ends == {"first": "done in 0 s", "second": "not run: the 100 s of the command were over"}
+
+
 def test_the_parts_fit_the_time_of_the_command():
-    """Checks seldom take their whole time; the last ones may not be started."""
+    """Checks seldom take their whole time."""
     assert sum(part.seconds for part in gpu.PARTS) <= gpu.SECONDS
     assert sum(part.seconds for part in gpu_check.PARTS) <= 1.5 * gpu_check.SECONDS
 
