@@ -3,10 +3,13 @@
     python pipeline/export.py runs/nvae --out models/faces
     python pipeline/export.py runs/nvae --out models/faces --checkpoint best --license apache-2.0 --push alice/faces
     python pipeline/export.py models/faces --push alice/faces --private
+    python pipeline/export.py runs/nvae --out programs/faces --format torch-export
 
 A model folder holds model.safetensors and meta.json (weights, settings, sha256 of both), config.yaml, a model card in
 README.md, and samples.png. The card states the figures that `evaluate.py` has measured of exactly these weights: run it
 first. Without --out, a model folder is pushed as it is, with what you have written into its card.
+
+--format torch-export writes encoder, decoder and sampler as programs that torch alone runs, without this package.
 
 `pipeline.load`, evaluate.py, sample.py and edit.py open the folder, and from the Hub hf-hub:OWNER/NAME[@REVISION]. The
 folder does not state absolute paths of this machine or names of W&B accounts. --readjust 500 --temperature 0.6 saves
@@ -29,8 +32,9 @@ from pipeline.inference.locations import LOCATIONS, is_hub, local_path  # noqa: 
 from pipeline.inference.model_card import License  # noqa: E402
 from pipeline.inference.model_folder import CARD  # noqa: E402
 from pipeline.inference.readjust import add_arguments, parse_arguments  # noqa: E402
+from pipeline.inference.torch_export import export_programs  # noqa: E402
 
-FORMATS = {"model-folder": export_model_folder}
+FORMATS = {"model-folder": export_model_folder, "torch-export": export_programs}
 """What --format can be: a function that writes `out` of an ExportRequest, completely or not at all."""
 
 
@@ -95,6 +99,8 @@ def build_request(parsed: argparse.Namespace, repository: hub.Repository | None)
 
 def check_arguments(parsed: argparse.Namespace) -> None:
     """Raises ValueError for arguments that are missing or contradict each other."""
+    if parsed.format != "model-folder":
+        check_only_one_folder(parsed)
     if not parsed.out and not parsed.push:
         raise ValueError("--out: name the folder to write; or push a model folder with --push OWNER/NAME")
     if not parsed.out and (is_hub(parsed.location) or not (local_path(parsed.location) / CARD).is_file()):
@@ -115,6 +121,15 @@ def check_arguments(parsed: argparse.Namespace) -> None:
     for name in parsed.data_name:
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII):
             raise ValueError(f"--data-name {name}: give the id of a data set on the Hub, such as OWNER/NAME")
+
+
+def check_only_one_folder(parsed: argparse.Namespace) -> None:
+    """Raises ValueError for options that only model folders have."""
+    options = {"--push": parsed.push, "--license": parsed.license, "--data-name": parsed.data_name}
+    options |= {"--picture": parsed.picture != "auto", "--device": parsed.device, "--readjust": parsed.readjust}
+    for name, given in options.items():
+        if given:
+            raise ValueError(f"{name}: applies to a model folder, not to --format {parsed.format}")
 
 
 if __name__ == "__main__":

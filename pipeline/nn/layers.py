@@ -28,6 +28,13 @@ class CachedLayer(nn.Module):
         self.cached_weight: Tensor | None = None
         self.cached_bias: Tensor | None = None
 
+    def freeze(self) -> None:
+        """From now on the layer applies the weight that is cached now, in every pass. It cannot be trained."""
+        assert self.cached_weight is not None, "there is no cached weight"
+        weight = self.cached_weight.detach().clone()
+        del self.weight
+        self.weight = self.cached_weight = weight
+
     def current_weight(self) -> Tensor:
         """The weight of this pass: the cached one if there is one, otherwise the parameter."""
         return self.weight if self.cached_weight is None else self.cached_weight
@@ -72,6 +79,10 @@ class WNConv2d(Conv2d):
         norm = self.weight.detach().flatten(1).norm(dim=1)
         self.log_norm = nn.Parameter(torch.log(norm + INITIAL_NORM_EPSILON).view(-1, 1, 1, 1))
         self.register_buffer("mask", None, persistent=False)  # multiplies V before the norm; equal for equal stack_key
+
+    def freeze(self) -> None:
+        super().freeze()
+        self.log_norm = self.mask = None
 
     @property
     def stack_key(self) -> tuple:

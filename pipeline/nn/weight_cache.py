@@ -46,6 +46,7 @@ class WeightCache:
         self.layers = cached_layers(model)
         self.convs = list(find_convs(model).values())
         self.shared = False
+        self.frozen = False
         self.norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.affine]
         self._kept: tuple[list[WeightStack], list[ScaleStack]] | None = None
         self._kept_version = 0
@@ -61,6 +62,9 @@ class WeightCache:
         biases of convolutions and linear layers. The parameters must not change inside the block. Blocks do not nest.
         """
         layers = self.layers
+        if self.frozen:
+            yield
+            return
         assert all(layer.cached_weight is None for layer in layers), "the weights of this pass are already prepared"
         stacks, scales = weight_stacks(self.convs), scale_stacks(self.norms)
         self._keep(stacks, scales)
@@ -78,6 +82,15 @@ class WeightCache:
         finally:
             for layer in layers:
                 layer.cached_weight = layer.cached_bias = None
+
+    def freeze(self) -> None:
+        """From now on every pass uses the weights of now, which are no parameters any more, and prepares nothing."""
+        with torch.no_grad(), self.prepared():
+            frozen = [(layer, layer.cached_weight) for layer in self.layers if layer.cached_weight is not None]
+        for layer, weight in frozen:
+            layer.cached_weight = weight
+            layer.freeze()
+        self.frozen = True
 
     def stacks(self) -> list[WeightStack]:
         """The weights that all convolutions apply, differentiable: those of the last training pass, or computed now.
