@@ -107,6 +107,10 @@ class Runtime:
         """Gradients stay on their rank until the last micro-batch of a step."""
         return nullcontext() if last else self.accelerator.no_sync(model)
 
+    def rehearsing(self) -> AbstractContextManager:
+        """Inside it the collectives of models and `mean` exchange nothing: one rank can run what needs all of them."""
+        return collectives.rehearsing()
+
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 

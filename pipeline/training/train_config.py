@@ -32,8 +32,8 @@ class TrainConfig(Section):
     """Memory layout of images and activations; faster for convolutions on CPUs and GPUs."""
     compile: Literal["off", "cells", "whole"] = "off"
     """What torch.compile compiles. `cells`: the model's cells one by one. `whole`: the model's training pass and the
-    objective; validation and samples stay eager. The first step takes minutes; compiled code is kept in
-    TORCHINDUCTOR_CACHE_DIR for the next start. With several processes raise `collective_timeout` above that time."""
+    objective; validation and samples stay eager. It takes minutes before the first step; compiled code is kept in
+    TORCHINDUCTOR_CACHE_DIR for the next start. A process may take `progress_timeout` longer than the others for it."""
     tf32: bool = True
     """On GPUs, TensorFloat-32 for convolutions and matrix products of float32 numbers: 10 bits of mantissa, several
     times as fast."""

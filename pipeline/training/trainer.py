@@ -71,6 +71,7 @@ class Trainer:
         self.progress = Progress()
         self.statistics = StepStatistics(runtime.device, (group.name for group in self.model.groups))
         self.throughput = Throughput()
+        self._is_compiled = config.compile == "off" or runtime.world_size == 1  # alone, the first step compiles
 
     # -------------------------------------------------------------------------------------------------- one step
 
@@ -152,6 +153,8 @@ class Trainer:
                     micro_batches = self._next_batches(stream, should_stop)
                 if micro_batches is None:
                     return False
+                if not self._is_compiled:
+                    self._compile(micro_batches[0])
                 finite = self.train_step(self.step, micro_batches)
                 self.throughput.count(self.config.batch_size)
                 on_batches(self.step, micro_batches)
@@ -174,6 +177,20 @@ class Trainer:
         if any_unreadable:
             self.progress.skipped_samples += self.data.report_unreadable(self.step + 1, skipped, error)
         return micro_batches
+
+    def _compile(self, batch: Batch) -> None:
+        """Compiles the passes of a step where no rank waits in a collective for a slower one. Changes nothing else."""
+        with self.throughput.paused():
+            self.runtime.run_on_all(lambda: self._rehearse(batch), "compiling the model")
+        self._is_compiled = True
+
+    def _rehearse(self, batch: Batch) -> None:
+        self.state.remember_buffers()
+        with self.runtime.rehearsing(), self.runtime.accumulate(self.wrapped_model, last=False):
+            self.runtime.backward(self._loss(self.step, batch))
+        self.state.undo_forward()
+        self.statistics.discard()
+        self.state.optimizer.zero_grad(set_to_none=True)
 
     def _progress_bar(self) -> tqdm:
         hidden = None if self.runtime.is_main else True  # None: shown on a terminal only

@@ -83,15 +83,15 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "a skipped step keeps its running statistics",
         "pipeline/training/trainer.py",
-        "self.state.undo_forward()",
-        "pass",
+        "            self.state.undo_forward()",
+        "            pass",
         ("tests/training/test_trainer.py",),
     ),
     Mutation(
         "gradients stay for the next step",
         "pipeline/training/trainer.py",
-        "self.state.optimizer.zero_grad(set_to_none=True)",
-        "pass",
+        "self.state.optimizer.zero_grad(set_to_none=True)\n        return finite",
+        "return finite",
         ("tests/training/test_wiring.py",),
     ),
     Mutation(

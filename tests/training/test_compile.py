@@ -1,7 +1,8 @@
 """torch.compile: whole models, objectives and single cells as one graph each, with eager's numbers, compiled once."""
 
 import copy
-import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +15,8 @@ from pipeline.models.base import VAE
 from pipeline.run.compilation import compile_training, prepare_compiler
 from pipeline.training.objective import Objective, ObjectiveConfig
 from pipeline.training.train_config import TrainConfig
-from tests.helpers.compiling import no_compiler_needed
+from tests.helpers.compiling import needs_compiler, no_compiler_needed
+from tests.helpers.launching import ROOT
 from tests.helpers.model_cases import (
     CASES,
     ONE_PER_MODEL,
@@ -25,10 +27,6 @@ from tests.helpers.model_cases import (
     write_data,
 )
 
-COMPILERS = ("g++", "clang++", "c++")
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, COMPILERS)), reason="torch.compile on CPU needs a C++ compiler"
-)
 WHOLE = TrainConfig(steps=1, compile="whole")
 STEPS = 100
 OTHER_CASES = [case for case in CASES if case not in ONE_PER_MODEL.values()]
@@ -112,6 +110,19 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(tmp_path, make_runtime, p
         compiled = train_losses(recipe, make_runtime(precision), steps=3)
     assert stats["unique_graphs"] == 2
     assert compiled == pytest.approx(eager, rel=1e-5 if precision == "fp32" else 1e-2)
+
+
+@pytest.mark.slow
+def test_processes_wait_for_a_slow_compiler_for_longer_than_in_a_collective(tmp_path):
+    """Rank 1 takes 6 seconds for each graph, with a timeout of 4. The passes that compile leave no trace."""
+    worker, out = str(ROOT / "tests/training/compile_worker.py"), tmp_path / "states.pt"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs/cpu_2proc.yaml")]
+    command = [sys.executable, *launcher, "--main_process_port", "0", worker, str(write_data(tmp_path)), str(out)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    states = torch.load(out, weights_only=True)
+    for name, tensor in states["off"].items():
+        torch.testing.assert_close(states["whole"][name], tensor, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def assert_equal_gradients(ours: VAE, theirs: VAE, tolerance: float) -> None:
