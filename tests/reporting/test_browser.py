@@ -129,11 +129,17 @@ def test_zoom_smoothing_and_log_scale_redraw_the_curves(browser, pages):
     assert first_chart(browser) == seen[0]
     element(browser, "#log").click()
     seen.append(first_chart(browser))
+    logged = text_of(browser, "#curves .readout")
     element(browser, "#smoothing").send_keys("\ue010")  # to its end
+    assert text_of(browser, "#curves .readout") == logged
     seen.append(first_chart(browser))
     assert len(set(seen)) == 4
-    webdriver.ActionChains(browser).drag_and_drop_by_offset(element(browser, ".charts .u-over"), 60, 0).perform()
-    assert first_chart(browser) not in seen
+    chart, whole_run = element(browser, ".charts .u-over"), elements(browser, ".ranges button")[0]
+    webdriver.ActionChains(browser).drag_and_drop_by_offset(chart, 60, 0).perform()
+    assert whole_run.get_attribute("aria-pressed") == "false"
+    webdriver.ActionChains(browser).double_click(chart).move_to_element(element(browser, "#curves h2")).perform()
+    assert whole_run.get_attribute("aria-pressed") == "true"
+    assert first_chart(browser) == seen[-1]
     assert browser.get_log("browser") == []
 
 

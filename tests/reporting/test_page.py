@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from pipeline import report
-from pipeline.reporting.build_page import build_page
+from pipeline.reporting.build_page import build_page, json_for_html
 from pipeline.reporting.run_folder import RunReader
 
 ROOT = Path(__file__).parents[2]
 OLD_RUNS = ROOT / "tests/old_runs"
-ATTACK = "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>"
+ATTACK = "</script ><script >alert(1)</script ><!--<img src=x onerror=alert(2)>"
 
 
 class Parsed(HTMLParser):
@@ -89,6 +89,12 @@ def test_text_from_a_run_is_shown_as_text(tmp_path):
         assert list(drawn(page)["runs"][0]["curves"]) == [ATTACK]
 
 
+def test_numbers_and_names_cannot_end_the_element_that_holds_them():
+    text = json_for_html({ATTACK: [1.5, ATTACK]})
+    assert not set("<>&") & set(text)
+    assert json.loads(text) == {ATTACK: [1.5, ATTACK]}
+
+
 def test_nothing_is_fetched(tmp_path):
     page = page_of(OLD_RUNS / "nvae", OLD_RUNS / "attribute_vae")
     assert all(address.startswith(("data:", "#")) for address in Parsed(page).addresses)
@@ -145,7 +151,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_shown(tmp_path):
 def test_a_huge_picture_is_not_decoded(tmp_path):
     run = make_run(tmp_path / "run")
     (run / "samples").mkdir()
-    Image.new("1", (20_000, 20_000)).save(run / "samples" / "step_00000001.png")
+    Image.new("1", (9000, 9000)).save(run / "samples" / "step_00000001.png")
     page = page_of(run)
     assert "samples/step_00000001.png cannot be shown" in Parsed(page).text
     assert drawn(page)["runs"][0]["steps"] == []
@@ -165,7 +171,7 @@ def test_a_page_of_long_runs_with_large_pictures_stays_below_3_mb(tmp_path):
     rng = np.random.default_rng(0)
     folders = []
     for name in ("a", "b"):
-        keys = ["train/loss", "train/elbo", "val/elbo", *(f"other/{i}" for i in range(20))]
+        keys = ["train/loss", "train/elbo", "val/elbo", *(f"other/{i}" for i in range(60))]
         records = [
             {"step": step, "time": step, **{f"kl/8x8_group{i:02d}": 1.0 for i in range(36)}}
             | dict(zip(keys, rng.normal(size=len(keys)).tolist(), strict=True))

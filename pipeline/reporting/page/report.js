@@ -94,10 +94,11 @@
       this.draw();
     }
 
-    /** Smoothed values stand before the given ones, so that series 2i + 1 are smooth and 2i + 2 are as logged. */
+    /** Smoothed values stand before the given ones, so that series 2i + 1 are smooth and 2i + 2 are as logged.
+     * Validation has few values, of many images each, which are not smoothed. */
     table() {
-      const tables = this.lines.flatMap(({ steps, values }) => [
-        [steps, smooth(values, state.smoothing)],
+      const tables = this.lines.flatMap(({ key, steps, values }) => [
+        [steps, smooth(values, key.startsWith("val/") ? 0 : state.smoothing)],
         [steps, values],
       ]);
       return uPlot.join(tables);
@@ -185,7 +186,7 @@
       ctx.restore();
     }
 
-    /** Shows the values at a place of the table, or the last ones. */
+    /** Shows the values at a place of the table, or the last ones, as they were logged. */
     read(place) {
       this.readout.replaceChildren();
       const steps = this.plot?.data[0] ?? [];
@@ -202,7 +203,7 @@
           if (this.chart.keys.length > 1) group.append(make("span", "", nameOf(this.chart, line.key)));
           key = line.key;
         }
-        const values = this.plot?.data[2 * number + 1] ?? [];
+        const values = this.plot?.data[2 * number + 2] ?? [];
         let at = place ?? values.length - 1;
         while (at >= 0 && values[at] == null) at -= 1;
         const item = make("span");
