@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.reporting.pictures import data_address, to_webp
-from pipeline.reporting.run_folder import Run, first_line
+from pipeline.reporting.run_folder import Run, count, first_line
 from pipeline.reporting.text import number, setting
 from shard_data import manifest as manifests
 from shard_data.errors import DataError
@@ -63,7 +63,10 @@ def describe_manifest(manifest: manifests.Manifest) -> list[tuple[str, str]]:
     image, splits = manifest["image"], manifest["splits"]
     rows = [
         ("set", manifest["name"]),
-        ("images", f"{image['height']} \N{MULTIPLICATION SIGN} {image['width']}, {image['channels']} channel(s)"),
+        (
+            "images",
+            f"{image['height']} \N{MULTIPLICATION SIGN} {image['width']}, {count(image['channels'], 'channel')}",
+        ),
         ("splits", ", ".join(f"{name} {number(split['count'])}" for name, split in splits.items())),
         ("fingerprint", manifest["fingerprint"]),
     ]

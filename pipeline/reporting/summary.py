@@ -9,7 +9,7 @@ from pipeline.reporting.text import duration, moment, number
 SILENT = 900.0
 """Seconds without a record after which a run that states `running` may have been killed; at least 10 intervals."""
 STATES = {
-    "none": ("no attempt", "quiet"),
+    "none": ("not started, or not known", "quiet"),
     "running": ("running", "busy"),
     "preempted": ("preempted", "warn"),
     "interrupted": ("interrupted", "warn"),

@@ -22,7 +22,7 @@
     if (value === 0) return "0";
     const size = Math.abs(value);
     if (size < 1e-4 || size >= 1e7) return minus(value.toExponential(2));
-    const digits = Number.isInteger(value) || size < 1 ? 1 : 4;
+    const digits = Number.isInteger(value) || size < 0.01 ? 1 : 4;
     return minus(value.toLocaleString("en-US", { minimumSignificantDigits: digits, maximumSignificantDigits: 4 }));
   }
   function compact(value) {
