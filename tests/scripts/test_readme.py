@@ -30,12 +30,13 @@ ONE_STEP = shlex.split(
 PAPER = ("nvae_celeba64", "nvae_cifar10", "nvae_mnist.yaml")
 NOT_RUN = {
     "git clone": "needs the repository's address",
+    "python pipeline/convert.py": "needs a file of the release: tests/scripts/test_convert.py",
     "make": "runs the tests, or takes minutes",
     "sbatch": "needs a cluster: tests/test_slurm.py",
     "slurm/": "needs a cluster: tests/test_slurm.py",
     "python pipeline/launch.py --config_file accelerate_configs/multi_gpu": "needs GPUs: test_launch.py",
 }
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("readme")]  # in order: some use what others made
 
 
 @pytest.fixture(scope="module")
