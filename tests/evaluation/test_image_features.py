@@ -44,6 +44,7 @@ def test_ranks_have_the_rows_of_one_to_the_bit(shares):
     torch.testing.assert_close(alone.rows, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_of_inception_do_not_depend_on_the_other_images_of_a_pass():
     network = Inception()
     network.load_state_dict(inception_state(2))

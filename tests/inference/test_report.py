@@ -128,7 +128,7 @@ def test_recognition_states_what_it_uses_and_no_split(shards, tmp_path, ask):
     assert not {"data", "images", "split_images", "importance_samples"} & report.keys()
     code, printed = ask(run, *words, "elbo")  # in one command: a file each, and the other one needs the data
     assert code == 2
-    assert "gone: no such folder" in printed
+    assert "gone, the shard set that the model was trained on, is not here; name a shard set with --data" in printed
 
 
 def test_metrics_of_one_command_have_a_file_each_or_one_by_out(tmp_path, ask):

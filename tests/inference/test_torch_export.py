@@ -123,6 +123,7 @@ def check(folder: Path) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_the_check_can_be_repeated_and_notices_other_numbers(programs, tmp_path):
     code, text = check(programs)
     assert (code, len(text.splitlines())) == (0, 3)

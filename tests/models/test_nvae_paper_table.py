@@ -9,7 +9,8 @@ from torch import nn
 
 from benchmarks.steps import IMAGES_PER_GPU, new_trainer, train
 from pipeline.models.nvae import NVAE
-from pipeline.models.nvae_conversion import config_from_reference, reference_parameter_names
+from pipeline.models.nvae_conversion import reference_parameter_names
+from pipeline.models.nvae_options import ReleaseOptions
 from pipeline.nn.layers import find_convs
 from pipeline.recipe import Recipe, build_model, load_recipe, recipe_path
 from pipeline.run.step_memory import estimate
@@ -44,7 +45,7 @@ def case(request) -> Case:
 
 def test_a_recipe_has_the_papers_settings(case):
     options, recipe = case.row.options, case.recipe
-    config, image_shape, border, bits = config_from_reference(options)
+    config, image_shape, border, bits = ReleaseOptions(**options).network()
     assert recipe.model == config
     assert recipe.model.groups_per_scale == case.row.groups
     assert case.model.image_shape == image_shape

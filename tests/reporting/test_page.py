@@ -167,6 +167,7 @@ def save(path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels.astype(np.uint8)).save(path)
 
 
+@pytest.mark.slow
 def test_a_page_of_long_runs_with_large_pictures_stays_below_3_mb(tmp_path):
     rng = np.random.default_rng(0)
     folders = []

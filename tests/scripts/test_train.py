@@ -49,7 +49,7 @@ def single(recipe_file, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_give_the_losses_of_one(recipe_file, single, tmp_path, processes):
     """Float64, global batch norm, KL balancing, regularizers, EMA, validation with a ragged tail: 1e-10 relative.
 

@@ -341,6 +341,7 @@ def real(tmp_path_factory) -> tuple[Path, Path]:
     return folder, out
 
 
+@pytest.mark.slow
 def test_the_real_faces_are_a_plain_pillow_crop_and_resize(real):
     folder, out = real
     manifest = convert(CelebA(folder / "celeba"), out, partial=True, workers=2)
