@@ -168,7 +168,9 @@ def test_plain_sbatch_notices_edits_made_while_the_job_waited(with_faces):
 ENDS = """import sys
 from pathlib import Path
 from pipeline.storage.status import StatusFile
-file = StatusFile(Path(sys.argv[sys.argv.index("--run-dir") + 1]))
+folder = Path(sys.argv[sys.argv.index("--run-dir") + 1])
+folder.mkdir(parents=True, exist_ok=True)
+file = StatusFile(folder)
 attempt = file.begin({step}, 100)
 print("program: attempt", attempt, flush=True)
 {then}
