@@ -84,7 +84,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         NETWORK,
     ),
     Mutation(
-        "both resize rules are scaled alike",
+        "both resize rules have the same scale",
         "pipeline/evaluation/inception.py",
         "(resize_tf1(pixels) - 128) / 128",
         "resize_tf1(pixels) / 127.5 - 1",
