@@ -9,8 +9,15 @@ from pipeline.models.classifier import Classifier, ClassifierConfig
 from pipeline.recipe import Recipe, build_model
 from pipeline.run.classifier_folder import save_classifier
 from pipeline.storage.checkpoint import Checkpoints
+from tests.helpers.model_cases import MLP
+from tests.helpers.recipes import tiny_settings
 
 STEP = 7
+
+
+def fast_settings(root: Path) -> dict:
+    """A recipe that is fast to load and evaluate."""
+    return tiny_settings(root) | {"model": dict(MLP), "regularizers": {"strength": 0.0}}
 
 
 def make_run(

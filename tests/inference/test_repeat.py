@@ -10,17 +10,10 @@ import pytest
 
 from pipeline.evaluate import main
 from pipeline.inference.repeat import compare
-from tests.helpers.model_cases import MLP
-from tests.helpers.recipes import tiny_settings
 from tests.helpers.shard_sets import random_samples, write_set
-from tests.helpers.trained_runs import make_judge, make_run
+from tests.helpers.trained_runs import fast_settings, make_judge, make_run
 
 OLD = Path(__file__).parents[1] / "old_runs"
-
-
-def settings(root: Path) -> dict:
-    """A recipe that is fast to load and evaluate."""
-    return tiny_settings(root) | {"model": dict(MLP), "regularizers": {"strength": 0.0}}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +38,7 @@ def ask(make_runtime, capfd):
 @pytest.fixture
 def report(shards, tmp_path, ask) -> Path:
     """Of five images with three importance samples and a seed."""
-    run = make_run(tmp_path / "run", settings(shards))
+    run = make_run(tmp_path / "run", fast_settings(shards))
     assert ask(run, "--importance-samples", "3", "--images", "5", "--seed", "9", "--batch-size", "2")[0] == 0
     (path,) = (run / "evaluations").iterdir()
     return path
@@ -111,7 +104,7 @@ def read(path: Path) -> dict:
 
 
 def test_other_weights_and_other_data_are_named_in_one_line(report, shards, tmp_path, ask):
-    other_run = make_run(tmp_path / "other", settings(shards), seed=6)
+    other_run = make_run(tmp_path / "other", fast_settings(shards), seed=6)
     other_set = write_set(tmp_path / "set", {"test": random_samples(6, 16, 16, seed=3)}, [6])
     other_pixels = edited(report, data=read(report)["data"] | {"pixels_sha256": "0" * 64})
     for words, what in (
@@ -127,7 +120,9 @@ def test_other_weights_and_other_data_are_named_in_one_line(report, shards, tmp_
 
 
 def test_recognition_is_repeated_with_its_judge(tmp_path, ask):
-    run = make_run(tmp_path / "run", settings(tmp_path / "gone") | {"condition": {"name": "class", "num_classes": 10}})
+    run = make_run(
+        tmp_path / "run", fast_settings(tmp_path / "gone") | {"condition": {"name": "class", "num_classes": 10}}
+    )
     judge = make_judge(tmp_path / "judge", "classes", list("0123456789"))
     ask(run, "--metrics", "recognition", "--classifier", judge, "--per-class", "2", "--temperature", "0.5")
     (report,) = (run / "evaluations").iterdir()

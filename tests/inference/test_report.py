@@ -11,17 +11,10 @@ from pipeline.data.shards import TarShards
 from pipeline.evaluate import main
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.storage.evaluation_journal import EvaluationJournal
-from tests.helpers.model_cases import MLP
-from tests.helpers.recipes import tiny_settings
 from tests.helpers.shard_sets import random_samples, write_set
-from tests.helpers.trained_runs import make_judge, make_run
+from tests.helpers.trained_runs import fast_settings, make_judge, make_run
 
 OLD = Path(__file__).parents[1] / "old_runs"
-
-
-def settings(root: Path) -> dict:
-    """A recipe that is fast to load and evaluate."""
-    return tiny_settings(root) | {"model": dict(MLP), "regularizers": {"strength": 0.0}}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +24,7 @@ def shards(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(shards, tmp_path) -> Path:
-    return make_run(tmp_path / "run", settings(shards), fingerprint=TarShards(shards, "test").fingerprint)
+    return make_run(tmp_path / "run", fast_settings(shards), fingerprint=TarShards(shards, "test").fingerprint)
 
 
 @pytest.fixture
@@ -112,7 +105,7 @@ def test_a_file_of_anything_else_is_kept(run, ask):
 def test_recognition_states_what_it_uses_and_no_split(shards, tmp_path, ask):
     """And needs no data: the shard set is not there."""
     by_class = {"condition": {"name": "class", "num_classes": 10}}
-    run = make_run(tmp_path / "run", settings(tmp_path / "gone") | by_class)
+    run = make_run(tmp_path / "run", fast_settings(tmp_path / "gone") | by_class)
     judge = make_judge(tmp_path / "judge", "classes", list("0123456789"))
     words = ["--classifier", judge, "--per-class", "2", "--temperature", "0.5", "--metrics", "recognition"]
     code, printed = ask(run, *words)
@@ -133,7 +126,7 @@ def test_recognition_states_what_it_uses_and_no_split(shards, tmp_path, ask):
 
 def test_metrics_of_one_command_have_a_file_each_or_one_by_out(tmp_path, ask):
     data = write_set(tmp_path / "set", {"test": random_samples(6, 16, 16, seed=2)}, [6])
-    run = make_run(tmp_path / "run", settings(data) | {"condition": {"name": "class", "num_classes": 10}})
+    run = make_run(tmp_path / "run", fast_settings(data) | {"condition": {"name": "class", "num_classes": 10}})
     words = ["--classifier", make_judge(tmp_path / "judge", "classes", list("0123456789")), "--per-class", "2"]
     assert ask(run, *words, "--metrics", "elbo", "recognition")[0] == 0
     reports = list(files(run).values())
