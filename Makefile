@@ -27,7 +27,7 @@ chaos: $(STAMP)  ## Kill training runs 100 times and compare them with uninterru
 mutate: $(STAMP) ## Make deliberate mistakes in the code and check that the tests notice them (half an hour)
 	$(BIN)/python -m tests.mutate
 
-test: $(STAMP)   ## Run the tests on up to four cores (8 minutes on two)
+test: $(STAMP)   ## Run the tests on up to four cores (8.6 minutes on two)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow"
 
 test-slow: $(STAMP) ## Run the slow tests, which start many processes or train for long
