@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo chaos mutate test test-slow test-slurm lint format bench gpu gpu-check clean help
+.PHONY: install demo chaos mutate test test-slow test-slurm lint format bench gpu gpu-check clean help
 
 help:            ## List the targets
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -16,6 +16,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[test,lint,browser]' --constraint constraints.txt
 	touch $@
+
+install: $(STAMP) ## Make .venv with this project and what it needs; then: source .venv/bin/activate
 
 demo: $(STAMP)   ## Train a small NVAE on synthetic faces; results are in runs/nvae
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml --num_cpu_threads_per_process 1 pipeline/train.py --model nvae tracking.wandb=disabled

@@ -132,9 +132,10 @@ def check_data(config: DataConfig, image: Image, place: str) -> None:
     """Raises ValueError, naming the setting, where the images of the shard set at `place` do not fit."""
     height, width, channels = image["height"], image["width"], image["channels"]
     if (height, width) != (config.size, config.size):
+        other = f"train with data.size={height}" if height == width else "make it with square images"
         raise ValueError(
             f"data.size is {config.size}, but {place} holds images of {height}x{width}; "
-            f"name a set of {config.size}x{config.size} images with --data, or train with a recipe for that size"
+            f"name a set of {config.size}x{config.size} images with --data, or {other}"
         )
     if channels != config.channels:
         raise ValueError(

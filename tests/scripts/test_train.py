@@ -164,7 +164,10 @@ BAD = {
     "an unknown setting": (["train.batchsize=3"], r"error: train.batchsize: unknown key; did you mean 'batch_size'\?"),
     "no such data": (["--data", "nowhere"], r"error: nowhere: no complete shard set"),
     "a size that the scales do not divide": (["data.size=18"], "16 or 20 would work"),
-    "data of another size": (["data.size=32"], r"error: data.size is 32, but .* holds images of 16x16"),
+    "data of another size": (
+        ["data.size=32"],
+        r"error: data.size is 32, but .* holds images of 16x16; .* or train with data.size=16",
+    ),
     "data of other channels": (
         ["data.channels=1", "model.likelihood={name: bernoulli}"],
         "error: data.channels is 1, but .* 3 channels",
