@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--importance-samples", metavar="N", type=int, default=0, help="latent samples per image for nll (default 0)")
     add("--binarizations", metavar="R", type=int, default=1, help="random binarizations for elbo and nll (default 1)")
     add("--images", metavar="N", type=int, help="only the first N images of the split")
+    add("--images-seed", metavar="S", type=int, help="N images at random, with this seed, instead of the first N")
     add("--batch-size", metavar="N", type=int, default=100, help="images in a pass over all processes (default 100)")
     add("--classifier", metavar="FOLDER", type=Path, help="judge of edit and recognition, of train_classifier.py")
     add("--per-class", metavar="N", type=int, default=1000, help="samples of each class for recognition (default 1000)")
@@ -140,8 +141,12 @@ def check_arguments(parsed: argparse.Namespace) -> None:
         if changed:
             name = f"--{changed[0].replace('_', '-')}"
             raise ValueError(f"{name}: not with --repeat, which measures what {parsed.repeat} states; omit {name}")
-    if parsed.seed is not None and not 0 <= parsed.seed < 2**63:
-        raise ValueError(f"--seed {parsed.seed}: must be from 0 to 2^63 - 1")
+    for name in ("seed", "images_seed"):
+        value = getattr(parsed, name)
+        if value is not None and not 0 <= value < 2**63:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be from 0 to 2^63 - 1")
+    if parsed.images_seed is not None and parsed.images is None:
+        raise ValueError(f"--images-seed {parsed.images_seed}: chooses among the images of --images N; give that, too")
     least = {"images": 1, "importance_samples": 0, "binarizations": 1, "batch_size": 1, "per_class": 1, "threads": 1}
     least |= {"samples": 2, "kid_subsets": 1, "kid_subset_size": 2}
     for name, minimum in least.items():

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.data.loader import DataConfig
 from pipeline.data.random_hash import Stream, hash64
-from pipeline.data.shards import Subset, TarShards
+from pipeline.data.shards import TarShards
 from shard_data.manifest import Manifest
 
 SPLIT = "val"
@@ -57,7 +57,17 @@ def open_split(root: str, split: str, config: DataConfig, seed: int, verify: boo
     whole = TarShards(root, config.train_split, verify, origin)
     held_out = held_out_indices(config.holdout, len(whole), seed)
     members = held_out if split == SPLIT else np.setdiff1d(np.arange(len(whole)), held_out, assume_unique=True)
-    return Subset(root, config.train_split, members, split, verify, origin)
+    return whole.subset(members, split)
+
+
+def random_images(shards: TarShards, count: int | None, seed: int | None) -> TarShards:
+    """`count` samples at random, a function of (seed, number of samples); all of them where `count` or `seed` is None
+    or there are no more.
+    """
+    if count is None or seed is None or count >= len(shards):
+        return shards
+    keys = hash64(seed, Stream.CHOICE, np.arange(len(shards)))
+    return shards.subset(np.sort(np.argsort(keys, kind="stable")[:count]))
 
 
 def describe_holdout(config: DataConfig, seed: int, train: TarShards) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ class Stream(IntEnum):
     BINARIZE = 4
     REPLACE = 5
     HOLDOUT = 6
+    CHOICE = 7
 
 
 def mix64(state: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ one of its samples is first read.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from math import prod
 from pathlib import Path
 from typing import TypeVar
@@ -61,12 +62,21 @@ class TarShards:
         self._entries = self.manifest["splits"][split]["shards"]
         self.shard_sizes = tuple(shard["count"] for shard in self._entries)
         self._starts = np.cumsum((0, *self.shard_sizes))  # (S + 1,)
+        self._members: np.ndarray | None = None  # of a subset: their indices in the whole split
         self._indexes = LRUCache(MAX_OPEN_SHARDS)
         self._tars = LRUCache(MAX_OPEN_SHARDS)
         self._verified: dict[int, bool] = {}  # of the tars that were hashed: whether the hash is the manifest's
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._starts[-1]) if self._members is None else len(self._members)
+
+    def subset(self, members: np.ndarray, name: str | None = None) -> "TarShards":
+        """The samples at these indices, ascending (n,) int64, numbered from 0, as a split called `name`."""
+        part, members = copy(self), self._checked(members)
+        part.split = name or self.split
+        part._members = members if self._members is None else self._members[members]
+        part.shard_sizes = tuple(size for size in np.bincount(self._shard_of(part._members)).tolist() if size)
+        return part
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -133,17 +143,22 @@ class TarShards:
 
     def _by_shard(self, indices: Indices) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Per shard concerned: its number, the places (k,) of its samples in `indices`, their rows (k,) in it."""
-        indices = self._checked(indices, int(self._starts[-1]))
-        numbers = np.searchsorted(self._starts, indices, side="right") - 1
+        indices = self._checked(indices)
+        indices = indices if self._members is None else self._members[indices]
+        numbers = self._shard_of(indices)
         for number in np.unique(numbers).tolist():
             here = np.flatnonzero(numbers == number)
             yield number, here, indices[here] - self._starts[number]
 
-    def _checked(self, indices: Indices, count: int) -> np.ndarray:
+    def _shard_of(self, indices: np.ndarray) -> np.ndarray:
+        """The numbers of the shards (n,) of samples of the whole split."""
+        return np.searchsorted(self._starts, indices, side="right") - 1
+
+    def _checked(self, indices: Indices) -> np.ndarray:
         indices = np.asarray(indices, np.int64)
-        if indices.size and not (indices.min() >= 0 and indices.max() < count):
+        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(
-                f"indices {indices.min()}..{indices.max()} are outside split '{self.split}' with {count} samples"
+                f"indices {indices.min()}..{indices.max()} are outside split '{self.split}' with {len(self)} samples"
             )
         return indices
 
@@ -181,29 +196,3 @@ class TarShards:
         # Without its open tars this process may have the file descriptors and the memory that it lacked, and a file
         # that a server has replaced (ESTALE) is opened again.
         return retried(path, read, before_retry=self._tars.clear)
-
-
-class Subset(TarShards):
-    """Some samples of a split under a name of their own, in the split's order and numbered from 0."""
-
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        members: np.ndarray,
-        name: str,
-        verify: bool = False,
-        origin: str | None = None,
-    ):
-        """`members`: the samples' indices in `split`, ascending (n,) int64. For the others see TarShards."""
-        super().__init__(root, split, verify, origin)
-        self.split = name
-        self._members = self._checked(members, int(self._starts[-1]))
-        numbers = np.searchsorted(self._starts, self._members, side="right") - 1
-        self.shard_sizes = tuple(size for size in np.bincount(numbers).tolist() if size)
-
-    def __len__(self) -> int:
-        return len(self._members)
-
-    def _by_shard(self, indices: Indices) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        return super()._by_shard(self._members[self._checked(indices, len(self))])

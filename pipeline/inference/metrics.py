@@ -36,7 +36,9 @@ class Options(SampleOptions):
 
     split: str = "test"
     images: int | None = None
-    """Only the first so many images of the split; None: all."""
+    """Only so many images of the split; None: all."""
+    images_seed: int | None = None
+    """The images are chosen at random with this seed; None: the first ones."""
     importance_samples: int = 0
     binarizations: int = 1
     """Of the images at random, over which figures are means."""
@@ -127,11 +129,12 @@ def recognition_measurement(measurement: Measurement) -> dict[str, float]:
     return recognition(model, judge, options.per_class, options.temperature, options.seed, *ranks)
 
 
-SAMPLES = ("split", "images", "samples", "temperature", "decoder", "rounding", "resize")
+IMAGES = ("split", "images", "images_seed")
+SAMPLES = (*IMAGES, "samples", "temperature", "decoder", "rounding", "resize")
 SUBSETS = ("kid_subsets", "kid_subset_size")
 METRICS = {
-    "elbo": Metric(bound_figures, ("split", "images", "importance_samples", "binarizations"), resumes=True),
-    "edit": Metric(edit_measurement, ("split", "images", "classifier"), AttributeCondition),
+    "elbo": Metric(bound_figures, (*IMAGES, "importance_samples", "binarizations"), resumes=True),
+    "edit": Metric(edit_measurement, (*IMAGES, "classifier"), AttributeCondition),
     "recognition": Metric(recognition_measurement, ("per_class", "temperature", "classifier"), ClassCondition),
     "fid": Metric(lambda measurement: measurement.sets.frechet(), SAMPLES),
     "kid": Metric(lambda measurement: measurement.sets.kernel(), (*SAMPLES, *SUBSETS)),
@@ -183,6 +186,7 @@ def evaluation_recipe(recipe: Recipe, root: str | None, options: Options, batch_
     settings["validation"] |= {
         "split": options.split,
         "images": options.images,
+        "images_seed": options.images_seed,
         "batch_size": batch_size,
         "importance_samples": options.importance_samples,
     }

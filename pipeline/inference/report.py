@@ -32,7 +32,7 @@ UNFINISHED = "*.rank0.unfinished"
 """Journals; see `EvaluationJournal`."""
 MAX_BYTES = 4 * 2**20
 QUESTION = (
-    "metrics", "step", "weights_sha256", "split", "images", "split_images", "fingerprint", "holdout",
+    "metrics", "step", "weights_sha256", "split", "images", "images_seed", "split_images", "fingerprint", "holdout",
     "importance_samples", "binarize", "binarizations", "per_class", "temperature", "classifier_digest", "seed",
     "precision",
     "samples", "decoder", "rounding", "resize", "kid_subsets", "kid_subset_size", "feature_weights_sha256",
@@ -72,9 +72,8 @@ def describe_measurement(
         report |= {"classifier": str(options.classifier), "classifier_digest": digest}
     if "samples" in used:
         report |= {"feature_network": "Inception-v3 of 2015-12-05", "feature_weights_sha256": INCEPTION.sha256}
-    report |= {
-        name: getattr(options, name) for name in option_names() if name in used - {"split", "images", "classifier"}
-    }
+    described = {"split", "images", "images_seed", "classifier"}
+    report |= {name: getattr(options, name) for name in option_names() if name in used - described}
     return report | {
         "seed": options.seed,
         "precision": runtime.precision,
@@ -97,8 +96,8 @@ def option_names() -> list[str]:
 def describe_data(measurement: Measurement, used: set[str], skipped: int) -> dict[str, Any]:
     """The split, and how many images of it were measured. `used`: the options of the metrics."""
     binarizations = measurement.options.binarizations if "binarizations" in used else 1
-    recipe, shards = measurement.data.recipe, measurement.data.held_out
-    size = len(shards)
+    recipe, shards, size = measurement.data.recipe, measurement.data.held_out, measurement.data.split_size
+    count = min(recipe.validation.images or size, size)
     return {
         "data": {
             "root": recipe.data.root,
@@ -114,7 +113,8 @@ def describe_data(measurement: Measurement, used: set[str], skipped: int) -> dic
             "pixels_sha256": measurement.data.held_out_sha256(binarizations),
         },
         "split_images": size,
-        "images": min(recipe.validation.images or size, size) - skipped,
+        "images": count - skipped,
+        "images_seed": recipe.validation.images_seed if count < size else None,
     }
 
 
@@ -128,6 +128,7 @@ def file_stem(report: dict[str, Any], training_seed: int) -> str:
         words.append(f"binarizations_{report['binarizations']}")
     if data and report["images"] + int(figures.get("skipped_samples", 0)) < report["split_images"]:
         words.append(f"images_{report['images']}")
+        words += [] if report["images_seed"] is None else [f"images_seed_{report['images_seed']}"]
     if "per_class" in report:
         words.append(f"per_class_{report['per_class']}_temperature_{report['temperature']:g}")
     if "samples" in report:

@@ -227,6 +227,7 @@ class SampleSets:
             "split": shards.split,
             "holdout": self.data.holdout,
             "images": self.num_real,
+            "images_seed": self.data.recipe.validation.images_seed,
             "binarize": config.binarize,
             "binarization_seed": self.data.recipe.train.seed if config.binarize == "dynamic" else None,
             "bits": config.bits,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.device_copies import on_device
-from pipeline.data.holdout import SPLIT, check_holdout, describe_holdout, open_split
+from pipeline.data.holdout import SPLIT, check_holdout, describe_holdout, open_split, random_images
 from pipeline.data.loader import Batch, build_eval_loader, build_train_loader, check_binarization, check_data
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Preprocess, to_model_input
@@ -42,7 +42,9 @@ class RunData:
         self._shows_progress = progress and runtime.is_main
         self.runtime = runtime
         config = recipe.data
-        self.train, self.held_out = self._open_shards()
+        self.train, whole = self._open_shards()
+        self.split_size = len(whole)  # of the validation split
+        self.held_out = random_images(whole, recipe.validation.images, recipe.validation.images_seed)
         self.holdout = describe_holdout(config, recipe.train.seed, self.train)
         if self.holdout is not None:
             log.info("%(count)d of the %(of)d training images are held out for validation (data.holdout)", self.holdout)

@@ -3,15 +3,23 @@
 import numpy as np
 import pytest
 
-from pipeline.data.holdout import check_holdout, describe_holdout, held_out_indices, num_held_out, open_split
+from pipeline.data.holdout import (
+    check_holdout,
+    describe_holdout,
+    held_out_indices,
+    num_held_out,
+    open_split,
+    random_images,
+)
 from pipeline.data.loader import DataConfig, build_eval_loader, build_train_loader
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Preprocess
-from pipeline.data.shards import Subset, TarShards
+from pipeline.data.shards import TarShards
 from shard_data import manifest
 from tests.helpers.shard_sets import random_samples, write_set
 
 SEED = 3
+CHOSEN = [4, 9, 16, 27, 32, 38]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +99,34 @@ def test_indices_outside_a_part_are_refused(root):
     with pytest.raises(IndexError, match=r"12\.\.12 are outside split 'val' with 12"):
         opened(root, "val").images([12])
     with pytest.raises(IndexError):
-        Subset(root, "train", np.array([41]), "x")
+        opened(root, "val").subset(np.array([12]))
+
+
+def test_random_images_are_a_function_of_the_seed_and_keep_the_order(root, samples):
+    whole = TarShards(root, "train")
+    part = random_images(whole, 6, seed=2)
+    chosen = [whole.keys(range(41)).index(key) for key in part.keys(range(6))]
+    assert chosen == CHOSEN  # written down once: later releases give these
+    np.testing.assert_array_equal(part.images(range(6)), samples.images[CHOSEN])
+    assert part.split == "train"
+    assert random_images(whole, 6, seed=None) is whole
+    assert random_images(whole, None, seed=2) is whole
+    assert random_images(whole, 41, seed=2) is whole
+
+
+def test_every_image_is_chosen_equally_often(root):
+    whole = TarShards(root, "train")
+    keys = [key for seed in range(400) for key in random_images(whole, 10, seed).keys(range(10))]
+    counts = np.array([keys.count(key) for key in whole.keys(range(41))])
+    assert counts.sum() == 4000
+    assert (abs(counts - 4000 / 41) < 40).all()  # 97.6 expected, with a standard deviation of 8.6
+
+
+def test_random_images_of_the_held_out_share_are_of_it(root):
+    val = opened(root, "val")
+    part = random_images(val, 5, seed=0)
+    keys = part.keys(range(5))
+    assert (len(set(keys)), set(keys) <= set(val.keys(range(12))), part.split) == (5, True, "val")
 
 
 def test_the_record_names_the_samples(root, tmp_path):

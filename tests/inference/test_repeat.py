@@ -37,9 +37,10 @@ def ask(make_runtime, capfd):
 
 @pytest.fixture
 def report(shards, tmp_path, ask) -> Path:
-    """Of five images with three importance samples and a seed."""
+    """Of five images at random with three importance samples and a seed."""
     run = make_run(tmp_path / "run", fast_settings(shards))
-    assert ask(run, "--importance-samples", "3", "--images", "5", "--seed", "9", "--batch-size", "2")[0] == 0
+    words = ["--importance-samples", "3", "--images", "5", "--images-seed", "5", "--seed", "9", "--batch-size", "2"]
+    assert ask(run, *words)[0] == 0
     (path,) = (run / "evaluations").iterdir()
     return path
 

@@ -293,6 +293,7 @@ BAD = {
     "fewer than no samples": (["--importance-samples", "-1"], "--importance-samples -1: must be at least 0"),
     "no batch": (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
     "a negative seed": (["--seed", "-1"], "--seed -1: must be from 0 to 2^63 - 1"),
+    "a seed for all images": (["--images-seed", "1"], "--images-seed 1: chooses among the images of --images N"),
     "no threads": (["--threads", "0"], "--threads 0: must be at least 1"),
     "no samples of a class": (["--per-class", "0"], "--per-class 0: must be at least 1"),
     "an endless temperature": (["--temperature", "inf"], "--temperature inf: must be a finite number"),
