@@ -1,4 +1,4 @@
-"""imagenet32: every pixel and label of the published layout; what is missing or damaged is named; memory is bounded."""
+"""imagenet32, imagenet64: every pixel and label of the published layout; faults are named; memory is bounded."""
 
 import tracemalloc
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from shard_data import DataError, ImageNet32, convert
+from shard_data import DataError, ImageNet32, ImageNet64, convert
 from shard_data.__main__ import main
 from shard_data.source import Record
 from shard_data.verify import verify
@@ -17,40 +17,58 @@ TRAIN = [f"train_data_batch_{i}.npz" for i in range(1, 11)]
 NAMES = [*TRAIN, "val_data.npz"]
 
 
-def content(name: str) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(sum(name.encode()))
-    made = {"data": rng.integers(0, 256, (COUNT, 3072), dtype=np.uint8), "labels": rng.integers(1, 1001, COUNT)}
-    return made if name == "val_data.npz" else made | {"mean": rng.random(3072)}
+def content(name: str, size: int = 32) -> dict[str, np.ndarray]:
+    rng, columns = np.random.default_rng(sum(name.encode())), 3 * size * size
+    made = {"data": rng.integers(0, 256, (COUNT, columns), dtype=np.uint8), "labels": rng.integers(1, 1001, COUNT)}
+    return made if name == "val_data.npz" else made | {"mean": rng.random(columns)}
 
 
-def write(root: Path, names=NAMES, save=np.savez, **changes: dict[str, np.ndarray | None]) -> Path:
+def write(root: Path, names=NAMES, save=np.savez, size: int = 32, **changes: dict[str, np.ndarray | None]) -> Path:
     """The files; `changes` by name of a file without .npz: arrays to replace, None to remove."""
     root.mkdir(parents=True, exist_ok=True)
     for name in names:
-        arrays = content(name) | changes.get(name.removesuffix(".npz"), {})
+        arrays = content(name, size) | changes.get(name.removesuffix(".npz"), {})
         save(root / name, **{key: array for key, array in arrays.items() if array is not None})
     return root
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_every_pixel_and_label(tmp_path, save):
-    root = tmp_path / "in"
-    write(root / "Imagenet32_train_npz", TRAIN, save)  # as the published archives unpack
-    write(root, ["val_data.npz"], save)
-    manifest = convert(ImageNet32(root), tmp_path / "out", shard_size=7, workers=2)
+@pytest.mark.parametrize(
+    ("save", "source", "folders"),
+    [
+        (np.savez, ImageNet32, ["Imagenet32_train_npz"]),
+        (np.savez_compressed, ImageNet32, ["Imagenet32_train_npz"]),
+        (np.savez, ImageNet64, ["Imagenet64_train_part1_npz", "Imagenet64_train_part2_npz"]),
+    ],
+)
+def test_every_pixel_and_label(tmp_path, save, source, folders):
+    root, size = tmp_path / "in", source.size
+    for part, folder in enumerate(folders):  # as the published archives unpack
+        write(root / folder, TRAIN[part :: len(folders)], save, size)
+    write(root, ["val_data.npz"], save, size)
+    manifest = convert(source(root), tmp_path / "out", shard_size=7, workers=2)
     assert verify(tmp_path / "out", decode=True) == []
     assert manifest["classes"] == [str(label) for label in range(1, 1001)]
     assert {split: of["count"] for split, of in manifest["splits"].items()} == {"train": 60, "val": 6}
     for split, names in (("train", TRAIN), ("val", ["val_data.npz"])):
         tars = [str(path) for path in sorted((tmp_path / "out").glob(f"{split}-*.tar"))]
         found = list(webdataset.WebDataset(tars, shardshuffle=False).decode())
-        rows = [row for name in names for row in content(name)["data"]]
-        labels = [label for name in names for label in content(name)["labels"]]
+        rows = [row for name in names for row in content(name, size)["data"]]
+        labels = [label for name in names for label in content(name, size)["labels"]]
         for sample, row, label in zip(found, rows, labels, strict=True):
-            red, green, blue = row[:1024], row[1024:2048], row[2048:]
-            pixels = [[(red[32 * y + x], green[32 * y + x], blue[32 * y + x]) for x in range(32)] for y in range(32)]
+            red, green, blue = (row[channel * size**2 :] for channel in range(3))
+            pixels = [
+                [(red[size * y + x], green[size * y + x], blue[size * y + x]) for x in range(size)] for y in range(size)
+            ]
             assert np.array_equal(sample["npy"], np.array(pixels))
             assert manifest["classes"][sample["cls"]] == str(label)
+
+
+def test_the_command_chooses_the_size(tmp_path, capsys):
+    """A file of the other size is refused."""
+    source = str(write(tmp_path / "in", size=64))
+    for name, code in (("imagenet64", 0), ("imagenet32", 2)):
+        assert main([name, "--source", source, "--out", str(tmp_path / name), "--workers", "1"]) == code
+    assert "data is uint8 (6, 12288) instead of uint8 (N, 3072)" in capsys.readouterr().err
 
 
 def test_missing_files_stop_with_a_list_and_partial_lists_them(tmp_path, capsys):
