@@ -25,6 +25,7 @@ from pipeline.models.conv_vae import ConvVAEConfig
 from pipeline.models.mlp_vae import MLPVAEConfig
 from pipeline.models.nvae import NVAEConfig
 from pipeline.models.resnet_vae import ResNetVAEConfig
+from pipeline.models.vdvae import VDVAEConfig
 from pipeline.schema import Section
 from pipeline.storage.checkpoint import CheckpointConfig
 from pipeline.tracking.tracker import TrackingConfig
@@ -37,7 +38,8 @@ RECIPES = Path(__file__).parent / "configs"
 
 
 Model = Annotated[
-    NVAEConfig | MLPVAEConfig | ConvVAEConfig | ResNetVAEConfig | AttributeVAEConfig, Field(discriminator="name")
+    NVAEConfig | VDVAEConfig | MLPVAEConfig | ConvVAEConfig | ResNetVAEConfig | AttributeVAEConfig,
+    Field(discriminator="name"),
 ]
 """Every model's section; `model.name` selects one."""
 
@@ -71,6 +73,12 @@ class Recipe(Section):
             raise ValueError(
                 f"regularizers.strength={self.regularizers.strength:g}: the penalties are made for NVAE's layers; "
                 f"model.name={self.model.name} needs regularizers.strength=0"
+            )
+        likelihood = self.model.likelihood
+        if getattr(likelihood, "makes_5_bits", False) and self.data.bits != 8:
+            raise ValueError(
+                f"data.bits={self.data.bits}: model.likelihood.bin_rule={likelihood.bin_rule} makes 5 bits of 8-bit "
+                "images itself; set data.bits=8"
             )
         with torch.device("meta"):
             model = build_model(self)  # the model's own checks: sizes that the scales divide, channels, likelihood

@@ -20,6 +20,8 @@ VAE = "variational autoencoder (Kingma & Welling 2014, [arXiv:1312.6114](https:/
 MODELS = {
     "nvae": "NVAE (Vahdat & Kautz 2020, [arXiv:2007.03898](https://arxiv.org/abs/2007.03898)), a hierarchical "
     "variational autoencoder",
+    "vdvae": "VDVAE (Child 2020, [arXiv:2011.10650](https://arxiv.org/abs/2011.10650)), a very deep hierarchical "
+    "variational autoencoder",
     "mlp_vae": f"A {VAE} of fully connected layers",
     "conv_vae": f"A {VAE} of strided convolutions",
     "resnet_vae": f"A {VAE} of residual blocks",

@@ -30,7 +30,6 @@ from pipeline.models.base import (
 from pipeline.models.conditions import Condition
 from pipeline.models.likelihoods import Likelihood, LogisticMixtureLikelihood, PixelDistribution
 from pipeline.models.nvae_parts import (
-    Conditioning,
     build_decoder,
     build_encoder,
     build_postprocess,
@@ -41,6 +40,7 @@ from pipeline.models.nvae_parts import (
 )
 from pipeline.nn.batch_norm import counted_at_the_end
 from pipeline.nn.cells import CELLS, ResidualCell
+from pipeline.nn.conditioning import Conditioning
 from pipeline.nn.distributions import JointClampedNormal, Normal, NormalOfSigma, at_least_float32
 from pipeline.nn.flows import FlowPair
 from pipeline.nn.layers import WNConv2d

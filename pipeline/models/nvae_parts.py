@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.models.base import LatentGroup, check_divisible
 from pipeline.nn.cells import CELLS, ResidualCell, Resize
-from pipeline.nn.layers import Linear, WNConv2d
+from pipeline.nn.layers import WNConv2d
 
 if TYPE_CHECKING:
     from pipeline.models.nvae import NVAEConfig
@@ -37,20 +37,6 @@ class DecoderStep(nn.Module):
         super().__init__()
         self.cells = nn.Sequential(*cells)
         self.combine = combine
-
-
-class Conditioning(nn.Module):
-    """Linear embeddings of a condition (B, size), added to the decoder's start and to every prior's raw parameters.
-
-    They are initialized to zero: a new conditional model equals the unconditional one.
-    """
-
-    def __init__(self, size: int, start_width: int, latent_channels: int, num_groups: int):
-        super().__init__()
-        self.start = Linear(size, start_width, bias=False)
-        self.priors = nn.ModuleList(Linear(size, 2 * latent_channels, bias=False) for _ in range(num_groups))
-        for embedding in (self.start, *self.priors):
-            nn.init.zeros_(embedding.weight)
 
 
 def check_image_shape(config: NVAEConfig, image_shape: tuple[int, int, int]) -> None:

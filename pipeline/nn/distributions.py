@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BinRule = Literal["published", "exact"]
+BinRule = Literal["published", "exact", "vdvae", "vdvae_overlapping_5_bit"]
 Squashing = Literal["sigmoid", "tanh"]
 
 SOFT_CLAMP = 5.0
 MIN_SIGMA = 0.01
 MIN_LOG_SCALE = -7.0
 NARROW_BIN = log(1e-5)
-"""Below this log-probability, the published rule approximates a bin's mass by its width times the density at its
+"""Below this log-probability, all rules but "exact" approximate a bin's mass by its width times the density at its
 center."""
+UPPER_EDGES = {"published": 0.99, "vdvae": 0.999, "vdvae_overlapping_5_bit": 0.999}
+"""By bin rule: levels y above get the whole upper tail."""
 WIDE_LOG_SCALE = 20.0
 """Above this log-scale, a bin's mass equals its width times its density in float64."""
 
@@ -190,7 +192,10 @@ class DiscretizedLogisticMixture:
     params: (B, 10K, H, W) = K mixture logits, then for each of R, G, B: K means, K log-scales, K raw coefficients.
     bin_rule "published": the rule behind NVAE's published figures. Every level y > 0.99 gets the whole upper tail; at 8
     bits, level 254 therefore also gets the mass of level 255. Improbable bins use the density. "exact": normalized over
-    the levels.
+    the levels. "vdvae": the rule behind VDVAE's published figures. As "published", but the upper tail belongs to the
+    highest level alone. "vdvae_overlapping_5_bit": its rule for 5 bits, of 8-bit images. The 32 levels 0, 8, ..., 248
+    are 16/255 apart and get bins of width 2/31, which overlap; nothing gets the upper tail. Their probabilities add up
+    to as much as 1.45, so it is for comparison with published figures only.
     """
 
     def __init__(self, params: Tensor, bits: int = 8, bin_rule: BinRule = "published"):
@@ -198,7 +203,7 @@ class DiscretizedLogisticMixture:
         self.num_components = num_components = params.shape[1] // 10
         if params.shape[1] != 10 * num_components:
             raise ValueError(f"a mixture over RGB takes 10 channels per component, got {params.shape[1]} channels")
-        self.bits, self.bin_rule = bits, bin_rule
+        self.bits, self.bin_rule = 5 if bin_rule == "vdvae_overlapping_5_bit" else bits, bin_rule
         # channels last, as in the memory of a channels_last network
         self.mixture_logits, rest = params.permute(0, 2, 3, 1).split([num_components, 9 * num_components], dim=-1)
         per_channel = rest.unflatten(-1, (3, 3 * num_components))  # (B, H, W, 3, 3K)
@@ -208,7 +213,14 @@ class DiscretizedLogisticMixture:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-probability (B, H, W) of RGB pixels x (B, 3, H, W) in [0, 1], nats per pixel."""
-        y = (2 * x.to(self.means.dtype) - 1).permute(0, 2, 3, 1).unsqueeze(-1)  # (B, H, W, 3, 1)
+        x = x.to(self.means.dtype)
+        if self.bin_rule == "vdvae_overlapping_5_bit":
+            x = torch.floor(torch.round(255 * x) / 8) * (8 / 255)
+        return self.log_prob_of_values(2 * x - 1)
+
+    def log_prob_of_values(self, y: Tensor) -> Tensor:
+        """Log-probability (B, H, W) of the bins around values y (B, 3, H, W) in [-1, 1], nats per pixel."""
+        y = y.permute(0, 2, 3, 1).unsqueeze(-1)  # (B, H, W, 3, 1)
         channels = discretized_logistic_log_prob(y, self._means_given(y), self.log_scales, self.bits, self.bin_rule)
         return torch.logsumexp(channels.sum(-2) + torch.log_softmax(self.mixture_logits, dim=-1), dim=-1)
 
@@ -270,7 +282,7 @@ def discretized_logistic_log_prob(y: Tensor, mean: Tensor, log_scale: Tensor, bi
     above_lower_edge = F.softplus(centered - half_width)  # -log sigmoid(-b)
     lowest, highest = _edge_levels(y, num_steps, rule)
     inside = _log_relative_width(log_scale, num_steps) - below_upper_edge - above_lower_edge
-    if rule == "published":
+    if rule != "exact":
         density = centered - log_scale - 2 * F.softplus(centered) - log(num_steps / 2)
         inside = torch.where(inside > NARROW_BIN, inside, density)
     return torch.where(lowest, -below_upper_edge, torch.where(highest, -above_lower_edge, inside))
@@ -278,9 +290,9 @@ def discretized_logistic_log_prob(y: Tensor, mean: Tensor, log_scale: Tensor, bi
 
 def _edge_levels(y: Tensor, num_steps: int, rule: BinRule) -> tuple[Tensor, Tensor]:
     """Masks of the lowest and of the highest gray level."""
-    if rule == "published":
-        return y < -0.999, y > 0.99
-    return y < -1 + 1 / num_steps, y > 1 - 1 / num_steps
+    if rule == "exact":
+        return y < -1 + 1 / num_steps, y > 1 - 1 / num_steps
+    return y < -0.999, y > UPPER_EDGES[rule]
 
 
 def _log_relative_width(log_scale: Tensor, num_steps: int) -> Tensor:

@@ -30,11 +30,17 @@ RESNET = {"name": "resnet_vae", "stem_width": 8, "stage_widths": [8, 16], "num_b
 MIXTURE = {"name": "logistic_mixture", "num_components": 2}
 FACES = {"name": "attribute_vae", "width": 8, "latent_size": 24, "features": 32, "embedding": 8,
          "likelihood": {"name": "normal", "sigma": 0.2}}  # fmt: skip
+VDVAE = {"name": "vdvae", "encoder_blocks": "16x1,16d2,8x1,8d4,2x1", "decoder_blocks": "2x1,8m2,16m8,16x1", "width": 8,
+         "widths": "2:12", "bottleneck": 0.5, "latent_channels": 3, "start_tensors_up_to": 8,
+         "likelihood": {"name": "logistic_mixture", "num_components": 2, "bin_rule": "exact"}}  # fmt: skip
 CASES = {
     "nvae": (NVAE, None, FAST),
     "nvae by class": (NVAE, BY_CLASS, FAST),
     "nvae by attributes": (NVAE | {"num_flows": 0}, BY_ATTRIBUTES, FAST),
     "nvae with one group by class": (NVAE | {"groups_per_scale": [1], "num_flows": 0}, BY_CLASS, FAST),
+    "vdvae": (VDVAE, None, BASELINE),
+    "vdvae by class": (VDVAE, BY_CLASS, BASELINE),
+    "vdvae by attributes": (VDVAE | {"start_tensors_up_to": 0}, BY_ATTRIBUTES, BASELINE),
     "mlp_vae": (MLP, None, BASELINE),
     "mlp_vae by class": (MLP, BY_CLASS, BASELINE),
     "mlp_vae with planar flows": (MLP | {"flows": {"name": "planar", "length": 3}}, None, BASELINE),
