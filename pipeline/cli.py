@@ -1,7 +1,9 @@
-"""Shared by the command-line tools: exit codes, error messages, and starting other tools."""
+"""Shared by the command-line tools: how they name themselves, exit codes, error messages, and starting other tools."""
 
+import argparse
 import logging
 import os
+import re
 import select
 import shlex
 import subprocess
@@ -18,6 +20,40 @@ ROOT = Path(__file__).resolve().parents[1]
 
 Failures = Mapping[type[Exception], int]
 NO_FAILURES: Failures = {}
+INSTALLED = "nvae-"
+"""How the names of the console commands begin; pyproject.toml lists them."""
+
+
+class CommandLine(argparse.ArgumentParser):
+    """The parser of a command that is a script of a checkout, `train.py`, and a console command, `nvae-train`.
+
+    Usage, errors and help name the command as it was called, and other commands in the same way.
+    """
+
+    def __init__(self, name: str, description: str, epilog: str | None = None):
+        called = Path(sys.argv[0]).name
+        super().__init__(
+            prog=called if called.startswith(INSTALLED) else name,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def format_help(self) -> str:
+        """The text of --help."""
+        text = super().format_help()
+        return with_installed_names(text) if self.prog.startswith(INSTALLED) else text
+
+
+def with_installed_names(text: str) -> str:
+    """`python pipeline/evaluate.py`, `evaluate.py` and `python -m pipeline.status` become `nvae-evaluate` and
+    `nvae-status`; likewise `python -m shard_data`. docs/settings.md is not installed; nvae-recipe prints it.
+    """
+    text = text.replace("python -m shard_data", "nvae-shards").replace("docs/settings.md", "nvae-recipe")
+    script = r"(?:accelerate launch |python )?(?:pipeline/)?\b(\w+)\.py\b"
+    module = r"python -m pipeline\.(?:\w+\.)?(\w+)"
+    return re.sub(f"{script}|{module}", lambda found: INSTALLED + (found[1] or found[2]).replace("_", "-"), text)
 
 
 def run_tool(work: Callable[[], int | None], interrupted: str = "", failures: Failures = NO_FAILURES) -> int:
@@ -40,7 +76,7 @@ def run_tool(work: Callable[[], int | None], interrupted: str = "", failures: Fa
 
 
 def run_python(*arguments: str, progress_timeout: float | None = None) -> None:
-    """Runs `python ARGUMENTS` in a new process, with this project on its path. Its progress (`shard_data.progress`)
+    """Runs `python ARGUMENTS` in a new process, which finds this project first. Its progress (`shard_data.progress`)
     counts as this process's own.
 
     Raises ValueError if it fails, or makes no progress for `progress_timeout` seconds; then it is killed.
@@ -49,7 +85,8 @@ def run_python(*arguments: str, progress_timeout: float | None = None) -> None:
     reader, writer = os.pipe()
     with open(reader, "rb", buffering=0) as pipe:
         try:
-            environment = os.environ | {"PYTHONPATH": str(ROOT), progress.VARIABLE: str(writer)}
+            path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+            environment = os.environ | {"PYTHONPATH": path, progress.VARIABLE: str(writer)}
             process = subprocess.Popen([sys.executable, *arguments], env=environment, pass_fds=[writer])
         finally:
             os.close(writer)

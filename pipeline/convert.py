@@ -25,10 +25,10 @@ import logging
 import sys
 from pathlib import Path
 
-# A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # run as a script, whose own folder comes first on the path; `pipeline` is found in its parent
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.cli import run_tool  # noqa: E402
+from pipeline.cli import CommandLine, run_tool  # noqa: E402
 from pipeline.inference import model_card  # noqa: E402
 from pipeline.inference.export_run import shows_real_faces  # noqa: E402
 from pipeline.inference.locations import LOCATIONS, find_model  # noqa: E402
@@ -45,12 +45,7 @@ FORMATS = ["nvlabs"]
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="convert.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandLine("convert.py", __doc__)
     add = parser.add_argument
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--from", dest="source", choices=FORMATS, help="read this format, write a model folder")

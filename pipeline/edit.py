@@ -24,13 +24,13 @@ import logging
 import sys
 from pathlib import Path
 
-# A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # run as a script, whose own folder comes first on the path; `pipeline` is found in its parent
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from pipeline.cli import run_tool  # noqa: E402
+from pipeline.cli import CommandLine, run_tool  # noqa: E402
 from pipeline.inference.edit_picture import EditRequest, write_edits  # noqa: E402
 from pipeline.inference.folders import output_folder  # noqa: E402
 from pipeline.inference.latent_groups import parse_temperature  # noqa: E402
@@ -42,12 +42,7 @@ log = logging.getLogger("pipeline")
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="edit.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandLine("edit.py", __doc__)
     add_pictures(parser.add_argument_group("pictures"))
     add_edits(parser.add_argument_group("attributes and classes"))
     add_interpolation(parser.add_argument_group("interpolation"))

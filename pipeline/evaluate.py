@@ -27,10 +27,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
-# A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # run as a script, whose own folder comes first on the path; `pipeline` is found in its parent
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.cli import run_tool  # noqa: E402
+from pipeline.cli import CommandLine, run_tool  # noqa: E402
 from pipeline.distributed.device_settings import DeviceSettings  # noqa: E402
 from pipeline.distributed.logs import launched_rank  # noqa: E402
 from pipeline.distributed.runtime import Runtime  # noqa: E402
@@ -45,12 +45,7 @@ from pipeline.inference.report import list_reports  # noqa: E402
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandLine("evaluate.py", __doc__)
     add = parser.add_argument
     add("location", metavar="MODEL", nargs="?", help=HELP)
     add("--list", action="store_true", help="list the evaluations of MODEL and stop")
@@ -133,7 +128,7 @@ def check_arguments(parsed: argparse.Namespace) -> None:
     written.
     """
     if parsed.location is None and not parsed.repeat:
-        raise ValueError("no MODEL: give the folder that pipeline/train.py wrote to, or another location; see --help")
+        raise ValueError("no MODEL: give the folder of a run, or another location; see --help")
     if parsed.repeat:
         known = {"location", "repeat", "data", "classifier", "feature_weights", "threads", "command"}
         default = build_parser().get_default

@@ -22,10 +22,10 @@ import re
 import sys
 from pathlib import Path
 
-# A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # run as a script, whose own folder comes first on the path; `pipeline` is found in its parent
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.cli import run_tool  # noqa: E402
+from pipeline.cli import CommandLine, run_tool  # noqa: E402
 from pipeline.inference import hub  # noqa: E402
 from pipeline.inference.export_run import ExportRequest, export_model_folder, push_folder  # noqa: E402
 from pipeline.inference.locations import LOCATIONS, is_hub, local_path  # noqa: E402
@@ -40,12 +40,7 @@ FORMATS = {"model-folder": export_model_folder, "torch-export": export_programs}
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="export.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandLine("export.py", __doc__)
     add = parser.add_argument
     add("location", metavar="MODEL", help=LOCATIONS)
     add("--out", metavar="DIR", type=Path, help="the folder to write, new or empty")

@@ -1,6 +1,7 @@
 """Starts a command on several processes, as `accelerate launch` does and with its options.
 
     python pipeline/launch.py --config_file accelerate_configs/cpu_2proc.yaml pipeline/train.py --model nvae
+    nvae-launch --multi_gpu --num_processes 8 -m pipeline.train --model nvae
 
 If processes fail, it ends with the exit code of the first one. `accelerate launch` always ends with 1, and prints a
 traceback of its own and a report of 35 lines below the error of the command.
@@ -11,6 +12,7 @@ import os
 import signal
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 from accelerate.commands import launch
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
@@ -29,7 +31,9 @@ def run_alone(options: Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done; the command's own; 128 + N after signal N."""
-    options = launch.launch_command_parser().parse_args(arguments)
+    parser = launch.launch_command_parser()
+    parser.prog = Path(sys.argv[0]).name
+    options = parser.parse_args(arguments)
     launch.simple_launcher = run_alone
     torch_log = logging.getLogger("torch.distributed")  # the errors below say the same
     torch_log.handlers = [logging.NullHandler()]
@@ -40,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
         return report(error)
     except SignalException as error:
         return 128 + error.sigval
+    except ValueError as error:  # options that accelerate refuses
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
     return 0
 
 

@@ -3,6 +3,7 @@
 `python -m pipeline.recipe > docs/settings.md` writes the list of all settings.
 """
 
+import argparse
 import json
 import sys
 from difflib import get_close_matches
@@ -273,8 +274,21 @@ def _defaults_of(path: str, variants: list[type[Section]]) -> dict[str, dict[str
     return found
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["--defaults"]:
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0; 2 for a recipe that does not exist."""
+    parser = argparse.ArgumentParser(description="Prints a recipe, or what every setting of a recipe means.")
+    parser.add_argument("name", metavar="NAME", nargs="?", help=f"print this recipe: {', '.join(shipped_recipes())}")
+    parser.add_argument("--defaults", action="store_true", help="print the defaults of all settings as JSON")
+    parsed = parser.parse_args(arguments)
+    if parsed.defaults:
         print(json.dumps(default_settings(), indent=1))
-    else:
-        print(settings_page(), end="")
+        return 0
+    try:
+        print(recipe_path(parsed.name).read_text() if parsed.name else settings_page(), end="")
+    except ConfigError as error:
+        parser.error(str(error).removeprefix("--model "))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

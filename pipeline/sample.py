@@ -13,10 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-# A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # run as a script, whose own folder comes first on the path; `pipeline` is found in its parent
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.cli import run_python, run_tool  # noqa: E402
+from pipeline.cli import CommandLine, run_python, run_tool  # noqa: E402
 from pipeline.inference import draw_samples  # noqa: E402
 from pipeline.inference.folders import output_folder  # noqa: E402
 from pipeline.inference.latent_groups import (  # noqa: E402
@@ -44,12 +44,7 @@ FIX_GROUPS = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="sample.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandLine("sample.py", __doc__)
     add = parser.add_argument
     add("location", metavar="MODEL", help=HELP)
     add("--count", metavar="N", type=int, help=f"samples (default {COUNT}); with classes see --per-class")

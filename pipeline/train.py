@@ -12,10 +12,10 @@ import sys
 from difflib import get_close_matches
 from pathlib import Path
 
-# A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # run as a script, whose own folder comes first on the path; `pipeline` is found in its parent
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.cli import run_tool  # noqa: E402
+from pipeline.cli import CommandLine, run_tool  # noqa: E402
 from pipeline.distributed.logs import launched_rank  # noqa: E402
 from pipeline.distributed.preemption import StopRequest  # noqa: E402
 from pipeline.recipe import RECIPES, load_recipe, recipe_path  # noqa: E402
@@ -26,12 +26,10 @@ from pipeline.run.dry_run import describe  # noqa: E402
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; overrides of settings are written `section.key=value`."""
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="Every setting of a recipe can be overridden, for instance: train.steps=500 train.micro_batch=16 "
+    parser = CommandLine(
+        "train.py",
+        __doc__,
+        "Every setting of a recipe can be overridden, for instance: train.steps=500 train.micro_batch=16 "
         "train.precision=bf16 data.workers=4 checkpoint.every=1000 tracking.wandb=offline. --dry-run-all prints them "
         "with their values; docs/settings.md explains them.",
     )

@@ -11,20 +11,15 @@ import argparse
 import sys
 from pathlib import Path
 
-# A script's own folder comes first on the path; put the project's root there instead, so that `pipeline` is a package.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # run as a script, whose own folder comes first on the path; `pipeline` is found in its parent
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.cli import run_tool  # noqa: E402
+from pipeline.cli import CommandLine, run_tool  # noqa: E402
 from pipeline.run.train_classifier import ClassifierTraining, train_classifier  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="train_classifier.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandLine("train_classifier.py", __doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="the shard set")
     add("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the classifier")

@@ -15,6 +15,7 @@ from shard_data.sources import SOURCES
 from shard_data.writer import convert
 
 STYLE = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+SCRIPT, CONSOLE = "python -m shard_data", "nvae-shards"
 OVERVIEW = """\
 Converts a data set to a shard set: WebDataset tars, an index for each, and manifest.json, which is written last.
 
@@ -30,20 +31,31 @@ To resume an interrupted conversion, run the same command again. Exit codes: 0 s
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m shard_data", description=OVERVIEW, **STYLE)
+    parser = argparse.ArgumentParser(_command(), description=_as_called(OVERVIEW), **STYLE)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in SOURCES.items():
-        command = commands.add_parser(name, help=_first_line(module), description=module.__doc__, **STYLE)
+        command = _add_command(commands, name, module)
         module.add_arguments(command)
         _add_writer_arguments(command)
         command.set_defaults(run=_convert, module=module)
-    _add_verify(commands.add_parser("verify", help=_first_line(verify), description=verify.__doc__, **STYLE))
-    _add_info(commands.add_parser("info", help=_first_line(info), description=info.__doc__, **STYLE))
+    _add_verify(_add_command(commands, "verify", verify))
+    _add_info(_add_command(commands, "info", info))
     return parser
 
 
-def _first_line(module: ModuleType) -> str:
-    return module.__doc__.partition("\n")[0].rstrip(".")
+def _add_command(commands, name: str, module: ModuleType) -> argparse.ArgumentParser:
+    first_line = module.__doc__.partition("\n")[0].rstrip(".")
+    return commands.add_parser(name, help=first_line, description=_as_called(module.__doc__), **STYLE)
+
+
+def _command() -> str:
+    """What the user types to run this module."""
+    return CONSOLE if Path(sys.argv[0]).name == CONSOLE else SCRIPT
+
+
+def _as_called(text: str) -> str:
+    """The text with the commands in it as the user types them."""
+    return text.replace(SCRIPT, _command())
 
 
 def _add_writer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         _print(f"error: {error}", sys.stderr)
         if isinstance(error, Incomplete):
             argv = sys.argv[1:] if argv is None else argv
-            _print(f"  {shlex.join(['python', '-m', 'shard_data', *argv, '--partial'])}", sys.stderr)
+            _print(f"  {_command()} {shlex.join([*argv, '--partial'])}", sys.stderr)
         return 1 if isinstance(error, Damaged) else 2
     except KeyboardInterrupt:
         _print("interrupted; run the same command again to resume", sys.stderr)

@@ -29,6 +29,14 @@ def test_a_command_that_makes_no_progress_is_killed(tmp_path):
     assert time.monotonic() - start < 60
 
 
+def test_a_command_finds_this_project_and_what_is_on_the_users_path(tmp_path, monkeypatch):
+    """On a cluster, PYTHONPATH may be where torch is."""
+    (tmp_path / "from_a_module_system.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    run_python("-P", "-c", "import from_a_module_system, pipeline")
+
+
 def test_a_command_that_fails_is_named():
     with pytest.raises(ValueError, match="`python -c 'import sys; sys.exit.3.'` ended with exit code 3; see above"):
         run_python("-c", "import sys; sys.exit(3)", progress_timeout=60)

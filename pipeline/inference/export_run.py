@@ -97,7 +97,7 @@ def push_folder(folder: Path, repository: hub.Repository, private: bool) -> None
     try:
         commit = hub.push(folder, repository, private)
     except ValueError as error:
-        again = f"python pipeline/export.py {folder} --push {repository.name}"
+        again = f"python -m pipeline.export {folder} --push {repository.name}"
         raise ValueError(f"{error}\n{folder} is complete; to push it again: {again}") from None
     log.info("pushed to %s; load it as %s@%s", hub.address(repository), repository, commit)
 

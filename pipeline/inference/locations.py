@@ -15,7 +15,7 @@ LOCATIONS = "a run folder, a checkpoint's folder, a model folder, local-dir:FOLD
 HELP = f"{LOCATIONS}; files are written into that folder, for hf-hub into ./OWNER--NAME, unless --out is given"
 """Of the argument of the tools."""
 LOCAL, HUB = "local-dir:", "hf-hub:"
-_RUN_FOLDER = "give the folder that pipeline/train.py wrote to"
+_RUN_FOLDER = "give the folder of a run"
 
 
 class Found(NamedTuple):

@@ -96,7 +96,7 @@ def is_averaged(checkpoint: Checkpoint) -> bool:
 def read_recipe(checkpoint: Checkpoint) -> Recipe:
     """The recipe that a checkpoint was trained with. Raises ValueError for settings that this version cannot use."""
     if "model" not in checkpoint.tensors or not isinstance(checkpoint.facts.get("settings"), dict):
-        raise ValueError(f"{checkpoint.path}: holds no model with its settings; give a checkpoint of pipeline/train.py")
+        raise ValueError(f"{checkpoint.path}: holds no model with its settings; give the checkpoint of a run")
     try:
         return build(Recipe, checkpoint.facts["settings"])
     except ConfigError as error:

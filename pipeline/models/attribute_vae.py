@@ -86,7 +86,7 @@ class AttributeVAEConfig(VectorVAEConfig):
         if self.classification_weight and self.classifier is None:
             raise ValueError(
                 "classification_weight needs model.classifier, a folder made with: "
-                "python pipeline/train_classifier.py --data DIR --out FOLDER"
+                "python -m pipeline.train_classifier --data DIR --out FOLDER"
             )
         if self.independence_weight and not self.local_channels:
             raise ValueError("independence_weight needs local_channels above 0: it compares local and global units")

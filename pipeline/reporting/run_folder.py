@@ -69,9 +69,7 @@ class RunReader:
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
-            raise ValueError(
-                f"{folder}: no such folder; give the run folder of pipeline/train.py, for instance runs/nvae"
-            )
+            raise ValueError(f"{folder}: no such folder; give the folder of a run, for instance runs/nvae")
         if not any((folder / name).exists() for name in SIGNS):
             raise ValueError(f"{folder}: not a run folder, as it holds none of {', '.join(SIGNS)}")
         self.folder = folder

@@ -49,7 +49,7 @@ def evaluation_table(run: Run) -> Table | None:
 
 def evaluate_command(run: Run) -> str:
     """What measures the newest checkpoint."""
-    return f"python pipeline/evaluate.py {shlex.quote(str(run.folder))}"
+    return f"python -m pipeline.evaluate {shlex.quote(str(run.folder))}"
 
 
 def shared_notes(notes: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from pipeline.models.classifier import Classifier, ClassifierConfig, FrozenClass
 from pipeline.storage.checkpoint_folder import META, read_folder, snapshot, write_folder
 from pipeline.storage.new_folder import new_folder
 
-HOW_TO_MAKE = "make one with: python pipeline/train_classifier.py --data DIR --out"
+HOW_TO_MAKE = "make one with: python -m pipeline.train_classifier --data DIR --out"
 
 
 def save_classifier(classifier: Classifier, folder: Path, step: int, facts: Mapping[str, Any]) -> None:

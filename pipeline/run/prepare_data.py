@@ -18,7 +18,7 @@ def prepare_data(recipe: Recipe, may_make: bool) -> None:
     if folder and may_make and not is_address(root) and not Path(folder).exists():
         arguments = ["--data", root, "--out", folder, "--epochs", "2"]
         command = shlex.join(arguments)
-        log.info("%s is missing; training it once: python pipeline/train_classifier.py %s", folder, command)
+        log.info("%s is missing; training it once: python -m pipeline.train_classifier %s", folder, command)
         run_python(
             str(ROOT / "pipeline/train_classifier.py"), *arguments, progress_timeout=recipe.train.progress_timeout
         )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.cli import run_tool
+from pipeline.cli import CommandLine, run_tool
 from pipeline.config import build, load_yaml, with_present_names
 from pipeline.storage.run_lock import RunLock
 from pipeline.storage.status import read_status
@@ -37,13 +37,7 @@ PROGRESS_INTERVAL = 10.0
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.tracking.upload",
-        description=DESCRIPTION,
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandLine("python -m pipeline.tracking.upload", DESCRIPTION, EXIT_CODES)
     parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a training run")
     parser.add_argument(
         "--timeout", metavar="SECONDS", type=float, default=600.0, help="limit for the upload (default: 600)"

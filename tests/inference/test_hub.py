@@ -242,7 +242,8 @@ def test_nothing_that_is_downloaded_is_trusted(hub, stored):
 
 def test_a_push_that_fails_says_how_to_try_again(hub, folder, monkeypatch, tmp_path):
     use_hub(monkeypatch, nowhere(), tmp_path / "home")
-    with pytest.raises(ValueError, match=f"is complete; to push it again: .*export.py {folder} --push {NAME}"):
+    again = f"python -m pipeline.export {folder} --push {NAME}"
+    with pytest.raises(ValueError, match=f"is complete; to push it again: {again}"):
         push_folder(folder, FACES, private=False)
 
 

@@ -67,8 +67,8 @@ def test_a_checkpoint_is_chosen_of_a_run_only(made, place, checkpoint):
 
 
 NOTHING = {
-    "alice/faces": "no such folder; give the folder that .* wrote to, or hf-hub:alice/faces for a model of the Hub",
-    "run/more": "no such folder; give the folder that [^,]* wrote to$",  # `run` is a folder here
+    "alice/faces": "no such folder; give the folder of a run, or hf-hub:alice/faces for a model of the Hub",
+    "run/more": "no such folder; give the folder of a run$",  # `run` is a folder here
     "local-dir:nowhere": "nowhere: no such folder",
     "hf-hub:faces": "'faces': a model of the Hub is OWNER/NAME, or OWNER/NAME@REVISION",
     "hf-hub:alice/faces@": "'alice/faces@': a model of the Hub is",

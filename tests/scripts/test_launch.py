@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.launch import main
 from tests.helpers.launching import ROOT, TIMEOUT, TRAIN, run_command
 
 LAUNCH = str(ROOT / "pipeline" / "launch.py")
@@ -25,6 +26,11 @@ def test_a_mistyped_setting_gives_one_line():
     assert result.returncode == 2
     assert re.fullmatch(r"error: .*optim\.lr: .*\n", result.stderr), result.stderr
     assert result.stdout == ""
+
+
+def test_options_that_accelerate_refuses_give_one_line(capsys):
+    assert main(["--multi_gpu", "--cpu", TRAIN]) == 2
+    assert re.fullmatch(r"error: You can only use one of .*\n", capsys.readouterr().err)
 
 
 BEGINNING = """

@@ -88,7 +88,7 @@ def test_the_command_explains_itself_and_refuses_a_missing_folder(tmp_path, caps
     assert "usage: python -m pipeline.status" in capsys.readouterr().out
     assert main([str(tmp_path / "nothing")]) == 2
     printed = capsys.readouterr()
-    assert (printed.out, "nothing: no such folder; give the run folder" in printed.err) == ("", True)
+    assert (printed.out, "nothing: no such folder; give the folder of a run" in printed.err) == ("", True)
 
 
 def test_a_disk_that_refuses_is_logged_and_tolerated(tmp_path, caplog, monkeypatch):
