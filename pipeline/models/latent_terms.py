@@ -23,10 +23,15 @@ class LatentTerms(NamedTuple):
     """(n, B, channels): summed over space."""
 
 
-def latent_terms(posterior: Normal, prior: Normal, z: Tensor) -> LatentTerms:
-    """Of latents z (n, B, C, H, W), sampled from the posterior, with analytic KL."""
-    log_q, log_p = posterior.log_prob(z), prior.log_prob(z)
-    return LatentTerms(log_q.sum((0, 2, 3, 4)), log_p.sum((0, 2, 3, 4)), posterior.kl(prior).sum((3, 4)))
+def latent_terms(posterior: Normal, prior: Normal, z: Tensor, before_flows: Tensor | None = None) -> LatentTerms:
+    """Of latents z (n, B, C, H, W), sampled from the posterior, with analytic KL.
+
+    `before_flows`: the posterior's sample, where z are these values after flows. The KL is then that of the sample.
+    """
+    log_q = posterior.log_prob(z if before_flows is None else before_flows)
+    log_p = prior.log_prob(z)
+    kl = posterior.kl(prior) if before_flows is None else log_q - log_p
+    return LatentTerms(log_q.sum((0, 2, 3, 4)), log_p.sum((0, 2, 3, 4)), kl.sum((3, 4)))
 
 
 def runs_of_one_shape(groups: Sequence[LatentGroup]) -> Iterator[slice]:

@@ -8,7 +8,6 @@ feature. The latent, sampled from one of them, is merged into the decoder's stat
 Shape legend: base.py. The parts, and how they are put together from the config: nvae_parts.py.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
@@ -28,6 +27,7 @@ from pipeline.models.base import (
     without_border,
 )
 from pipeline.models.conditions import Condition
+from pipeline.models.latent_terms import LatentTerms, latent_terms, runs_of_one_shape, vae_output
 from pipeline.models.likelihoods import Likelihood, LogisticMixtureLikelihood, PixelDistribution
 from pipeline.models.nvae_parts import (
     build_decoder,
@@ -114,10 +114,7 @@ class NVAEConfig(ModelConfig):
 
 
 class InferredLatent(NamedTuple):
-    """The latent of one group, inferred for a batch: tensors (B, *group.shape).
-
-    Or those of n groups of one shape, (n, B, *group.shape).
-    """
+    """The latent of one group, inferred for a batch: tensors (B, *group.shape)."""
 
     mean: Tensor
     sigma: Tensor
@@ -298,33 +295,16 @@ class NVAE(VAE):
         outputs, latents = self._infer(features, noise, condition)
         likelihood = self.config.likelihood.build(without_border(outputs, self.border), self.bits)
         log_px = likelihood.log_prob(without_border(x, self.border)).flatten(1).sum(1)  # (B,)
-        terms = [self._latent_terms(of_shape) for of_shape in self._by_shape(latents)]
-        log_qz, log_pz, kl_units = zip(*terms, strict=True)
-        kl_units = torch.cat(kl_units)  # (G, B, channels)
-        return VAEOutput(
-            log_px=log_px,
-            kl=kl_units.sum(2).t(),
-            log_qz=torch.stack(log_qz).sum(0),
-            log_pz=torch.stack(log_pz).sum(0),
-            kl_units=kl_units.mean(1).unbind(0),
-        )
+        return vae_output(log_px, [self._terms(latents[run]) for run in runs_of_one_shape(self.groups)])
 
-    def _by_shape(self, latents: list[InferredLatent]) -> Iterator[InferredLatent]:
-        """The latents of all groups of one shape, stacked: their densities take as many kernels as those of one."""
-        start = 0
-        for count in Counter(group.shape for group in self.groups).values():  # groups of one shape are neighbors
-            of_shape = latents[start : start + count]
-            start += count
-            *others, z = zip(*of_shape, strict=True)
-            stacks = [stack_with_format(tensors, like=z[-1]) for tensors in others]
-            yield InferredLatent(*stacks, stack_with_format(z, like=z[-1]) if self.config.num_flows > 0 else stacks[-1])
-
-    def _latent_terms(self, latent: InferredLatent) -> tuple[Tensor, Tensor, Tensor]:
-        """log q and log p, both (B,) and summed over n stacked groups, and the KL of every channel (n, B, channels)."""
-        posterior, prior = latent.posterior, latent.prior
-        log_q, log_p = posterior.log_prob(latent.base), prior.log_prob(latent.z)
-        kl = log_q - log_p if self.config.num_flows > 0 else posterior.kl(prior)
-        return log_q.sum((0, 2, 3, 4)), log_p.sum((0, 2, 3, 4)), kl.sum((3, 4))
+    def _terms(self, latents: Sequence[InferredLatent]) -> LatentTerms:
+        """Of groups of one shape."""
+        *others, z = zip(*latents, strict=True)
+        mean, sigma, raw_prior, base = (stack_with_format(tensors, like=z[-1]) for tensors in others)
+        posterior, prior = NormalOfSigma(mean, sigma), JointClampedNormal(raw_prior)
+        if not self.config.num_flows:
+            return latent_terms(posterior, prior, base)
+        return latent_terms(posterior, prior, stack_with_format(z, like=z[-1]), before_flows=base)
 
     def _infer(
         self, features: list[Tensor], noise: Sequence[Tensor], condition: Tensor | None

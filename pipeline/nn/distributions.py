@@ -213,10 +213,14 @@ class DiscretizedLogisticMixture:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-probability (B, H, W) of RGB pixels x (B, 3, H, W) in [0, 1], nats per pixel."""
+        return self.log_prob_of_values(self.values_of(x))
+
+    def values_of(self, x: Tensor) -> Tensor:
+        """The values y in [-1, 1] of pixels x in [0, 1], of 5 bits for the rule that makes them."""
         x = x.to(self.means.dtype)
         if self.bin_rule == "vdvae_overlapping_5_bit":
             x = torch.floor(torch.round(255 * x) / 8) * (8 / 255)
-        return self.log_prob_of_values(2 * x - 1)
+        return 2 * x - 1
 
     def log_prob_of_values(self, y: Tensor) -> Tensor:
         """Log-probability (B, H, W) of the bins around values y (B, 3, H, W) in [-1, 1], nats per pixel."""

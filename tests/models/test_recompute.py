@@ -3,6 +3,7 @@
 import copy
 import os
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import ConfigError
 from pipeline.distributed import collectives
-from pipeline.models.base import recompute_activations, use_channels_last
+from pipeline.models.base import VAE, recompute_activations, use_channels_last
 from pipeline.models.noise import draw_noise
 from pipeline.models.nvae import NVAE
 from pipeline.recipe import load_recipe, recipe_path
 from tests.helpers.nvae_cases import build_nvae
 from tests.helpers.two_ranks import run_two_ranks, start_rank
+from tests.helpers.vdvae_cases import build_vdvae
 
 WHAT = ("norms", "cells")
 VARIANTS = {
@@ -29,15 +31,18 @@ VARIANTS = {
 
 
 def small_nvae(what: str, dtype: torch.dtype = torch.float32, **changes) -> NVAE:
-    model = build_nvae(**changes).to(dtype)
+    return recomputing(build_nvae(**changes).to(dtype), what)
+
+
+def recomputing(model: VAE, what: str) -> VAE:
     use_channels_last(model)
     recompute_activations(model, what)
     return model
 
 
-def batch(model: NVAE, first: int, size: int = 4) -> tuple[Tensor, list[Tensor]]:
+def batch(model: VAE, first: int, size: int = 4) -> tuple[Tensor, list[Tensor]]:
     """Images and noise at positions from `first` on."""
-    dtype = model.output.weight.dtype
+    dtype = next(model.parameters()).dtype
     images = [torch.rand(model.image_shape, generator=torch.Generator().manual_seed(first + i)) for i in range(size)]
     noise = draw_noise(model.noise_groups, 1, "test", list(range(first, first + size)), dtype=dtype)
     return torch.stack(images).to(dtype, memory_format=torch.channels_last), noise
@@ -50,7 +55,7 @@ def train_pass(model, x: Tensor, noise: list[Tensor], autocast: bool = False) ->
     return loss.detach()
 
 
-def results(model: NVAE) -> dict[str, Tensor]:
+def results(model: VAE) -> dict[str, Tensor]:
     return {name: tensor.grad for name, tensor in model.named_parameters()} | dict(model.named_buffers())
 
 
@@ -72,7 +77,7 @@ def test_loss_gradients_and_statistics_are_the_same_to_the_bit(variant, precisio
             assert torch.equal(found[what][name], tensor), f"{what}: {name}"
 
 
-def saved_bytes(model: NVAE) -> int:
+def saved_bytes(model: VAE) -> int:
     """Of the activations that a pass keeps for backward."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages = {}
@@ -96,6 +101,25 @@ def test_fewer_activations_are_kept():
     in_evaluation = saved_bytes(small_nvae("none", **changes).eval())
     for what in WHAT:
         assert saved_bytes(small_nvae(what, **changes).eval()) == in_evaluation
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_vdvae_recomputes_its_blocks(precision, conditional):
+    found, kept = {}, {}
+    for what in ("none", "cells"):
+        dtype = torch.float64 if precision == "fp64" else torch.float32
+        model = recomputing(
+            build_vdvae(decoder_blocks="2x2,8m2,16m8,16x4", condition_size=3 * conditional).to(dtype), what
+        )
+        condition = torch.eye(3, dtype=dtype)[[0, 1, 2, 0]] if conditional else None
+        loss = train_pass(partial(model, condition=condition), *batch(model, 0), autocast=precision == "bf16")
+        found[what] = results(model) | {"loss": loss}
+        kept[what] = None if conditional else saved_bytes(model)
+    assert found["none"].keys() == found["cells"].keys()
+    for name, tensor in found["none"].items():
+        assert torch.equal(found["cells"][name], tensor), name
+    assert conditional or kept["cells"] < 0.5 * kept["none"]
 
 
 @pytest.mark.parametrize("what", WHAT)

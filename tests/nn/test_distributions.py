@@ -222,6 +222,36 @@ def test_published_rule_counts_the_top_level_twice_at_8_bits_only():
     assert gray_sum(0.9, -3, 5, "published") == pytest.approx(gray_sum(0.9, -3, 5, "exact"), abs=1e-4)
 
 
+def test_the_rule_of_vdvae_at_8_bits_gives_the_upper_tail_to_the_highest_level_alone():
+    assert gray_sum(0.9, -3, 8, "vdvae") == pytest.approx(1, abs=7e-6)
+    assert gray_sum(0.9, -3, 8, "vdvae") != gray_sum(0.9, -3, 8, "exact")  # the density for improbable bins
+
+
+def test_bins_of_vdvae_at_5_bits_overlap():
+    """Its 32 levels are 16/255 apart with bins 2/31 wide: probabilities add up to more than 1 in the middle and, with a
+    narrow logistic between two levels, to 2 sigmoid(e^7 (1/31 - 8/255)); bright pixels lose the upper tail.
+    """
+
+    assert overlapping(0.0, -2.5)[::8].sum().item() == pytest.approx(1.0282, abs=5e-4)
+    between = 8 * 15 / 127.5 - 1 + 8 / 255
+    narrow = 2 / (1 + math.exp(-math.exp(7) * (1 / 31 - 8 / 255)))
+    assert overlapping(between, -7)[::8].sum().item() == pytest.approx(narrow, abs=1e-4)
+    assert overlapping(0.99, -4)[::8].sum() < 0.6
+
+
+def test_vdvae_makes_5_bits_of_8():
+    """The eight values of each of the 32 levels have one probability."""
+    probabilities = overlapping(0.1, -1.0).view(32, 8)
+    assert (probabilities == probabilities[:, :1]).all()
+    assert len(probabilities[:, 0].unique()) == 32
+
+
+def overlapping(mean: float, log_scale: float) -> Tensor:
+    """The probability of one channel's values 0 to 255, (256,)."""
+    x = torch.arange(256, dtype=torch.float64)[:, None, None, None].expand(-1, 3, 1, 1) / 255
+    return (gray_mixture(mean, log_scale, 8, "vdvae_overlapping_5_bit").log_prob(x) / 3).exp().flatten()
+
+
 def test_mixture_of_equal_components_is_one_component():
     one = random(2, 10, 3, 3)
     many = torch.cat([one[:, :1].expand(-1, 4, -1, -1), one[:, 1:].repeat_interleave(4, dim=1)], dim=1)
@@ -253,7 +283,7 @@ def test_mixture_samples_follow_its_probabilities():
     torch.testing.assert_close(frequencies.double(), probabilities, atol=5e-3, rtol=0)
 
 
-@pytest.mark.parametrize("rule", ["published", "exact"])
+@pytest.mark.parametrize("rule", ["published", "exact", "vdvae"])
 @pytest.mark.parametrize("size", [1.0, 30.0, 1e3])
 def test_mixture_in_float32_is_close_and_its_gradient_finite(rule, size):
     params = (size * random(2, 40, 8, 8)).float().requires_grad_()
