@@ -17,6 +17,7 @@ from benchmarks.cuda_kernels import COLLECTIVES, CUDA_ONLY, EXPANSIONS, Kernel, 
 from benchmarks.fake_step import FakeRuntime
 from pipeline.training import trainer as trainer_module
 from pipeline.training.ema import EMA
+from pipeline.training.gradients import GradientRules
 from pipeline.training.objective import Objective
 from pipeline.training.regularizers import Regularizers
 from pipeline.training.step_statistics import StepStatistics
@@ -29,7 +30,7 @@ PHASES = [
     (Regularizers, "__call__", "regularizers"),
     (Regularizers, "commit", "regularizers"),
     (FakeRuntime, "backward", "backward"),
-    (Trainer, "_clip_gradients", "clip"),
+    (GradientRules, "clip", "clip"),
     (EMA, "update", "EMA"),
     *((StepStatistics, name, "statistics") for name in ("add", "add_kl_units", "commit", "discard")),
 ]

@@ -120,11 +120,11 @@ def new_trainer(
 
 
 def train(trainer: Trainer, count: int, after: Callable[[], None] = lambda: None) -> int:
-    """Takes steps from the trainer's step on. `after` is called after each. Returns how many were not finite."""
+    """Takes steps from the trainer's step on. `after` is called after each. Returns how many were skipped."""
     stream, skipped = iter(trainer.data.batches(trainer.step)), trainer.progress.skipped_steps
     for _ in range(count):
-        finite = trainer.train_step(trainer.step, list(islice(stream, trainer.config.micro_batches)))
-        trainer.progress.count_step(finite, count + 1)
+        taken = trainer.train_step(trainer.step, list(islice(stream, trainer.config.micro_batches)))
+        trainer.progress.count_step(None if taken else trainer.gradients.skip_reason(), count + 1)
         after()
     return trainer.progress.skipped_steps - skipped
 

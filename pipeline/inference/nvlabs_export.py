@@ -79,7 +79,8 @@ def release_content(checkpoint: Checkpoint, weights: Weights | None = None) -> d
         model = build_model(recipe)
     weights_in_order = {name: checkpoint.tensors[stem][name] for name in model.state_dict()}
     epoch = _from_release(checkpoint).get("epoch")
-    moments = checkpoint.tensors.get("optimizer", {}) if stem == "model" and recipe.optim.name == "adamax" else {}
+    same_moments = recipe.optim.name == "adamax" and recipe.optim.gradient_unit == "nats_per_image"
+    moments = checkpoint.tensors.get("optimizer", {}) if stem == "model" and same_moments else {}
     return {
         "epoch": epoch if isinstance(epoch, int) else 0,
         "state_dict": _state_dict(network, weights_in_order),

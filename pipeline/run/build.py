@@ -10,6 +10,7 @@ from pipeline.run.classifier_folder import load_frozen_classifier
 from pipeline.run.compilation import compile_training, prepare_compiler
 from pipeline.run.data import RunData
 from pipeline.training.ema import EMA
+from pipeline.training.gradients import GradientRules
 from pipeline.training.objective import Objective
 from pipeline.training.optim import LearningRate, build_optimizer
 from pipeline.training.regularizers import Regularizers
@@ -52,7 +53,7 @@ def build_trainer(recipe: Recipe, runtime: Runtime, data: RunData) -> Trainer:
         runtime.run_on_all(lambda: prepare_compiler(train, runtime.device), "trying the compiler")
         compile_training(train, model, objective)
     wrapped, optimizer = runtime.prepare(model, build_optimizer(model, recipe.optim))
-    ema = EMA(model, train.ema_decay) if train.ema_decay else None
+    ema = EMA(model, train.ema_decay, train.ema_warmup) if train.ema_decay else None
     steps_per_epoch = data.order.epoch_size / train.batch_size
     return Trainer(
         train,
@@ -62,5 +63,5 @@ def build_trainer(recipe: Recipe, runtime: Runtime, data: RunData) -> Trainer:
         wrapped_model=wrapped,
         objective=objective,
         learning_rate=LearningRate(recipe.optim, data.total_steps, steps_per_epoch),
-        clip=recipe.optim.clip,
+        gradients=GradientRules(recipe.optim, model.num_dimensions),
     )

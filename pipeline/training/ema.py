@@ -13,14 +13,15 @@ Place = tuple[dict[str, Tensor | None], str]
 class EMA:
     """A moving average of the parameters and floating-point buffers of `model`; other buffers are copied.
 
-    At optimizer step s the decay is min(decay, (1 + s) / (10 + s)), so that the random initial weights fade quickly.
-    The averaged tensors have the layout, device and precision of the model's, and are named as in its `state_dict`.
+    With `warmup` the decay at optimizer step s is min(decay, (1 + s) / (10 + s)), so that the random initial weights
+    fade quickly; without, it is `decay` at every step. The averaged tensors have the layout, device and precision of
+    the model's, and are named as in its `state_dict`.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float, warmup: bool = True):
         if not 0 <= decay < 1:
             raise ValueError(f"decay {decay} of the moving average is not in [0, 1)")
-        self.decay = decay
+        self.decay, self.warmup = decay, warmup
         self._average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         floating = [name for name, tensor in self._average.items() if tensor.is_floating_point()]
         self._floating, self._other = floating, [name for name in self._average if name not in set(floating)]
@@ -29,7 +30,7 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Updates the average with the weights after optimizer step `step`, counted from 0."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         if self._places[0] is not model:
             self._places = model, _places(model)
         average, live = self._pairs(self._floating)

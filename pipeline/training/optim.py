@@ -30,6 +30,9 @@ class OptimConfig(Section):
     """Steps of linear warm-up. Give this or `warmup_epochs`."""
     warmup_epochs: float = Field(0.0, ge=0)
     """Epochs of linear warm-up. Give this or `warmup_steps`."""
+    warmup_from_zero: bool = False
+    """Whether the learning rate of the warm-up's first step is 0, as in VDVAE and always in `cosine_per_epoch`; else it
+    is a `warmup_steps`-th of `lr`."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of the mean of gradients."""
     beta2: float = Field(0.999, ge=0, lt=1)
@@ -38,8 +41,15 @@ class OptimConfig(Section):
     """Added to the denominator. 1e-3 belongs to NVAE's Adamax; Adam and AdamW are commonly used with 1e-8."""
     weight_decay: float = Field(3e-4, ge=0)
     """L2 coefficient, on every parameter."""
+    gradient_unit: Literal["nats_per_image", "nats_per_dimension"] = "nats_per_image"
+    """Unit of the loss whose gradients the optimizer takes. `clip`, `skip_threshold`, `eps`, `train/grad_norm` and the
+    weight decay of `adamax` and `adam` depend on it. VDVAE states them for `nats_per_dimension`: gradients divided by
+    the number of image dimensions."""
     clip: float = Field(0.0, ge=0)
-    """Largest global norm of the gradient; larger gradients are scaled down to it. 0: off."""
+    """Largest global norm of the gradient, in `gradient_unit`; larger gradients are scaled down to it. 0: off."""
+    skip_threshold: float = Field(0.0, ge=0)
+    """Global norm of the gradient before clipping, in `gradient_unit`, from which on a step is skipped on every rank
+    and changes nothing. `train.max_skipped_steps` in a row end the run. 0: off."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -97,8 +107,11 @@ class LearningRate:
         return self._decay(self.config.lr, (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1))
 
     def _warmup(self, step: int) -> float:
-        """Linear warm-up whose first step does not have a learning rate of zero."""
-        return min((step + 1) / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
+        """Linear warm-up. By default it ends with step `warmup_steps - 1`, and its first step is not wasted on a rate
+        of zero.
+        """
+        done = step if self.config.warmup_from_zero else step + 1
+        return min(done / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
 
     def _cosine_per_epoch(self, step: int) -> float:
         """As in the reference release: zero at step 0, an epoch at the peak after the warm-up, then a cosine by epochs.

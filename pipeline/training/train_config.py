@@ -50,6 +50,9 @@ class TrainConfig(Section):
     those of batch norms and activations in front of convolutions. `cells`: all inside of each cell."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Decay of the moving average of weights that validation and samples use; 0: none."""
+    ema_warmup: bool = True
+    """Whether that decay is at most (1 + step) / (10 + step), so that the initial weights fade quickly. false: the same
+    decay from the first step, as in VDVAE."""
     cpu_threads: int | None = Field(None, gt=0)
     """Threads of each process on CPU. Default: this machine's cores shared by its processes."""
     profile: int = Field(0, ge=0, le=1000)
@@ -63,7 +66,8 @@ class TrainConfig(Section):
     """Seconds that work which other processes wait for (hashing, fetching, making shards, reading or writing a
     checkpoint) may make no progress; then all end, and the message names the work."""
     max_skipped_steps: int = Field(20, gt=0)
-    """Number of consecutive steps with a non-finite loss or gradient that ends the run."""
+    """Number of consecutive skipped steps that ends the run: steps with a non-finite loss or gradient, or with a
+    gradient that `optim.skip_threshold` skips."""
 
     @field_validator("micro_batch", mode="before")
     @classmethod

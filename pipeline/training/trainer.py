@@ -21,6 +21,7 @@ from pipeline.distributed.runtime import Runtime
 from pipeline.models.base import VAE
 from pipeline.models.noise import draw_noise
 from pipeline.tracking.meters import Throughput, bits_per_dimension, gpu_memory
+from pipeline.training.gradients import GradientRules
 from pipeline.training.objective import Objective
 from pipeline.training.optim import LearningRate
 from pipeline.training.progress import Progress
@@ -53,11 +54,9 @@ class Trainer:
         wrapped_model: nn.Module,
         objective: Objective,
         learning_rate: LearningRate,
-        clip: float | None,
+        gradients: GradientRules,
     ):
-        """`wrapped_model` is `state.model` as `Runtime.prepare` returned it. `clip`: largest global norm of the
-        gradient; None or 0 does not clip.
-        """
+        """`wrapped_model` is `state.model` as `Runtime.prepare` returned it."""
         self.config = config
         self.runtime = runtime
         self.data = data
@@ -66,7 +65,7 @@ class Trainer:
         self.wrapped_model = wrapped_model
         self.objective = objective
         self.learning_rate = learning_rate
-        self.clip = clip
+        self.gradients = gradients
         self.total_steps = data.total_steps
         self.progress = Progress()
         self.statistics = StepStatistics(runtime.device, (group.name for group in self.model.groups))
@@ -78,8 +77,8 @@ class Trainer:
     def train_step(self, step: int, micro_batches: list[Batch]) -> bool:
         """One optimizer step.
 
-        False where loss or gradient was not finite on some rank. Then every rank skips the step, which changes
-        nothing.
+        False where loss or gradient was not finite on some rank, or the gradient's norm too large. Then every rank
+        skips the step, which changes nothing.
         """
         self._set_learning_rate(self.learning_rate(step))
         self.state.remember_buffers()
@@ -91,18 +90,18 @@ class Trainer:
                 loss = self._loss(step, batch) / len(micro_batches)
                 if last:
                     loss = loss + self._penalty(step)
-                self.runtime.backward(loss)
+                self.runtime.backward(self.gradients.in_unit(loss))
             total += loss.detach()
-        grad_norm = self._clip_gradients()
-        finite = self.runtime.agree(torch.isfinite(total) & torch.isfinite(grad_norm))
-        if finite:
+        grad_norm = self.gradients.clip(self.model)
+        taken = self.runtime.agree(torch.isfinite(total) & self.gradients.allow(grad_norm))
+        if taken:
             self.state.apply_update(step)
             self.statistics.add({"loss": total, "grad_norm": grad_norm})
             self.statistics.commit()
         else:
             self.state.undo_forward()
         self.state.optimizer.zero_grad(set_to_none=True)
-        return finite
+        return taken
 
     def _loss(self, step: int, batch: Batch) -> Tensor:
         x, condition = self.data.model_inputs(batch)
@@ -118,14 +117,6 @@ class Trainer:
         penalty, statistics = self.state.regularizers(self.objective.warmup(step))
         self.statistics.add(statistics)
         return penalty
-
-    def _clip_gradients(self) -> Tensor:
-        """Returns the global gradient norm before clipping."""
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
-        if self.clip:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm, foreach=True)
-        return norm
 
     def _set_learning_rate(self, value: float) -> None:
         for group in self.state.optimizer.param_groups:
@@ -155,10 +146,11 @@ class Trainer:
                     return False
                 if not self._is_compiled:
                     self._compile(micro_batches[0])
-                finite = self.train_step(self.step, micro_batches)
+                taken = self.train_step(self.step, micro_batches)
                 self.throughput.count(self.config.batch_size)
                 on_batches(self.step, micro_batches)
-                self.progress.count_step(finite, self.config.max_skipped_steps)
+                reason = None if taken else self.gradients.skip_reason()
+                self.progress.count_step(reason, self.config.max_skipped_steps)
                 self._run_cadences(cadences)
                 bar.update()
         return True
@@ -216,8 +208,7 @@ class Trainer:
             scalars["train/bpd"] = bits_per_dimension(-scalars["train/elbo"], self.model.num_dimensions)
         scalars["train/beta"] = self.objective.beta(self.step - 1)
         scalars["train/lr"] = self.learning_rate(self.step - 1)
-        scalars["train/skipped_steps"] = float(self.progress.skipped_steps)
-        scalars["train/skipped_samples"] = float(self.progress.skipped_samples)
+        scalars |= self.progress.scalars(by_norm=self.gradients.skip_threshold > 0)
         scalars["samples_seen"] = float(self.samples_seen)
         return scalars | self.throughput.report() | gpu_memory(self.runtime.device)
 

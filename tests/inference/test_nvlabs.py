@@ -320,8 +320,13 @@ def test_a_run_becomes_a_file_with_the_state_of_its_optimizer(groups, tmp_path):
         adamax.step()
     tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, adamax)}
     Checkpoints(tmp_path / "run").save(20, tensors, {"settings": recipe.model_dump(mode="json")})
-    write_release(tmp_path / "x.pt", read_folder(tmp_path / "run" / "step_00000020"))
+    checkpoint = read_folder(tmp_path / "run" / "step_00000020")
+    write_release(tmp_path / "x.pt", checkpoint)
     written = reference(tmp_path / "x.pt")
+    checkpoint.facts["settings"]["optim"]["gradient_unit"] = "nats_per_dimension"  # the release's moments have another
+    assert written["optimizer"]["state"]
+    write_release(tmp_path / "y.pt", checkpoint)
+    assert not reference(tmp_path / "y.pt")["optimizer"]["state"]
 
     names = layout.parameter_order(vars(written["args"]))
     theirs = {name: torch.nn.Parameter(written["state_dict"][name].clone()) for name in names}

@@ -55,7 +55,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "no warm-up of the average",
         "pipeline/training/ema.py",
-        "min(self.decay, (1 + step) / (10 + step))",
+        "min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay",
         "self.decay",
         ("tests/training/test_wiring.py", "tests/training/test_ema.py"),
     ),
@@ -132,8 +132,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the warm-up wastes its first step",
         "pipeline/training/optim.py",
-        "min((step + 1) / self.warmup_steps, 1.0)",
-        "min(step / self.warmup_steps, 1.0)",
+        "step if self.config.warmup_from_zero else step + 1",
+        "step",
         ("tests/training/test_optim.py",),
     ),
     Mutation(
@@ -188,8 +188,29 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "skips in a row are never forgotten",
         "pipeline/training/progress.py",
-        "0 if finite else self.skipped_in_a_row + 1",
-        "self.skipped_in_a_row + (not finite)",
+        "            self.skipped_in_a_row = 0\n",
+        "",
         ("tests/training/test_trainer.py", "tests/training/test_wiring.py"),
+    ),
+    Mutation(
+        "gradients are not clipped",
+        "pipeline/training/gradients.py",
+        "        if self.largest_norm:",
+        "        if False:",
+        ("tests/training/test_wiring.py", "tests/training/test_gradients.py"),
+    ),
+    Mutation(
+        "a norm at the skip threshold updates",
+        "pipeline/training/gradients.py",
+        "norm < self.skip_threshold if",
+        "norm <= self.skip_threshold if",
+        ("tests/training/test_gradients.py",),
+    ),
+    Mutation(
+        "the threshold is compared after clipping",
+        "pipeline/training/gradients.py",
+        "        return self._norm\n",
+        "        return self._norm.clamp(max=self.largest_norm or None)\n",
+        ("tests/training/test_gradients.py",),
     ),
 )

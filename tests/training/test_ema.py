@@ -74,6 +74,18 @@ def test_early_decay():
     torch.testing.assert_close(ema.state()["0.weight"], 0.1 * start + 0.9 * model[0].weight.detach())
 
 
+def test_without_a_warmup_the_decay_is_the_same_at_every_step():
+    model = small_model().double()
+    ema = EMA(model, decay=0.9999, warmup=False)
+    expected = ema.state()["0.weight"].clone()
+    for step in range(3):
+        disturb(model.float(), step)
+        model.double()
+        ema.update(model, step)
+        expected = 0.9999 * expected + (1 - 0.9999) * model[0].weight.detach()
+    torch.testing.assert_close(ema.state()["0.weight"], expected, rtol=1e-15, atol=1e-15)
+
+
 def test_average_is_apart_from_the_model():
     model = small_model()
     ema = EMA(model, decay=0.9)

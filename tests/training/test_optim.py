@@ -138,6 +138,14 @@ def test_constant():
     assert rates(6, lr=0.5, schedule="constant", warmup_steps=4) == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
 
 
+def test_a_warmup_from_zero():
+    """VDVAE's: the first step has a rate of 0, the one of index `warmup_steps` the first full one."""
+    options = {"lr": 1.0, "warmup_steps": 4, "warmup_from_zero": True}
+    assert rates(6, schedule="constant", **options) == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert rates(6, schedule="cosine", lr_min=0.5, **options) == pytest.approx([0, 0.25, 0.5, 0.75, 1, 0.75])
+    assert rates(3, schedule="constant", lr=1.0, warmup_from_zero=True) == [1, 1, 1]  # no warm-up
+
+
 def reference_rates(epochs: int, warmup_epochs: int, iterations: int, lr: float, lr_min: float) -> list[float]:
     """The reference release's procedure: lr set by hand at first, then a scheduler stepped once an epoch."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=lr)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from pipeline.training.progress import Progress
 
-GOOD = {"step": 8, "skipped_steps": 3, "skipped_in_a_row": 2, "skipped_samples": 900, "samples_seen": 64}
+GOOD = {"step": 8, "skipped_steps": 3, "skipped_in_a_row": 2, "skipped_samples": 900, "skipped_by_norm": 1}
+GOOD |= {"samples_seen": 64}
 
 FORGED = {
     "missing": None,
@@ -23,11 +24,17 @@ FORGED = {
     "huge": GOOD | {"skipped_samples": 2**63},
     "more skipped than taken": GOOD | {"skipped_steps": 9},
     "more in a row than in all": GOOD | {"skipped_in_a_row": 4},
+    "more by norm than in all": GOOD | {"skipped_by_norm": 4},
 }
 
 
 def test_what_a_run_states_is_read():
     assert asdict(Progress.read(GOOD, step=8)) | {"samples_seen": 64} == GOOD
+
+
+def test_an_older_run_skipped_none_by_norm():
+    older = {key: value for key, value in GOOD.items() if key != "skipped_by_norm"}
+    assert Progress.read(older, step=8) == Progress.read(GOOD | {"skipped_by_norm": 0}, step=8)
 
 
 @pytest.mark.parametrize("what", FORGED)

@@ -1,4 +1,4 @@
-"""The training step: what a finite step does, and that a non-finite one changes nothing."""
+"""The training step: what a finite step does, and that a skipped one changes nothing."""
 
 from itertools import islice
 
@@ -46,8 +46,10 @@ def take_step(trainer: Trainer, step: int) -> bool:
 
 
 def poison(trainer: Trainer, where: str) -> None:
-    """Makes the next training step meet a NaN at one place."""
-    if where == "data":
+    """Makes the next training step meet a NaN at one place, or a gradient that is too large."""
+    if where == "norm":
+        trainer.gradients.skip_threshold = 1e-6
+    elif where == "data":
         inputs = trainer.data.model_inputs
         trainer.data.model_inputs = lambda batch: (inputs(batch)[0].index_fill(0, torch.tensor(0), torch.nan), None)
     elif where == "gradient":
@@ -90,9 +92,9 @@ def test_a_finite_step_moves_everything(make_trainer):
     assert any("running_mean" in name for name in before)
 
 
-@pytest.mark.parametrize("where", ["data", "activation", "loss", "gradient"])
+@pytest.mark.parametrize("where", ["data", "activation", "loss", "gradient", "norm"])
 @pytest.mark.parametrize("micro_batch", [8, 4])
-def test_a_non_finite_step_changes_no_bit(make_trainer, where, micro_batch):
+def test_a_skipped_step_changes_no_bit(make_trainer, where, micro_batch):
     trainer = make_trainer(f"train.micro_batch={micro_batch}")
     assert take_step(trainer, 0)
     before = snapshot(trainer)

@@ -1,4 +1,4 @@
-"""A NaN on one process is skipped by all of them, and leaves no trace on any."""
+"""A NaN or a large gradient on one process is skipped by all of them, and leaves no trace on any."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from tests.helpers.model_cases import write_data
 from tests.helpers.rank_scripts import run_script, write_script
 
-PLACES = ("data", "activation", "loss", "gradient", "loss alone")
+PLACES = ("data", "activation", "loss", "gradient", "loss alone", "norm")
 
 SCRIPT = """
 import hashlib, json, sys
@@ -39,15 +39,17 @@ def poison(trainer, place):
     if place == "gradient":
         return next(model.parameters()).register_hook(lambda gradient: gradient * torch.inf).remove
     loss = trainer._loss
-    if place == "loss alone":  # gradients stay finite, and DDP carries nothing of it to the other rank
+    if place == "norm":  # of this rank's gradient; the other's stays small until they are averaged
+        trainer._loss = lambda step, batch: loss(step, batch) * 1e9
+    elif place == "loss alone":  # gradients stay finite, and DDP carries nothing of it to the other rank
         trainer._loss = lambda step, batch: loss(step, batch) + torch.inf
     else:
         trainer._loss = lambda step, batch: loss(step, batch) * torch.nan
     return lambda: setattr(trainer, "_loss", loss)
 
 
-for place in ("data", "activation", "loss", "gradient", "loss alone"):
-    trainer = make_trainer(make_recipe("nvae", folder / "labelled"), runtime)
+for place in ("data", "activation", "loss", "gradient", "loss alone", "norm"):
+    trainer = make_trainer(make_recipe("nvae", folder / "labelled", "optim.skip_threshold=1e8"), runtime)
     stream = iter(trainer.data.batches(0))
     steps, digests = [], []
     for step in range(3):
@@ -55,21 +57,25 @@ for place in ("data", "activation", "loss", "gradient", "loss alone"):
         steps.append(trainer.train_step(step, [next(stream)]))
         clean()
         digests.append(digest(trainer))
-    results[place] = [steps, digests]
+        if step == 1:
+            reasons = str(trainer.gradients.skip_reason())
+    results[place] = [steps, digests, reasons]
 (folder / f"{runtime.rank}.json").write_text(json.dumps(results))
 runtime.close()
 """
 
 
 @pytest.mark.slow
-def test_a_nan_on_one_rank_is_skipped_by_both(tmp_path):
+def test_what_one_rank_must_skip_is_skipped_by_both(tmp_path):
     write_data(tmp_path)
     result = run_script(2, write_script(tmp_path, SCRIPT))
     assert result.returncode == 0, result.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert list(first) == list(PLACES)
     for place in PLACES:
-        steps, digests = first[place]
+        steps, digests, reason = first[place]
+        assert reason == second[place][2], place
+        assert reason.startswith("gradient norm" if place == "norm" else "non-finite"), place
         assert steps == second[place][0] == [True, False, True], place
         assert digests == second[place][1], place
         assert digests[0] == digests[1] != digests[2], place  # the skipped step changed no bit

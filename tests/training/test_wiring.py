@@ -253,17 +253,19 @@ def test_the_best_checkpoint_by_validation_stays(tiny_set, tmp_path):
 # ------------------------------------------------------------------------------------------------------ after a resume
 
 
-def test_skips_in_a_row_are_counted_over_a_resume(tiny_set, tmp_path):
+@pytest.mark.parametrize(("factor", "by_norm"), [(torch.nan, 0), (1e9, 2)])
+def test_skips_in_a_row_are_counted_over_a_resume(tiny_set, tmp_path, factor, by_norm):
     """Two before the stop and one after it are three in a row; what is counted comes back as it was."""
-    overrides = ("train.max_skipped_steps=3", "train.steps=9", "regularizers.strength=0")
+    overrides = ("train.max_skipped_steps=3", "train.steps=9", "regularizers.strength=0", "optim.skip_threshold=1e8")
     recipe = make_recipe(tiny_set, MLP, *plain_training.SETTINGS, *QUIET, *overrides)
 
     def spoil(session: Session, first: int) -> None:
         trainer, data, inputs = session.trainer, session.data, session.data.model_inputs
-        data.model_inputs = lambda batch: (inputs(batch)[0] * (torch.nan if trainer.step >= first else 1), None)
+        data.model_inputs = lambda batch: (inputs(batch)[0] * (factor if trainer.step >= first else 1), None)
 
     stopped = train(recipe, tmp_path, lambda session: spoil(session, first=2), stop=4).trainer
     counted = {"step": 4, "samples_seen": 48, "skipped_steps": 2, "skipped_in_a_row": 2, "skipped_samples": 0}
+    counted |= {"skipped_by_norm": by_norm}
     assert stopped.counters() == counted
     seen = []
 
