@@ -42,8 +42,12 @@ class CommandLine(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """The text of --help."""
-        text = super().format_help()
-        return with_installed_names(text) if self.prog.startswith(INSTALLED) else text
+        return as_called(super().format_help())
+
+
+def as_called(text: str) -> str:
+    """A text that names commands, as they are called here: scripts of a checkout, or console commands."""
+    return with_installed_names(text) if Path(sys.argv[0]).name.startswith(INSTALLED) else text
 
 
 def with_installed_names(text: str) -> str:

@@ -80,9 +80,27 @@ class FileLock:
     def holder(self) -> str:
         """Who wrote its name into the file last."""
         with contextlib.suppress(OSError), open(self.path, "rb") as file:
-            line = file.read(HOLDER_BYTES).decode(errors="replace").strip().partition("\n")[0]
-            return "".join(filter(str.isprintable, line)) or "another process"
+            return _printable(file.read(HOLDER_BYTES)) or "another process"
         return "another process"
+
+    def is_held(self) -> bool | None:
+        """Whether a process holds the lock. None where this host cannot say: the last holder was on another one, as far
+        as is known, or the file cannot be read. Makes no file.
+        """
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # until it is closed: an `acquire` tries again
+            holder = _printable(os.pread(descriptor, HOLDER_BYTES, 0))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return None
+        finally:
+            os.close(descriptor)
+        return False if holder.endswith(f" on {socket.gethostname()}") else None
 
     def __enter__(self) -> "FileLock":
         return self if self._descriptor is not None else self.acquire()
@@ -116,6 +134,11 @@ class FileLock:
             os.close(self._descriptor)
             self._descriptor = None
             _held.discard(self)
+
+
+def _printable(content: bytes) -> str:
+    """The first line of a lock file."""
+    return "".join(filter(str.isprintable, content.decode(errors="replace").strip().partition("\n")[0]))
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

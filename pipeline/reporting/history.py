@@ -42,6 +42,8 @@ class Attempt:
 class History:
     """Everything that a report shows of `metrics.jsonl`."""
 
+    only: frozenset[str] | None = None
+    """The curves that are read; None: all, and the heat maps."""
     curves: dict[str, Envelope] = field(default_factory=dict)
     groups: dict[str, HeatMap] = field(default_factory=lambda: {name: HeatMap(MAX_COLUMNS) for name in GROUPS})
     attempts: list[Attempt] = field(default_factory=list)
@@ -70,6 +72,10 @@ class History:
         self._add_attempt(step, record)
         if math.isfinite(seconds := record.get(WALL_CLOCK, 0.0)):
             self.seconds = max(self.seconds, seconds)
+        if self.only is not None:
+            for key in self.only & record.keys():
+                self._add_value(key, step, record[key])
+            return
         tables: dict[str, dict[str, float]] = {name: {} for name in GROUPS}
         for key, value in record.items():
             for name, start in GROUPS.items():
@@ -121,22 +127,20 @@ class History:
         return curve.last[1] if curve and curve.last else None
 
     def seconds_per_step(self) -> float | None:
-        """At the speed of the last records of the last attempt, with validation and pictures."""
-        if not self.recent:
-            return None
-        attempt = self.recent[-1][2]
-        own = [(step, time) for step, time, number in self.recent if number == attempt and time > 0]
-        if len(own) < 2 or own[-1][1] <= own[0][1]:
-            return None
-        return (own[-1][1] - own[0][1]) / (own[-1][0] - own[0][0])
+        """At the speed of the last records of one attempt, the last that has two; with validation and pictures."""
+        for attempt in dict.fromkeys(number for _, _, number in reversed(self.recent)):
+            own = [(step, time) for step, time, number in self.recent if number == attempt and time > 0]
+            if len(own) > 1 and own[-1][1] > own[0][1]:
+                return (own[-1][1] - own[0][1]) / (own[-1][0] - own[0][0])
+        return None
 
 
 class HistoryReader:
-    """Reads `metrics.jsonl`, and later what was added to it."""
+    """Reads `metrics.jsonl`, and later what was added to it. `only`: the curves that are read (default: all)."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, only: frozenset[str] | None = None):
         self.path = path
-        self.history = History()
+        self.history = History(only)
         self._offset = 0
         self._file_number: int | None = None  # another one: a restart has replaced the file
         self._in_long_line = False
@@ -149,7 +153,8 @@ class HistoryReader:
         with open_regular(self.path) as file:
             facts = os.fstat(file.fileno())
             if facts.st_ino != self._file_number or facts.st_size < self._offset:
-                self.history, self._offset, self._file_number = History(), 0, facts.st_ino
+                self.history, self._offset = History(self.history.only), 0
+                self._file_number = facts.st_ino
             file.seek(self._offset)
             while line := file.readline(MAX_RECORD + 1):
                 progress(len(line))

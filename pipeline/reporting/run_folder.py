@@ -10,6 +10,8 @@ from typing import Any
 
 from pipeline.config import ALIASES, flatten, load_yaml
 from pipeline.reporting.history import History, HistoryReader
+from pipeline.storage.attempts import AttemptFacts, read_attempts
+from pipeline.storage.run_lock import is_held
 from pipeline.storage.status import Status, read_status
 from pipeline.tracking.history import PICTURE_FOLDERS, PICTURE_NAME
 from shard_data.files import open_regular, read_bounded
@@ -24,7 +26,8 @@ SIGNS = ("config.yaml", "metrics.jsonl", "status.json", "checkpoints")
 """A folder with none of these is not a run folder."""
 STEP_FOLDER = re.compile(r"step_(\d{8,18})")
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d (\d\d:\d\d:\d\d),\d+ ([A-Z]+) (.*)")
-STARTED = re.compile(r"\S+ on \d+ process(es)? on .*")
+FORMER_START = re.compile(r"\S+ on \d+ process(es)? on .*")
+"""How a run that wrote no attempts.jsonl begins its log."""
 
 
 @dataclass
@@ -51,8 +54,12 @@ class Run:
     evaluations: list[Evaluation]
     pictures: dict[str, dict[int, Path]]
     """{kind: {step: PNG file}}; a kind is `reconstructions` or `samples/temperature_0.7`."""
+    attempts: list[AttemptFacts]
+    """The starts of the run; none of a run of an earlier version."""
     started: str
-    """What the log says on model, processes and device of the last start."""
+    """Model, processes and device of the last start."""
+    held: bool | None
+    """Whether a process trains in the folder; None where this machine cannot say."""
     warnings: list[str]
     """The last warnings and errors of the log."""
     changed: float
@@ -64,16 +71,18 @@ class Run:
 class RunReader:
     """Reads a run folder, again and again while it is trained.
 
-    Raises ValueError for a folder that does not exist or is no run's.
+    With `only`, what a table of runs needs: these curves, and neither pictures, evaluations nor the log. Raises
+    ValueError for a folder that does not exist or is no run's.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, only: frozenset[str] | None = None):
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; give the folder of a run, for instance runs/nvae")
         if not any((folder / name).exists() for name in SIGNS):
             raise ValueError(f"{folder}: not a run folder, as it holds none of {', '.join(SIGNS)}")
         self.folder = folder
-        self._metrics = HistoryReader(folder / "metrics.jsonl")
+        self._brief = only is not None
+        self._metrics = HistoryReader(folder / "metrics.jsonl", only)
 
     def read(self, progress: Callable[[int], object] = lambda num_bytes: None) -> Run:
         """The run as it is now. Calls `progress` with the bytes of `metrics.jsonl` that were read."""
@@ -81,8 +90,10 @@ class RunReader:
         status = read_status(self.folder)
         if status == Status():
             notes.append("status.json is missing or cannot be read: the state and the number of steps are unknown.")
+        held = is_held(self.folder) if status.state == "running" else None
         history = self._read_history(progress, notes)
-        started, warnings = read_log(self.folder / "log.txt", notes)
+        started, warnings = ("", []) if self._brief else read_log(self.folder / "log.txt", notes)
+        attempts = read_attempts(self.folder)
         checkpoints = find_checkpoints(self.folder)
         newest = history.recent[-1][1] if history.recent else 0.0
         return Run(
@@ -91,11 +102,13 @@ class RunReader:
             status=status,
             history=history,
             settings=read_settings(self.folder / "config.yaml", notes),
-            facts=read_facts(self.folder, checkpoints),
+            facts={} if self._brief else read_facts(self.folder, checkpoints),
             checkpoints=checkpoints,
-            evaluations=read_evaluations(self.folder, notes),
-            pictures=find_pictures(self.folder),
-            started=started,
+            evaluations=[] if self._brief else read_evaluations(self.folder, notes),
+            pictures={} if self._brief else find_pictures(self.folder),
+            attempts=attempts,
+            started=describe_start(attempts[-1]) if attempts else started,
+            held=held,
             warnings=warnings,
             changed=max(status.time, newest),
             notes=notes,
@@ -123,8 +136,17 @@ class RunReader:
 
 
 def count(number: int, noun: str) -> str:
-    """`1 line`, `12 lines`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """`1 line`, `12 lines`, `2 processes`."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
+
+
+def describe_start(facts: AttemptFacts) -> str:
+    """`nvae on 2 processes on CPU, 1 thread each, fp32, on HOST`, without what is not known."""
+    what = f"{facts.model or 'a model'} on {count(facts.processes, 'process')} on {facts.device or 'a device'}"
+    threads = f"{count(facts.threads, 'thread')} each" if facts.threads else ""
+    host = f"on {facts.host}" if facts.host else ""
+    return printable(", ".join(filter(None, [what, threads, facts.precision, host])))
 
 
 def seconds_silent(run: Run, now: float | None = None) -> float:
@@ -146,8 +168,12 @@ def read_settings(path: Path, notes: list[str]) -> dict[str, Any]:
 
 def first_line(text: str) -> str:
     """The first line, of printable letters, bounded."""
-    line = (text.splitlines() or [""])[0][:300]
-    return "".join(letter if letter.isprintable() else " " for letter in line).rstrip(". ")
+    return printable((text.splitlines() or [""])[0][:300]).rstrip(". ")
+
+
+def printable(text: str) -> str:
+    """Text of a run on one line, without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def find_checkpoints(folder: Path) -> list[int]:
@@ -226,7 +252,7 @@ def read_log(path: Path, notes: list[str]) -> tuple[str, list[str]]:
         return "", []
     for line in text.splitlines():
         if match := LOG_LINE.fullmatch(line[:MAX_LINE]):
-            if STARTED.fullmatch(match[3]):
+            if FORMER_START.fullmatch(match[3]):
                 started = match[3]
             if match[2] in ("WARNING", "ERROR", "CRITICAL"):
                 warnings.append(line[:MAX_LINE])

@@ -62,6 +62,8 @@ class Summary:
     total_steps: int
     progress: float | None
     """In [0, 1]."""
+    seconds_left: float | None
+    """At the speed of the last records; None where nothing runs, or nothing is known."""
     time_left: str
     reason: str
     """Why it stopped, or what may be wrong."""
@@ -84,32 +86,43 @@ def best_of(run: Run, objective: Objective) -> tuple[int, float] | None:
 def summarize(run: Run, now: float | None = None) -> Summary:
     """The summary at this moment."""
     now = time.time() if now is None else now
-    status, history = run.status, run.history
-    step, total = max(status.step, history.last_step), status.total_steps
+    status, pace = run.status, run.history.seconds_per_step()
+    step, total = max(status.step, run.history.last_step), status.total_steps
     state, tone = STATES[status.state]
-    reason, time_left = status.reason, ""
-    pace = history.seconds_per_step()
-    silent = seconds_silent(run, now)
+    reason, time_left, seconds_left = status.reason, "", None
     if status.state == "running":
-        interval = pace * max(1, history.recent[-1][0] - history.recent[-2][0]) if pace else 0.0
-        if silent > max(SILENT, 10 * interval):
-            state, tone = "running?", "warn"
-            reason = (
-                f"Nothing was written for {duration(silent)}. If no process is training, the run was killed: the same "
-                "command again continues it."
-            )
-        elif pace and total > step:
-            seconds = (total - step) * pace
-            time_left = f"{duration(seconds)} left, until {moment(now + seconds)}"
+        state, tone, reason = judge_running(run, pace, now)
+        if not reason and pace and total > step:
+            seconds_left = (total - step) * pace
+            time_left = f"{duration(seconds_left)} left, until {moment(now + seconds_left)}"
     return Summary(
         state=state,
         tone=tone,
         step=step,
         total_steps=total,
         progress=min(1.0, step / total) if total else None,
+        seconds_left=seconds_left,
         time_left=time_left,
         reason=reason,
         figures=figures_of(run, pace),
+    )
+
+
+def judge_running(run: Run, pace: float | None, now: float) -> tuple[str, str, str]:
+    """State, tone and what may be wrong with a run that states `running`. `pace`: seconds per step."""
+    if run.held is False:
+        return "killed", "warn", "No process trains in this folder any more. The same command again continues the run."
+    recent, silent = run.history.recent, seconds_silent(run, now)
+    interval = pace * max(1, recent[-1][0] - recent[-2][0]) if pace else 0.0
+    if silent <= max(SILENT, 10 * interval):
+        return (*STATES["running"], "")
+    written = f"Nothing was written for {duration(silent)}."
+    if run.held:
+        return "running", "warn", f"{written} Its process is alive, and may hang; look at log.txt."
+    return (
+        "running?",
+        "warn",
+        f"{written} If no process is training, the run was killed: the same command again continues it.",
     )
 
 

@@ -18,6 +18,7 @@ from pipeline.run.out_of_memory import OutOfMemory, explained
 from pipeline.run.prepare_data import prepare_data
 from pipeline.run.resume import ResumeRefused, find_checkpoint, restore, unused_name
 from pipeline.run.session import Session
+from pipeline.run.start_facts import record_start
 from pipeline.storage.run_lock import RunFolderLost, RunLock
 from pipeline.storage.status import State, StatusFile
 from pipeline.tracking.tracker import Tracker
@@ -114,6 +115,8 @@ def train_with_tracker(session: Session, recipe: Recipe, runtime: Runtime, stop:
 
     def tracker(is_main: bool) -> Tracker:
         attempt = session.status.begin(step, total_steps) if is_main else 1
+        if is_main:
+            record_start(session, attempt)
         return Tracker(
             recipe.tracking, session.folder, session.settings, is_main=is_main, start_step=step, attempt=attempt
         )

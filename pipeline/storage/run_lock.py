@@ -62,6 +62,11 @@ class RunLock:
         self.release()
 
 
+def is_held(folder: Path) -> bool | None:
+    """Whether a process holds the run folder. None where this host cannot say."""
+    return FileLock(folder / "run.lock").is_held()
+
+
 WAITING = "%s is in use by %s: waiting up to %g s"
 
 

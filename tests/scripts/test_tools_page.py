@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import convert, edit, evaluate, export, report, sample
+from pipeline import convert, edit, evaluate, export, report, runs, sample, status
 
 ROOT = Path(__file__).parents[2]
 TOOLS = {f"{tool.__name__.split('.')[-1]}.py": tool for tool in (evaluate, sample, edit, convert, export, report)}
+TOOLS |= {"pipeline.runs": runs, "pipeline.status": status}
 TEXTS = [(ROOT / "docs/tools.md").read_text(), *(tool.__doc__ for tool in TOOLS.values())]
-SHOWN = re.compile(r"^.*pipeline/\w+\.py (?:runs/|models/|hf-hub:|--from|--to).*$", re.M)
+SHOWN = re.compile(
+    r"^ *(?:.*pipeline/\w+\.py (?:runs/|models/|hf-hub:|--from|--to).*|python -m pipeline\.(?:runs|status)\b.*)$", re.M
+)
 COMMANDS = sorted({line.strip() for text in TEXTS for line in SHOWN.findall(text)})
 
 

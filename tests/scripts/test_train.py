@@ -3,14 +3,17 @@
 import os
 import re
 import shutil
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch._inductor import config as inductor_config
 
+from pipeline.storage.attempts import read_attempts
 from pipeline.storage.run_lock import RunLock
 from pipeline.train import main
 from tests.helpers.launching import TRAIN, run_command, train, train_alone
@@ -103,7 +106,8 @@ def test_a_run_resumes_on_any_number_of_processes(recipe_file, single, tmp_path)
 
 def test_the_run_folder_holds_what_the_readme_says(single):
     assert {path.name for path in single.iterdir()} >= {
-        "config.yaml", "metrics.jsonl", "log.txt", "samples", "reconstructions", "checkpoints", "data_trace.jsonl"
+        "config.yaml", "metrics.jsonl", "log.txt", "samples", "reconstructions", "checkpoints", "data_trace.jsonl",
+        "attempts.jsonl", "status.json",
     }  # fmt: skip
     assert {path.name for path in last_checkpoint(single).iterdir()} == {
         "model.safetensors", "ema.safetensors", "optimizer.safetensors", "regularizers.safetensors", "meta.json"
@@ -112,6 +116,16 @@ def test_the_run_folder_holds_what_the_readme_says(single):
     assert pictures == {"step_00000008_temperature_0.7.png", "step_00000008_temperature_1.png"}
     assert [path.name for path in (single / "reconstructions").iterdir()] == ["step_00000008.png"]
     assert yaml.safe_load((single / "config.yaml").read_text())["train"]["batch_size"] == 12
+
+
+def test_each_start_is_recorded(single):
+    (facts,) = read_attempts(single)
+    assert (facts.attempt, facts.step, facts.total_steps, facts.model, facts.images) == (1, 0, 8, "nvae", 41)
+    assert (facts.processes, facts.device, facts.threads, facts.precision) == (1, "CPU", 1, "fp64")
+    assert (facts.latent_groups, facts.host, facts.torch) == (3, socket.gethostname(), torch.__version__)
+    weights = load_file(last_checkpoint(single) / "model.safetensors")
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    assert facts.parameters == sum(value.numel() for name, value in weights.items() if not name.endswith(buffers))
 
 
 def test_metrics_have_every_key_the_design_names(single):

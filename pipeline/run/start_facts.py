@@ -1,0 +1,37 @@
+"""What a run is started as, for `attempts.jsonl` and the lines at its start."""
+
+import socket
+
+import torch
+
+from pipeline.run.session import Session
+from pipeline.storage.attempts import FILE, AttemptFacts, add_attempt
+
+
+def record_start(session: Session, attempt: int) -> AttemptFacts:
+    """Adds this start to the run's `attempts.jsonl`, where the disk takes it. On the main process."""
+    facts = start_facts(session, attempt)
+    with session.files.writing("records of attempts", session.folder / FILE):
+        add_attempt(session.folder, facts)
+    return facts
+
+
+def start_facts(session: Session, attempt: int) -> AttemptFacts:
+    """The facts of this start."""
+    trainer, runtime = session.trainer, session.runtime
+    return AttemptFacts(
+        attempt=attempt,
+        step=trainer.step,
+        total_steps=trainer.total_steps,
+        model=session.recipe.model.name,
+        parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
+        latent_groups=len(trainer.model.groups),
+        data=str(session.recipe.data.root),
+        images=session.data.order.epoch_size,
+        processes=runtime.world_size,
+        device=runtime.device_name,
+        threads=torch.get_num_threads() if runtime.device.type == "cpu" else 0,
+        precision=runtime.precision,
+        host=socket.gethostname(),
+        torch=torch.__version__,
+    )
