@@ -33,7 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandLine("python -m pipeline.runs", __doc__)
     add = parser.add_argument
     add("root", metavar="DIR", nargs="?", type=Path, default=Path("runs"), help="where the runs are (default: runs)")
-    add("--sort", choices=ORDERS, default="age", help="the best, fastest, newest first (default: age)")
+    orders = f"the best, fastest or newest first, by one of {', '.join(ORDERS)} (default: age)"
+    add("--sort", choices=ORDERS, default="age", metavar="COLUMN", help=orders)
     add("--reverse", action="store_true", help="the other way around")
     add("--state", nargs="+", choices=STATES, default=[], metavar="STATE", help=f"only these: {', '.join(STATES)}")
     add("--name", default="", metavar="TEXT", help="only runs whose name holds TEXT, in which * and ? stand for any")
