@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.distributed import collectives
-from pipeline.models.base import recompute_activations, use_channels_last
+from pipeline.models.base import VAE, recompute_activations, use_channels_last
 from pipeline.models.noise import draw_noise
 from pipeline.models.nvae import NVAE
 from pipeline.run.compilation import compile_training, prepare_compiler
@@ -26,6 +26,7 @@ from pipeline.training.train_config import TrainConfig
 from tests.helpers.compiling import needs_compiler
 from tests.helpers.nvae_cases import build_nvae
 from tests.helpers.two_ranks import run_two_ranks, start_rank
+from tests.helpers.vdvae_cases import build_vdvae
 
 PAIRS = [*product(("cells", "whole"), ("norms", "cells"))]
 SPLIT = ("whole in parts", "cells")
@@ -47,6 +48,10 @@ def small_model(
 ) -> NVAE:
     """With cells of every kind: down, up, and of the same size if there are two groups."""
     model = build_nvae(groups_per_scale=(groups,), num_postprocess_cells=1, size=8).to(dtype)
+    return prepared(model, compile_mode, recompute, backend)
+
+
+def prepared(model: VAE, compile_mode: str, recompute: str, backend: str = "aot_eager") -> VAE:
     use_channels_last(model)
     recompute_activations(model, recompute)
     objective = Objective(ObjectiveConfig(), model.groups, total_steps=100)
@@ -55,17 +60,17 @@ def small_model(
     return model
 
 
-def train_pass(model: torch.nn.Module, unwrapped: NVAE, first: int) -> Tensor:
+def train_pass(model: torch.nn.Module, unwrapped: VAE, first: int) -> Tensor:
     """On four images from position `first` on."""
     images = [torch.rand(unwrapped.image_shape, generator=torch.Generator().manual_seed(first + i)) for i in range(4)]
-    dtype = unwrapped.output.weight.dtype
+    dtype = next(unwrapped.parameters()).dtype
     x = torch.stack(images).to(dtype, memory_format=torch.channels_last)
     loss = -model(x, draw_noise(unwrapped.noise_groups, 1, "test", range(first, first + 4), dtype=dtype)).elbo.mean()
     loss.backward()
     return loss.detach()
 
 
-def three_passes(model: torch.nn.Module, unwrapped: NVAE, first: int = 0, autocast: bool = False) -> dict[str, Tensor]:
+def three_passes(model: torch.nn.Module, unwrapped: VAE, first: int = 0, autocast: bool = False) -> dict[str, Tensor]:
     """Losses, accumulated gradients and buffers. Nothing is compiled after the first pass."""
     losses = {}
     for number in range(3):
@@ -102,6 +107,17 @@ def check_one_process(compile_mode: str, recompute: str, dtype: torch.dtype, gro
 
 def test_compiled_cells_are_recomputed():
     check_one_process("cells", "cells", torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [("cells", "none"), ("cells", "cells"), ("whole", "cells")], ids="-".join)
+def test_a_vdvae_trains_as_in_eager_mode(pair):
+    """Its cells are the blocks of encoder and decoder; those of one resolution share a graph."""
+    eager, model = (prepared(build_vdvae().double(), *modes) for modes in (("off", "none"), pair))
+    expected, found = three_passes(eager, eager), three_passes(model, model)
+    assert not counters["graph_break"]
+    assert 0 < counters["stats"]["unique_graphs"] <= (1 if pair[0] == "whole" else len([*model.compilable_cells()]))
+    assert_same_training(found, expected, 1e-9)
 
 
 @pytest.mark.slow
