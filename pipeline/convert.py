@@ -1,23 +1,31 @@
-"""A checkpoint of another NVAE implementation becomes a model folder, and the other way round.
+"""A checkpoint of another implementation of NVAE or VDVAE becomes a model folder, and the other way round.
 
 python pipeline/convert.py --from nvlabs checkpoint.pt --out models/cifar10
 python pipeline/convert.py --from nvlabs checkpoint.pt --out models/celeba64_t0.6 --readjust 500 --temperature 0.6
 python pipeline/convert.py --to nvlabs runs/nvae_mnist --out nvae_mnist.pt
+python pipeline/convert.py --from openai-vdvae model-ema.th --out models/vdvae_cifar10
+python pipeline/convert.py --from openai-vdvae mine.th --recipe mine.yaml --out models/mine
+python pipeline/convert.py --to openai-vdvae runs/vdvae_cifar10 --weights average --out model-ema.th
 
 `nvlabs` is NVIDIA's release of NVAE, github.com/NVlabs/NVAE. Its checkpoints for MNIST, CIFAR-10, CelebA 64,
-CelebA-HQ 256 and FFHQ 256 are in a download folder that the README of that repository links to. Nothing is downloaded
-here. Their license allows non-commercial use only; the model card states it.
+CelebA-HQ 256 and FFHQ 256 are in a download folder that the README of that repository links to. Their license allows
+non-commercial use only; the model card states it. `openai-vdvae` is OpenAI's release of VDVAE, github.com/openai/vdvae,
+whose README links to models for CIFAR-10, ImageNet 32 and 64, and FFHQ 256. Nothing is downloaded here.
 
---from reads the file of torch.save that the release's training writes: weights, options (an argparse.Namespace), and
-what resumes training there, which is not used. Nothing in the file can run code. Every weight and every option that
-decides the model has to be known; old files get the defaults of their time. The model folder that is written can be
-given to evaluate.py, sample.py, edit.py, `pipeline.load` and `train.py --init`. evaluate.py then measures as the
-release does: its binarization of MNIST and crop of the padding, and its bin rule for 8-bit images.
+--from reads what torch.save wrote. Nothing in the file can run code. Every weight has to be known, by name, shape and
+precision, with none left over. The model folder that is written can be given to evaluate.py, sample.py, edit.py,
+`pipeline.load` and `train.py --init`. evaluate.py then measures as the release does.
+
+  nvlabs        weights and options (an argparse.Namespace), and what resumes training there, which is not used. Every
+                option that decides the model has to be known; old files get the defaults of their time. The recipe has
+                its binarization of MNIST and crop of the padding, and its bin rule for 8-bit images
+  openai-vdvae  the weights of a model, or of its moving average, and nothing else. The architecture is that of the
+                published model that has these tensors, or of --recipe: a name of pipeline/configs, or a YAML file
 
 --to writes such a file from a run, a checkpoint or a model folder, for the release's code. What the format has no place
-for is refused: conditions, another likelihood, sizes of images that its data sets do not have. The state of Adamax is
-written if a run's last weights are; with the moving average, or from a model folder, there is none, and the entry is
-empty.
+for is refused: conditions, another likelihood, sizes of images that its data sets do not have. For nvlabs the state of
+Adamax is written if a run's last weights are; with the moving average, or from a model folder, there is none, and the
+entry is empty. For openai-vdvae the options that the release's code needs beside the file are printed.
 """
 
 import argparse
@@ -29,18 +37,17 @@ if not __package__:  # run as a script, whose own folder comes first on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipeline.cli import CommandLine, run_tool  # noqa: E402
-from pipeline.inference import model_card  # noqa: E402
+from pipeline.inference import model_card, nvlabs_export, nvlabs_import, openai_vdvae  # noqa: E402
 from pipeline.inference.export_run import shows_real_faces  # noqa: E402
 from pipeline.inference.locations import LOCATIONS, find_model  # noqa: E402
-from pipeline.inference.model_folder import write_model_folder  # noqa: E402
-from pipeline.inference.nvlabs_export import write_release  # noqa: E402
-from pipeline.inference.nvlabs_import import license_of, read_release  # noqa: E402
+from pipeline.inference.model_folder import ModelContent, write_model_folder  # noqa: E402
 from pipeline.inference.readjust import add_arguments, parse_arguments, readjusted_content  # noqa: E402
+from pipeline.inference.releases import license_of  # noqa: E402
 from pipeline.inference.trained import find_device  # noqa: E402
 from pipeline.storage.new_folder import check_new  # noqa: E402
 
 log = logging.getLogger("pipeline")
-FORMATS = ["nvlabs"]
+WRITERS = {"nvlabs": nvlabs_export.write_release, "openai-vdvae": openai_vdvae.write_release}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,10 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandLine("convert.py", __doc__)
     add = parser.add_argument
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--from", dest="source", choices=FORMATS, help="read this format, write a model folder")
-    direction.add_argument("--to", dest="target", choices=FORMATS, help="read a model of this project, write a file")
+    direction.add_argument("--from", dest="source", choices=WRITERS, help="read this format, write a model folder")
+    direction.add_argument("--to", dest="target", choices=WRITERS, help="read a model of this project, write a file")
     add("input", metavar="INPUT", help=f"with --from the file; with --to {LOCATIONS}")
     add("--out", metavar="PATH", type=Path, required=True, help="new folder (--from) or new file (--to)")
+    add("--recipe", metavar="NAME", help="with --from openai-vdvae: of pipeline/configs, or a YAML file")
     add_arguments(parser)
     add("--device", help="where samples are made: cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     add("--checkpoint", default="latest", help="with --to, of a run: latest (default), best, a step, or a folder")
@@ -75,9 +83,9 @@ def import_file(parsed: argparse.Namespace) -> None:
         raise ValueError("--checkpoint and --weights: apply to --to")
     how = parse_arguments(parsed)
     check_new(parsed.out)
-    content = read_release(Path(parsed.input))
+    content = read_file(parsed)
     count = sum(tensor.numel() for tensor in content.weights.values())
-    log.info("%s: %s numbers, of step %d", parsed.input, f"{count:,}", content.step)
+    log.info("%s: %s numbers%s", parsed.input, f"{count:,}", f", of step {content.step}" if content.step else "")
     if how is not None:
         content = readjusted_content(content, how, find_device(parsed.device))
     name, is_real = parsed.out.resolve().name, shows_real_faces(content.recipe, None)
@@ -86,14 +94,25 @@ def import_file(parsed: argparse.Namespace) -> None:
     log.info("written to %s", parsed.out)
 
 
+def read_file(parsed: argparse.Namespace) -> ModelContent:
+    """What the file holds. Raises ValueError for one that cannot be used."""
+    if parsed.source == openai_vdvae.KIND:
+        return openai_vdvae.read_release(Path(parsed.input), parsed.recipe)
+    if parsed.recipe:
+        raise ValueError("--recipe: applies to --from openai-vdvae; files of nvlabs state their options")
+    return nvlabs_import.read_release(Path(parsed.input))
+
+
 def export_file(parsed: argparse.Namespace) -> None:
     """From a model of this project to a file for another implementation."""
     if parse_arguments(parsed) is not None:
         raise ValueError("--readjust: applies to --from; readjust a model folder with export.py")
+    if parsed.recipe:
+        raise ValueError("--recipe: applies to --from openai-vdvae; a model of this project has its own")
     if parsed.out.exists():
         raise ValueError(f"--out {parsed.out}: is there; name a new file")
     found, place = find_model(parsed.input, parsed.checkpoint)
-    write_release(parsed.out, found, parsed.weights)
+    WRITERS[parsed.target](parsed.out, found, parsed.weights)
     log.info("written to %s: %s", parsed.out, place)
 
 

@@ -21,8 +21,8 @@ from pipeline.inference.model_folder import (
     weights_stem,
     write_model_folder,
 )
-from pipeline.inference.nvlabs_import import license_of
 from pipeline.inference.readjust import Readjustment, readjusted_content, temperature_of
+from pipeline.inference.releases import license_of
 from pipeline.inference.report import reports_of
 from pipeline.inference.trained import find_device, load
 from pipeline.models.conditions import AttributeCondition, ClassCondition

@@ -12,6 +12,7 @@ from pipeline.inference.card_figures import Reports, hub_results, tables
 from pipeline.inference.hub import front_matter
 from pipeline.inference.markdown import block, bullets, code, escape
 from pipeline.inference.model_folder import CONFIG, PICTURE, ModelContent
+from pipeline.inference.releases import License, release_of
 from pipeline.inference.text import printable
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.recipe import Recipe, build_model
@@ -34,20 +35,6 @@ STATED = ("averaged", "total_steps")
 NO_REPORTS: Reports = {}
 MAX_LISTED = 20
 """Facts and names of a list that are shown."""
-
-
-@dataclass(frozen=True)
-class License:
-    """What the card states as the license of the weights."""
-
-    id: str
-    """As the Hub spells it: apache-2.0, cc-by-nc-4.0, ... or `other`."""
-    name: str | None = None
-    """Of another license."""
-    link: str | None = None
-    """To the text of another license."""
-    note: str = ""
-    """A sentence for the card."""
 
 
 @dataclass(frozen=True)
@@ -194,8 +181,9 @@ def _training(content: ModelContent) -> str:
     source = source if isinstance(source, Mapping) else {}
     total = source.get("total_steps")
     of = f" of {total:,}" if isinstance(total, int) and total > 0 else ""
-    precision = "" if source.get("kind") == "nvlabs" else f", in {code(train.precision)}"  # such files do not state it
-    lines = [f"{content.step:,}{of} optimizer steps of {train.batch_size} images{precision}"]
+    precision = "" if release_of(content.facts) else f", in {code(train.precision)}"  # such files do not state it
+    steps = f"{content.step:,}{of}" if content.step else "An unknown number of"
+    lines = [f"{steps} optimizer steps of {train.batch_size} images{precision}"]
     if source.get("averaged") is True:
         lines.append(f"The weights are a moving average over the steps, of decay {train.ema_decay:g}")
     stated = {name: value for name, value in source.items() if name not in STATED and value is not None}

@@ -8,16 +8,16 @@ import argparse
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.config import build
-from pipeline.inference.model_folder import check_weights, is_averaged, read_recipe
+from pipeline.inference.model_folder import check_weights, read_recipe
 from pipeline.inference.nvlabs_import import KIND
+from pipeline.inference.releases import Weights, check_exportable, chosen_stem
 from pipeline.models.base import VAE
-from pipeline.models.nvae import NVAEConfig
 from pipeline.models.nvae_conversion import UNUSED, state_dict_to_reference
 from pipeline.models.nvae_options import Network, ReleaseOptions, cell_operations, options_for
 from pipeline.models.weights import problems_of
@@ -25,8 +25,6 @@ from pipeline.recipe import Recipe, build_model
 from pipeline.storage.checkpoint_folder import Checkpoint
 from pipeline.storage.pickled_checkpoint import write_pickled
 from pipeline.training.optim import OptimConfig
-
-Weights = Literal["average", "last"]
 
 FIXED_OPTIONS = {
     "fast_adamax": True,
@@ -71,7 +69,7 @@ def release_content(checkpoint: Checkpoint, weights: Weights | None = None) -> d
     try:
         network = _network(recipe)
         options = _release_options(recipe, network, _from_release(checkpoint))
-        stem = _stem(checkpoint, weights)
+        stem = chosen_stem(checkpoint, weights)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: cannot be written in the release's format: {error}") from None
     check_weights(recipe, checkpoint.tensors[stem], str(checkpoint.path), stem)
@@ -94,12 +92,7 @@ def release_content(checkpoint: Checkpoint, weights: Weights | None = None) -> d
 
 
 def _network(recipe: Recipe) -> Network:
-    if not isinstance(recipe.model, NVAEConfig):
-        raise ValueError(f"model.name={recipe.model.name}; it has only NVAE")
-    if recipe.condition is not None:
-        raise ValueError(f"condition.name={recipe.condition.name}; its models take no condition")
-    if recipe.train.precision == "fp64":
-        raise ValueError("train.precision=fp64; its weights are float32")
+    check_exportable(recipe, "nvae", "NVAE")
     data = recipe.data
     side = data.size + 2 * data.pad
     return Network(recipe.model, (data.channels, side, side), data.pad, data.bits)
@@ -141,21 +134,6 @@ def _training_options(recipe: Recipe) -> dict[str, Any]:
         "kl_const_portion": objective.kl_warmup_delay,
         "kl_const_coeff": objective.kl_warmup_floor,
     }
-
-
-def _stem(checkpoint: Checkpoint, weights: Weights | None) -> str:
-    """The stem of the file of weights to write. Raises ValueError where it has to be chosen, or is not there."""
-    if "ema" in checkpoint.tensors:
-        if weights is None:
-            raise ValueError(
-                "train.ema_decay; the run keeps a moving average of its weights beside them, and the format has one "
-                "set of weights: give --weights average or --weights last"
-            )
-        return "ema" if weights == "average" else "model"
-    if weights is not None and (weights == "average") != is_averaged(checkpoint):
-        held = "the average" if is_averaged(checkpoint) else "the last weights"
-        raise ValueError(f"--weights {weights}: it holds {held} only")
-    return "model"
 
 
 def _state_dict(network: Network, weights: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:

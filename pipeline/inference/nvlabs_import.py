@@ -11,28 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.config import ConfigError, build, load_yaml
-from pipeline.inference.model_card import License
 from pipeline.inference.model_folder import ModelContent
+from pipeline.inference.releases import RELEASES, checked_tensors, one_line
 from pipeline.inference.text import printable
 from pipeline.models.nvae_conversion import state_dict_from_reference
 from pipeline.models.nvae_options import BINARY_BORDER, ReleaseOptions, cell_operations
 from pipeline.recipe import Recipe, build_model, recipe_path
-from pipeline.storage.pickled_checkpoint import check_tensor, read_pickled
+from pipeline.storage.pickled_checkpoint import read_pickled
 from shard_data.files import sha256
 
 log = logging.getLogger("pipeline")
 
 KIND = "nvlabs"
-LICENSE = License(
-    "other",
-    "nvlabs-nvae-non-commercial",
-    "https://github.com/NVlabs/NVAE/blob/master/LICENSE",
-    "They come from NVIDIA's release of NVAE, whose license allows non-commercial use only.",
-)
-"""Of the release, which covers its checkpoints."""
 RECIPES = {
     "mnist": "nvae_mnist",
     "cifar10": "nvae_cifar10",
@@ -50,12 +42,6 @@ OTHER_OPTIONS = {
 MAX_COUNT = 2**53
 
 
-def license_of(facts: Mapping[str, Any]) -> License | None:
-    """The release's license, for a model that came from it; None for others."""
-    source = facts.get("source")
-    return LICENSE if isinstance(source, Mapping) and source.get("kind") == KIND else None
-
-
 def read_release(path: Path) -> ModelContent:
     """The model of a checkpoint of the release. Its weights are views of the file, which must stay as it is meanwhile.
 
@@ -66,8 +52,7 @@ def read_release(path: Path) -> ModelContent:
     try:
         return _content(path, saved)
     except (ValueError, RuntimeError, OverflowError, TypeError) as error:  # of torch, for absurd sizes
-        lines = " ".join(printable(line.strip()) for line in str(error).splitlines())
-        raise ValueError(f"{path}: {lines[:2000]}") from None
+        raise ValueError(f"{path}: {one_line(error)}") from None
 
 
 def _content(path: Path, saved: Any) -> ModelContent:
@@ -77,9 +62,9 @@ def _content(path: Path, saved: Any) -> ModelContent:
     recipe = recipe_for(options)
     with torch.device("meta"):
         expected = build_model(recipe).state_dict()
-    weights = state_dict_from_reference(_checked_tensors(state, path.stat().st_size), expected)
+    weights = state_dict_from_reference(checked_tensors(state, path.stat().st_size), expected)
     facts = {
-        "source": {"kind": KIND, "file": printable(path.name), "sha256": sha256(path), "license": LICENSE.name},
+        "source": {"kind": KIND, "file": printable(path.name), "sha256": sha256(path), "license": RELEASES[KIND].name},
         KIND: {"epoch": _count(saved, "epoch"), "options": options.model_dump(mode="json")},
     }
     return ModelContent(recipe, weights, _count(saved, "global_step"), facts)
@@ -123,16 +108,6 @@ def _check_cells(options: ReleaseOptions, found: Any) -> None:
                 f"its cells {kind} are made of {printable(str(found[kind])[:100])}, but arch_instance="
                 f"{options.arch_instance} has {expected[kind]}; such a network is not supported"
             )
-
-
-def _checked_tensors(state: Mapping, file_size: int) -> dict[str, Tensor]:
-    """Raises ValueError unless all are plain tensors with text as names, and fit into the file."""
-    if not all(isinstance(name, str) for name in state):
-        raise ValueError("state_dict has names that are not text")
-    tensors = {name: check_tensor(name, tensor, file_size) for name, tensor in state.items()}
-    if sum(tensor.nbytes for tensor in tensors.values()) > 2 * file_size:  # some weights are there twice
-        raise ValueError("its tensors together have more elements than the file holds")
-    return tensors
 
 
 def _count(saved: Mapping, name: str) -> int:

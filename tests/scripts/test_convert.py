@@ -18,6 +18,7 @@ from tests.helpers.golden import close
 from tests.helpers.hostile_pickles import hostile
 from tests.helpers.release_files import TINY, release_content, release_state, write_release_file
 from tests.helpers.shard_sets import random_samples, write_set
+from tests.helpers.vdvae_files import tiny_state, write_vdvae_file, write_vdvae_recipe
 from tests.models import nvae_restatement as restatement
 
 
@@ -168,3 +169,47 @@ def test_nothing_is_overwritten(file, folder, capsys):
     assert "is not empty" in refused(capsys, "--from", "nvlabs", str(file), "--out", str(folder))
     assert "is there" in refused(capsys, "--to", "nvlabs", str(folder), "--out", str(file))
     assert ((folder / "meta.json").read_bytes(), file.read_bytes()) == before
+
+
+# ---- VDVAE
+
+
+@pytest.fixture(scope="module")
+def vdvae(tmp_path_factory) -> tuple[str, str]:
+    """A file of VDVAE's release, and its recipe."""
+    root = tmp_path_factory.mktemp("vdvae")
+    return str(write_vdvae_file(root / "x.th", prefix="module.")), str(write_vdvae_recipe(root / "tiny.yaml"))
+
+
+def test_a_file_of_vdvae_becomes_a_folder_and_the_reverse(vdvae, tmp_path, capsys):
+    file, recipe = vdvae
+    out = str(tmp_path / "model")
+    assert convert.main(["--from", "openai-vdvae", file, "--recipe", recipe, "--out", out]) == 0
+    model = pipeline.load(out)
+    assert model.sample(2, temperature=0.7, seed=1).shape == (2, 3, 16, 16)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "Child 2020" in card
+    assert "An unknown number of optimizer steps" in card
+    assert "None is stated." in card
+    assert convert.main(["--to", "openai-vdvae", out, "--out", str(tmp_path / "y.th")]) == 0
+    expected, written = tiny_state(), torch.load(tmp_path / "y.th", weights_only=True)
+    assert list(written) == list(expected)
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_file_of_vdvae_is_refused_and_nothing_is_left(case, vdvae, tmp_path, capsys):
+    data, message = hostile(tmp_path / "it_ran")[case]
+    path = tmp_path / "x.th"
+    path.write_bytes(data)
+    words = ["--from", "openai-vdvae", str(path), "--recipe", vdvae[1], "--out", str(tmp_path / "model")]
+    assert message in refused(capsys, *words)
+    assert os.listdir(tmp_path) == ["x.th"]
+
+
+def test_a_file_of_the_other_release_is_refused(vdvae, file, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "model")]
+    assert "--from nvlabs" in refused(capsys, "--from", "openai-vdvae", str(file), "--recipe", vdvae[1], *out)
+    assert "not a checkpoint of the release" in refused(capsys, "--from", "nvlabs", vdvae[0], *out)
+    assert "--recipe: applies to" in refused(capsys, "--from", "nvlabs", str(file), "--recipe", vdvae[1], *out)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,96 @@
+"""What is common to checkpoints of other implementations: licenses of their weights, and checks of their files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from pipeline.inference.model_folder import is_averaged
+from pipeline.inference.text import printable
+from pipeline.recipe import Recipe
+from pipeline.storage.checkpoint_folder import Checkpoint
+from pipeline.storage.pickled_checkpoint import check_tensor
+
+Weights = Literal["average", "last"]
+"""Which weights of a run that keeps a moving average."""
+
+
+@dataclass(frozen=True)
+class License:
+    """What a model card states as the license of the weights."""
+
+    id: str
+    """As the Hub spells it: apache-2.0, cc-by-nc-4.0, ... or `other`."""
+    name: str | None = None
+    """Of another license."""
+    link: str | None = None
+    """To the text of another license."""
+    note: str = ""
+    """A sentence for the card."""
+
+
+RELEASES: dict[str, License | None] = {
+    "nvlabs": License(
+        "other",
+        "nvlabs-nvae-non-commercial",
+        "https://github.com/NVlabs/NVAE/blob/master/LICENSE",
+        "They come from NVIDIA's release of NVAE, whose license allows non-commercial use only.",
+    ),
+    "openai-vdvae": None,
+}
+"""The formats that `convert.py` reads, and the license of all weights in such files; None where a file can come from
+anyone.
+"""
+
+
+def release_of(facts: Mapping[str, Any]) -> str | None:
+    """The format of the file that the weights of a model folder came from; None for others."""
+    source = facts.get("source")
+    kind = source.get("kind") if isinstance(source, Mapping) else None
+    return kind if isinstance(kind, str) and kind in RELEASES else None
+
+
+def license_of(facts: Mapping[str, Any]) -> License | None:
+    """The license of weights that came from a release; None for others."""
+    return RELEASES.get(release_of(facts) or "")
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error in one line of printable characters: parts of it may come from a file."""
+    return " ".join(printable(line.strip()) for line in str(error).splitlines())[:2000]
+
+
+def checked_tensors(state: Mapping, file_size: int) -> dict[str, Tensor]:
+    """Raises ValueError unless all are plain tensors with text as names, and fit into the file."""
+    if not all(isinstance(name, str) for name in state):
+        raise ValueError("state_dict has names that are not text")
+    tensors = {name: check_tensor(name, tensor, file_size) for name, tensor in state.items()}
+    if sum(tensor.nbytes for tensor in tensors.values()) > 2 * file_size:  # some weights are there twice
+        raise ValueError("its tensors together have more elements than the file holds")
+    return tensors
+
+
+def check_exportable(recipe: Recipe, model_name: str, title: str) -> None:
+    """Raises ValueError, naming the setting, for a model that no release has a format for."""
+    if recipe.model.name != model_name:
+        raise ValueError(f"model.name={recipe.model.name}; it has only {title}")
+    if recipe.condition is not None:
+        raise ValueError(f"condition.name={recipe.condition.name}; its models take no condition")
+    if recipe.train.precision == "fp64":
+        raise ValueError("train.precision=fp64; its weights are float32")
+
+
+def chosen_stem(checkpoint: Checkpoint, weights: Weights | None) -> str:
+    """The stem of the file of weights to write. Raises ValueError where it has to be chosen, or is not there."""
+    if "ema" in checkpoint.tensors:
+        if weights is None:
+            raise ValueError(
+                "train.ema_decay; the run keeps a moving average of its weights beside them, and the format has one "
+                "set of weights: give --weights average or --weights last"
+            )
+        return "ema" if weights == "average" else "model"
+    if weights is not None and (weights == "average") != is_averaged(checkpoint):
+        held = "the average" if is_averaged(checkpoint) else "the last weights"
+        raise ValueError(f"--weights {weights}: it holds {held} only")
+    return "model"
