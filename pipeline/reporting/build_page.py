@@ -5,7 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from pipeline.reporting import tables
-from pipeline.reporting.curves import SECTIONS, Chart, curves_within, heat_map, plan_charts, restarts
+from pipeline.reporting.curves import SECTIONS, Chart, clock, curves_within, heat_map, plan_charts, restarts
 from pipeline.reporting.data_set import DataSet, describe_data
 from pipeline.reporting.pictures import Gallery, build_gallery
 from pipeline.reporting.run_folder import Run
@@ -63,7 +63,7 @@ def build_page(runs: Sequence[Run], options: Options = Options()) -> str:
     views = view_runs(runs, options)
     drawn = {
         "runs": [drawn_run(view, curve) for view, curve in zip(views, curves, strict=True)],
-        "charts": [{"title": one.title, "unit": one.unit, "keys": one.keys, "section": one.section} for one in charts],
+        "charts": [asdict(chart) for chart in charts],
         "refresh": {"version": options.version, "seconds": REFRESH_SECONDS} if options.version else None,
     }
     return render(views, charts, drawn, max_ranges)
@@ -106,6 +106,7 @@ def drawn_run(view: RunView, curves: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": view.name,
         "curves": curves,
+        "clock": clock(history),
         "groups": {name: heat_map(history, name) for name in history.groups},
         "restarts": restarts(history),
         "steps": view.gallery.steps,
@@ -133,6 +134,7 @@ def render(views: list[RunView], charts: list[Chart], drawn: dict[str, Any], max
         max_ranges=max_ranges,
         made=moment(time.time()),
         has_groups=any(run["groups"]["kl"] for run in drawn["runs"]),
+        has_clock=any(run["clock"] for run in drawn["runs"]),
         has_pictures=any(view.gallery.steps for view in views),
         refresh=drawn["refresh"] is not None,
     )

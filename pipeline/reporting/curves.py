@@ -3,11 +3,12 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.reporting.history import History
 from pipeline.reporting.run_folder import Run
+from pipeline.reporting.thinning import Envelope
 
 
 @dataclass(frozen=True)
@@ -18,25 +19,27 @@ class Chart:
     unit: str
     keys: tuple[str, ...]
     section: str = "Objective"
+    has_outliers: bool = True
+    """A few values may be far from the others, and are then outside of the axis at first."""
 
 
 CHARTS = (
     Chart("Loss", "nats", ("train/loss",)),
     Chart("ELBO", "nats", ("train/elbo", "val/elbo")),
-    Chart("Bits per dimension", "bits/dim", ("train/bpd", "val/bpd", "val/bpd_nll")),
+    Chart("Bits per dimension", "", ("train/bpd", "val/bpd", "val/bpd_nll")),
     Chart("KL", "nats", ("train/kl", "val/kl")),
     Chart("Reconstruction, log p(x|z)", "nats", ("train/log_px", "val/log_px")),
     Chart("Negative log-likelihood", "nats", ("val/nll",)),
-    Chart("Learning rate", "", ("train/lr",), "Optimization"),
-    Chart("Beta, weight of the KL", "", ("train/beta",), "Optimization"),
+    Chart("Learning rate", "", ("train/lr",), "Optimization", has_outliers=False),
+    Chart("Beta, weight of the KL", "", ("train/beta",), "Optimization", has_outliers=False),
     Chart("Gradient norm", "", ("train/grad_norm",), "Optimization"),
     Chart("Spectral regularizer", "", ("train/spectral",), "Optimization"),
     Chart("Batch norm regularizer", "", ("train/batch_norm",), "Optimization"),
     Chart("Skipped steps", "", ("train/skipped_steps",), "Optimization"),
-    Chart("Images per second", "images/s", ("perf/images_per_second",), "Speed"),
+    Chart("Images per second", "", ("perf/images_per_second",), "Speed"),
     Chart("Time per step", "ms", ("perf/step_ms",), "Speed"),
     Chart("Share of time waiting for data", "", ("perf/data_wait",), "Speed"),
-    Chart("Checkpoint stall", "ms", ("perf/checkpoint_stall_ms",), "Speed"),
+    Chart("Checkpoint stall", "ms", ("perf/checkpoint_stall_ms",), "Speed", has_outliers=False),
     Chart("GPU memory, peak", "GiB", ("perf/gpu_memory_gib",), "Speed"),
     Chart("Model FLOPs utilization", "", ("perf/mfu",), "Speed"),
 )
@@ -44,6 +47,7 @@ ONLY_IF_NOT_ZERO = ("train/skipped_steps", "train/skipped_samples")
 SECTIONS = ("Objective", "Optimization", "Speed", "Other")
 RANGES = (1024, 512, 256, 128, 64, 32)
 """Ranges of a curve that are tried until the numbers of all curves fit."""
+MAX_CLOCK_RANGES = 128
 GROUP = re.compile(r"(\d+)x(\d+)_group(\d+)")
 
 
@@ -59,7 +63,7 @@ def plan_charts(runs: Sequence[Run]) -> list[Chart]:
     for chart in CHARTS:
         keys = tuple(key for key in chart.keys if key in present and key not in silent)
         if keys:
-            charts.append(Chart(chart.title, chart.unit, keys, chart.section))
+            charts.append(replace(chart, keys=keys))
     known = {key for chart in CHARTS for key in chart.keys}
     return charts + [Chart(key, "", (key,), "Other") for key in present if key not in known | silent]
 
@@ -82,7 +86,16 @@ def _has(run: Run, key: str) -> bool:
 
 
 def _curve(history: History, key: str, max_ranges: int) -> list[list[float]]:
-    points = history.curves[key].points(max_ranges)
+    return _columns(history.curves[key], max_ranges)
+
+
+def clock(history: History) -> list[list[float]] | None:
+    """[steps, seconds of training until then], between which a straight line is close. None where they are unknown."""
+    return _columns(history.clock, MAX_CLOCK_RANGES) if history.clock.last else None
+
+
+def _columns(series: Envelope, max_ranges: int) -> list[list[float]]:
+    points = series.points(max_ranges)
     return [[step for step, _ in points], [rounded(value) for _, value in points]]
 
 

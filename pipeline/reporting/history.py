@@ -57,8 +57,8 @@ class History:
     out_of_order: int = 0
     """Records whose step does not follow the one before."""
     names_refused: bool = False
-    seconds: float = 0.0
-    """Of training, over all attempts."""
+    clock: Envelope = field(default_factory=lambda: Envelope(MAX_RANGES))
+    """Seconds of training over all attempts, by step."""
     last_step: int = -1
 
     def add(self, record: dict[str, int | float]) -> None:
@@ -70,8 +70,8 @@ class History:
         self.last_step = step
         self.num_records += 1
         self._add_attempt(step, record)
-        if math.isfinite(seconds := record.get(WALL_CLOCK, 0.0)):
-            self.seconds = max(self.seconds, seconds)
+        if WALL_CLOCK in record and record[WALL_CLOCK] > self.seconds:
+            self.clock.add(step, record[WALL_CLOCK])
         if self.only is not None:
             for key in self.only & record.keys():
                 self._add_value(key, step, record[key])
@@ -125,6 +125,11 @@ class History:
         """The last finite value of a curve."""
         curve = self.curves.get(key)
         return curve.last[1] if curve and curve.last else None
+
+    @property
+    def seconds(self) -> float:
+        """Of training, over all attempts."""
+        return self.clock.last[1] if self.clock.last else 0.0
 
     def seconds_per_step(self) -> float | None:
         """At the speed of the last records of one attempt, the last that has two; with validation and pictures."""

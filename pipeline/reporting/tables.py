@@ -89,7 +89,7 @@ def attempt_table(run: Run) -> Table | None:
         steps = [number(one.first_step), number(one.last_step)]
         rows.append([str(one.number), *steps, moment(one.begin), duration(one.end - one.begin)])
     head = ["attempt", "first logged step", "last logged step", "first record", "to its last record"]
-    return Table(head, rows, frozenset({0, 1, 2, 4}))
+    return Table(head, rows, frozenset(range(len(head))))
 
 
 def facts_table(facts: Sequence[Sequence[tuple[str, str]]], names: Sequence[str]) -> Table:

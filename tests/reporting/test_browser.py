@@ -205,3 +205,71 @@ def test_a_served_page_shows_news_without_losing_what_was_chosen(browser, pages)
         assert element(browser, "output[for=step]").text == "4"
         assert browser.get_log("browser") == []
         server.shutdown()
+
+
+def write_metrics(folder: Path, records: list[dict]) -> Path:
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"time": 1e9, **record}) + "\n" for record in records))
+    return folder
+
+
+ROWS_OF_THE_LINE = """
+const canvas = document.querySelector(".charts canvas"), probe = document.querySelector(".charts .dot");
+const [red, green, blue] = getComputedStyle(probe).backgroundColor.match(/[0-9]+/g).map(Number);
+const left = Math.round(canvas.width / 2);
+const { data, width } = canvas.getContext("2d").getImageData(left, 0, canvas.width - left, canvas.height);
+const rows = new Set();
+for (let i = 0; i < data.length; i += 4)
+  if (data[i] === red && data[i + 1] === green && data[i + 2] === blue) rows.add(Math.floor(i / 4 / width));
+return rows.size / canvas.height;
+"""
+"""The share of the first chart's height that its line takes in the right half."""
+
+
+def test_one_value_far_from_the_others_does_not_flatten_the_curve(browser, tmp_path):
+    """Which a chart says; the whole range is one click away."""
+    records = [{"step": step, "train/loss": 1e4 if step == 1 else 100.0 + step % 7} for step in range(1, 201)]
+    run = write_metrics(tmp_path / "run", records)
+    assert report.main([str(run), "--out", str(tmp_path / "page.html")]) == 0
+    open_page(browser, tmp_path / "page.html")
+    assert text_of(browser, ".charts .outside") == "outside the axis: up to 10K"
+    assert browser.execute_script(ROWS_OF_THE_LINE) > 0.5
+    element(browser, "#full").click()
+    time.sleep(0.2)
+    assert text_of(browser, ".charts .outside") == ""
+    assert browser.execute_script(ROWS_OF_THE_LINE) < 0.1
+    assert browser.get_log("browser") == []
+
+
+def test_curves_over_the_time_of_training(browser, tmp_path):
+    """50 steps of a second, then 50 of three: what was logged after 149 of 200 seconds is of step 83."""
+    seconds = {step: min(step, 50) + 3 * max(0, step - 50) for step in range(1, 101)}
+    timed = [{"step": step, "train/loss": float(step), "perf/wall_clock_s": at} for step, at in seconds.items()]
+    without = [{"step": step, "train/loss": 5.0} for step in range(1, 1001)]
+    runs = [write_metrics(tmp_path / "timed", timed), write_metrics(tmp_path / "older", without)]
+    assert report.main([*map(str, runs), "--out", str(tmp_path / "page.html")]) == 0
+    open_page(browser, tmp_path / "page.html")
+    element(browser, "[data-axis=time]").click()
+    assert text_of(browser, "#without") == "Not drawn, as it has no times: older"
+    hover_at_three_quarters(browser)
+    assert text_of(browser, ".charts .readout") == "149 s83"
+    element(browser, "[data-axis=step]").click()
+    hover_at_three_quarters(browser)
+    assert text_of(browser, ".charts .readout").startswith(("step 74", "step 75"))
+    assert browser.get_log("browser") == []
+
+
+def test_heat_maps_of_several_runs_share_their_colors_and_steps(browser, tmp_path):
+    records = [[{"step": step, "kl/4x4_group00": kl} for step in range(10 * kl)] for kl in (1, 9)]
+    runs = [write_metrics(tmp_path / f"run{number}", records[number]) for number in range(2)]
+    assert report.main([*map(str, runs), "--out", str(tmp_path / "page.html")]) == 0
+    open_page(browser, tmp_path / "page.html")
+    assert [scale.text.split() for scale in elements(browser, "#maps .scale")] == [["0", "9"]] * 2
+    assert [axis.text.split()[-1] for axis in elements(browser, "#maps .axis")] == ["89"] * 2
+
+
+def hover_at_three_quarters(browser) -> None:
+    """Of the first chart, from the left."""
+    chart = element(browser, ".charts .u-over")
+    quarter = chart.size["width"] // 4
+    webdriver.ActionChains(browser).move_to_element_with_offset(chart, quarter, 0).perform()

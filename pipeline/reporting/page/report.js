@@ -4,7 +4,7 @@
   const several = page.runs.length > 1;
   const find = (selector, inside = document) => inside.querySelector(selector);
   const findAll = (selector, inside = document) => [...inside.querySelectorAll(selector)];
-  const state = { smoothing: 0, log: false, zoom: null, hidden: new Set() };
+  const state = { smoothing: 0, log: false, full: false, timed: false, zoom: null, hidden: new Set() };
 
   function make(tag, className = "", text = "") {
     const element = document.createElement(tag);
@@ -47,10 +47,36 @@
     return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
   };
 
+  // ---- the x-axis: steps, or time
+
+  const UNITS = [["days", 86400, 72 * 3600], ["h", 3600, 3 * 3600], ["min", 60, 300], ["s", 1, 0]];
+  const lastStepOf = (run) => Math.max(1, ...Object.values(run.curves).map(([steps]) => steps.at(-1) ?? 0));
+  /** Seconds of training until each of these steps, which ascend. */
+  function secondsAt({ clock: [known, seconds] }, steps) {
+    let next = 0;
+    return steps.map((step) => {
+      while (next < known.length - 1 && known[next] < step) next += 1;
+      const [from, begin] = next ? [known[next - 1], seconds[next - 1]] : [0, 0];
+      return begin + ((step - from) / Math.max(1, known[next] - from)) * (seconds[next] - begin);
+    });
+  }
+  const axis = { end: 1, unit: "", size: 1 };
+  /** Steps, or the unit of time that fits the longest run. */
+  function chooseAxis() {
+    const timed = page.runs.filter((run) => run.clock);
+    if (!state.timed) Object.assign(axis, { end: Math.max(...page.runs.map(lastStepOf)), unit: "", size: 1 });
+    else {
+      const seconds = Math.max(...timed.map((run) => secondsAt(run, [lastStepOf(run)])[0]));
+      const [unit, size] = UNITS.find(([, , least]) => seconds >= least);
+      Object.assign(axis, { end: seconds / size, unit, size });
+    }
+  }
+  const onAxis = (run, steps) => (state.timed ? secondsAt(run, steps).map((seconds) => seconds / axis.size) : steps);
+  const isOnAxis = (run) => !state.timed || run.clock;
+  chooseAxis();
+
   // ---- curves
 
-  const lastStepOf = (runs) => Math.max(1, ...runs.flatMap((run) => Object.values(run.curves).map(([steps]) => steps.at(-1) ?? 0)));
-  let lastStep = lastStepOf(page.runs);
   const splitOf = (key) => (key.startsWith("val/") ? "validation" : "training");
   const nameOf = (chart, key) => {
     const rest = key.slice(key.indexOf("/") + 1);
@@ -69,11 +95,22 @@
     });
   }
 
+  /** The smallest and the largest value of a line in view, without those that are among its 2 % at either end. */
+  function nearRange({ xs, values }) {
+    const [from, to] = state.zoom ?? [0, axis.end];
+    const seen = values.filter((value, place) => xs[place] >= from && xs[place] <= to).sort((a, b) => a - b);
+    if (!seen.length) return [];
+    const last = seen.length - 1;
+    return last < 7 ? [seen[0], seen[last]] : [seen[Math.ceil(0.02 * last)], seen[Math.floor(0.98 * last)]];
+  }
+
   /** The lines of a chart: one for each run and key. */
   function linesOf(chart) {
     return page.runs.flatMap((run, number) =>
       chart.keys.flatMap((key, place) =>
-        run.curves[key] ? [{ run: number, key, place, steps: run.curves[key][0], values: run.curves[key][1] }] : [],
+        run.curves[key] && isOnAxis(run)
+          ? [{ run: number, key, place, xs: onAxis(run, run.curves[key][0]), values: run.curves[key][1] }]
+          : [],
       ),
     );
   }
@@ -81,25 +118,25 @@
   class ChartCard {
     constructor(chart, parent) {
       this.chart = chart;
-      this.lines = linesOf(chart);
       this.card = make("div", "card");
       const head = make("div", "card-head");
       const title = make("b", "", chart.title);
       if (chart.unit) title.append(make("span", "unit", chart.unit));
       this.readout = make("div", "readout");
-      head.append(title, this.readout);
+      this.outside = make("span", "outside");
+      head.append(title, this.outside, this.readout);
       this.place = make("div", "plot");
       this.card.append(head, this.place);
       parent.append(this.card);
-      this.draw();
+      this.renew();
     }
 
     /** Smoothed values stand before the given ones, so that series 2i + 1 are smooth and 2i + 2 are as logged.
      * Validation has few values, of many images each, which are not smoothed. */
     table() {
-      const tables = this.lines.flatMap(({ key, steps, values }) => [
-        [steps, smooth(values, key.startsWith("val/") ? 0 : state.smoothing)],
-        [steps, values],
+      const tables = this.lines.flatMap(({ key, xs, values }) => [
+        [xs, smooth(values, key.startsWith("val/") ? 0 : state.smoothing)],
+        [xs, values],
       ]);
       return uPlot.join(tables);
     }
@@ -111,9 +148,9 @@
     series() {
       return this.lines.flatMap((line) => {
         const stroke = this.colorOf(line);
-        const points = { show: line.steps.length < 40 && line.key.startsWith("val/"), size: 5, fill: stroke };
+        const points = { show: line.xs.length < 40 && line.key.startsWith("val/"), size: 5, fill: stroke };
         const base = { spanGaps: true, show: !state.hidden.has(line.run), dash: several ? DASHES[line.place] : [] };
-        const single = line.steps.length === 1;
+        const single = line.xs.length === 1;
         return [
           { ...base, stroke, width: 1.6, points: single ? { show: true, size: 6, fill: stroke } : points },
           { ...base, stroke: translucent(stroke, 0.28), width: 1, points: { show: false }, show: base.show && state.smoothing > 0 },
@@ -121,23 +158,44 @@
       });
     }
 
+    /** The range of the y-axis for the values in view: of each line all, or all but a few that are far from the others. */
+    rangeOf(smallest, largest) {
+      this.outside.textContent = "";
+      if (smallest == null) return [null, null];
+      let [low, high] = [smallest, largest];
+      if (!state.full && this.chart.has_outliers) {
+        const near = this.lines.filter(({ run }) => !state.hidden.has(run)).flatMap((line) => nearRange(line));
+        const [least, most] = [Math.min(...near), Math.max(...near)];
+        if (most > least && least - smallest > most - least) low = least;
+        if (most > least && largest - most > most - least) high = most;
+      }
+      const range = uPlot.rangeNum(low, high, 0.1, true);
+      const beyond = [];
+      if (smallest < range[0]) beyond.push(`down to ${compact(smallest)}`);
+      if (largest > range[1]) beyond.push(`up to ${compact(largest)}`);
+      if (beyond.length) this.outside.textContent = `outside the axis: ${beyond.join(", ")}`;
+      return range;
+    }
+
     draw() {
       this.plot?.destroy();
+      this.outside.textContent = "";
       const positive = this.lines.every(({ values }) => values.every((value) => value > 0));
-      const axis = { stroke: color("quiet"), font: "11px system-ui, sans-serif", ticks: { show: false } };
+      const base = { stroke: color("quiet"), font: "11px system-ui, sans-serif", ticks: { show: false } };
       const grid = { stroke: color("line"), width: 1 };
+      const ticks = (unit) => (u, splits) => splits.map((value) => (value == null ? null : `${compact(value)}${unit && ` ${unit}`}`));
       const options = {
         width: Math.max(200, this.place.clientWidth),
         height: 190,
         legend: { show: false },
         padding: [6, 10, 0, 0],
         scales: {
-          x: { time: false, range: () => state.zoom ?? [0, lastStep] },
-          y: { distr: state.log ? (positive ? 3 : 4) : 1 },
+          x: { time: false, range: () => state.zoom ?? [0, axis.end] },
+          y: state.log ? { distr: positive ? 3 : 4 } : { range: (u, smallest, largest) => this.rangeOf(smallest, largest) },
         },
         axes: [
-          { ...axis, grid: { show: false }, values: (u, splits) => splits.map((value) => value == null ? null : compact(value)), space: 60, size: 20, gap: 4 },
-          { ...axis, grid, values: (u, splits) => splits.map((value) => value == null ? null : compact(value)), space: 34, size: 52, gap: 6 },
+          { ...base, grid: { show: false }, values: ticks(axis.unit), space: 60, size: 20, gap: 4 },
+          { ...base, grid, values: ticks(""), space: 34, size: 52, gap: 6 },
         ],
         series: [{}, ...this.series()],
         cursor: {
@@ -172,11 +230,11 @@
       ctx.clip();
       ctx.setLineDash([4, 4]);
       page.runs.forEach((run, number) => {
-        if (state.hidden.has(number)) return;
+        if (state.hidden.has(number) || !isOnAxis(run)) return;
         ctx.strokeStyle = translucent(color(several ? runColor(number) : "quiet"), 0.7);
         ctx.lineWidth = devicePixelRatio;
         for (const { step } of run.restarts) {
-          const x = Math.round(u.valToPos(step, "x", true));
+          const x = Math.round(u.valToPos(onAxis(run, [step])[0], "x", true));
           ctx.beginPath();
           ctx.moveTo(x, bbox.top);
           ctx.lineTo(x, bbox.top + bbox.height);
@@ -189,8 +247,8 @@
     /** Shows the values at a place of the table, or the last ones, as they were logged. */
     read(place) {
       this.readout.replaceChildren();
-      const steps = this.plot?.data[0] ?? [];
-      if (place != null && steps.length) this.readout.append(make("span", "", `step ${whole(steps[place])}`));
+      const xs = this.plot?.data[0] ?? [];
+      if (place != null && xs.length) this.readout.append(make("span", "", state.timed ? `${precise(xs[place])} ${axis.unit}` : `step ${whole(xs[place])}`));
       const order = this.lines.map((line, number) => number).sort((a, b) => this.lines[a].place - this.lines[b].place);
       let group = this.readout;
       let key = "";
@@ -221,7 +279,7 @@
       this.read(null);
     }
 
-    /** Takes over the numbers of a newer page. */
+    /** Takes over the numbers of a newer page, or another x-axis. */
     renew() {
       this.lines = linesOf(this.chart);
       this.draw();
@@ -241,16 +299,28 @@
 
   function zoomTo(range) {
     state.zoom = range;
-    for (const card of cards) card.plot.setScale("x", { min: range?.[0] ?? 0, max: range?.[1] ?? lastStep });
-    const share = range === null ? 1 : range[1] === lastStep ? 1 - range[0] / lastStep : 0;
-    for (const button of findAll(".ranges button")) {
+    for (const card of cards) card.plot.setScale("x", { min: range?.[0] ?? 0, max: range?.[1] ?? axis.end });
+    const share = range === null ? 1 : range[1] === axis.end ? 1 - range[0] / axis.end : 0;
+    for (const button of findAll("[data-range]")) {
       button.setAttribute("aria-pressed", String(Math.abs(Number(button.dataset.range) - share) < 1e-9));
     }
   }
 
-  for (const button of findAll(".ranges button")) {
+  for (const button of findAll("[data-range]")) {
     const share = Number(button.dataset.range);
-    button.addEventListener("click", () => zoomTo(share === 1 ? null : [lastStep * (1 - share), lastStep]));
+    button.addEventListener("click", () => zoomTo(share === 1 ? null : [axis.end * (1 - share), axis.end]));
+  }
+  for (const button of findAll("[data-axis]")) {
+    button.addEventListener("click", () => {
+      state.timed = button.dataset.axis === "time";
+      for (const other of findAll("[data-axis]")) other.setAttribute("aria-pressed", String(other === button));
+      const without = page.runs.filter((run) => !isOnAxis(run)).map(({ name }) => name);
+      find("#without").textContent = without.length ? `Not drawn, as it has no times: ${without.join(", ")}` : "";
+      chooseAxis();
+      state.zoom = null;
+      for (const card of cards) card.renew();
+      zoomTo(null);
+    });
   }
   find("#smoothing")?.addEventListener("input", (event) => {
     const before = state.smoothing;
@@ -259,10 +329,12 @@
     const redraw = (before > 0) !== (state.smoothing > 0);
     for (const card of cards) redraw ? card.draw() : card.update();
   });
-  find("#log")?.addEventListener("change", (event) => {
-    state.log = event.target.checked;
-    for (const card of cards) card.draw();
-  });
+  for (const choice of ["log", "full"]) {
+    find(`#${choice}`)?.addEventListener("change", (event) => {
+      state[choice] = event.target.checked;
+      for (const card of cards) card.draw();
+    });
+  }
 
   // ---- latent groups
 
@@ -277,11 +349,13 @@
   }
 
   class HeatMap {
-    constructor(run, title, unit, map, parent) {
+    /** `rivals`: the maps of all runs, which share colors and steps, so that they can be compared. */
+    constructor(run, title, unit, map, rivals, parent) {
       Object.assign(this, { map, unit });
-      const sorted = map.values.flat().filter((value) => value != null).sort((a, b) => a - b);
+      const sorted = rivals.flatMap(({ values }) => values.flat()).filter((value) => value != null).sort((a, b) => a - b);
       this.top = sorted[Math.floor(0.98 * (sorted.length - 1))] || 1;
       this.isCut = sorted.at(-1) > this.top * 1.001;
+      this.last = Math.max(1, ...rivals.map(({ last }) => last));
       this.rowHeight = Math.max(11, Math.min(24, Math.floor(260 / map.rows.length)));
       const card = make("div", "card");
       card.dataset.run = run;
@@ -304,7 +378,7 @@
       }
       const body = make("div", "map");
       const axis = make("div", "axis");
-      for (const part of [0, 0.5, 1]) axis.append(make("span", "", compact(part * map.last)));
+      for (const part of [0, 0.5, 1]) axis.append(make("span", "", compact(part * this.last)));
       body.append(labels, this.canvas, axis);
       card.append(head, body);
       parent.append(card);
@@ -324,7 +398,7 @@
       canvas.height = Math.round(rowHeight * map.rows.length * ratio);
       canvas.style.height = `${rowHeight * map.rows.length}px`;
       const ctx = canvas.getContext("2d");
-      const edge = (column) => Math.round((column < map.steps.length ? map.steps[column] / Math.max(1, map.last) : 1) * canvas.width);
+      const edge = (column) => Math.round(((map.steps[column] ?? map.last) / this.last) * canvas.width);
       map.values.forEach((values, row) => {
         const top = Math.round(row * rowHeight * ratio);
         const height = Math.round((row + 1) * rowHeight * ratio) - top - Math.round(ratio);
@@ -339,8 +413,8 @@
     read(event) {
       const box = this.canvas.getBoundingClientRect();
       const row = Math.min(this.map.rows.length - 1, Math.max(0, Math.floor((event.clientY - box.top) / this.rowHeight)));
-      const step = ((event.clientX - box.left) / box.width) * this.map.last;
-      const column = this.map.steps.findLastIndex((start) => start <= step);
+      const step = ((event.clientX - box.left) / box.width) * this.last;
+      const column = step > this.map.last ? -1 : this.map.steps.findLastIndex((start) => start <= step);
       this.readout.replaceChildren();
       if (column < 0) return;
       this.readout.append(make("span", "", `${this.map.rows[row]}, from step ${whole(this.map.steps[column])}:`));
@@ -351,13 +425,13 @@
   let maps = [];
   function buildMaps() {
     find("#maps")?.replaceChildren();
-    maps = page.runs.flatMap((run, number) => {
-      const { kl, active_units: active } = run.groups;
-      return [
-        ...(kl ? [new HeatMap(number, "KL by group", "nats", kl, find("#maps"))] : []),
-        ...(active ? [new HeatMap(number, "Active units by group", "", active, find("#maps"))] : []),
-      ];
-    });
+    const kinds = [["kl", "KL by group", "nats"], ["active_units", "Active units by group", ""]];
+    maps = page.runs.flatMap((run, number) =>
+      kinds.flatMap(([kind, title, unit]) => {
+        const rivals = page.runs.map(({ groups }) => groups[kind]).filter((map) => map);
+        return run.groups[kind] ? [new HeatMap(number, title, unit, run.groups[kind], rivals, find("#maps"))] : [];
+      }),
+    );
   }
   buildMaps();
 
@@ -489,7 +563,7 @@
       old.replaceWith(document.adoptNode(renewed));
     }
     page = drawn;
-    lastStep = lastStepOf(page.runs);
+    chooseAxis();
     for (const card of cards) card.renew();
     buildMaps();
     if (gallery) buildGallery();
