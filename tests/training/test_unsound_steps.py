@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.helpers.model_cases import write_data
+from tests.helpers.model_cases import make_recipe, make_trainer, write_data
 from tests.helpers.rank_scripts import run_script, write_script
 
 PLACES = ("data", "activation", "loss", "gradient", "loss alone", "norm")
@@ -60,18 +60,26 @@ for place in ("data", "activation", "loss", "gradient", "loss alone", "norm"):
         if step == 1:
             reasons = str(trainer.gradients.skip_reason())
     results[place] = [steps, digests, reasons]
+trainer = make_trainer(make_recipe("mlp_vae", folder / "labelled"), runtime)
+assert trainer.train_step(0, [next(iter(trainer.data.batches(0)))])
+results["norm of an mlp_vae"] = trainer.interval_scalars()["train/grad_norm"]
 (folder / f"{runtime.rank}.json").write_text(json.dumps(results))
 runtime.close()
 """
 
 
 @pytest.mark.slow
-def test_what_one_rank_must_skip_is_skipped_by_both(tmp_path):
-    write_data(tmp_path)
+def test_what_one_rank_must_skip_is_skipped_by_both(tmp_path, make_runtime):
+    labelled = write_data(tmp_path)
     result = run_script(2, write_script(tmp_path, SCRIPT))
     assert result.returncode == 0, result.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert list(first) == list(PLACES)
+    assert list(first) == [*PLACES, "norm of an mlp_vae"]
+    assert first["norm of an mlp_vae"] == second["norm of an mlp_vae"]
+    alone = make_trainer(make_recipe("mlp_vae", labelled), make_runtime())
+    assert alone.train_step(0, [next(iter(alone.data.batches(0)))])
+    norm = alone.interval_scalars()["train/grad_norm"]  # of the whole batch, whatever the number of processes
+    assert first["norm of an mlp_vae"] == pytest.approx(norm, rel=1e-5)
     for place in PLACES:
         steps, digests, reason = first[place]
         assert reason == second[place][2], place
