@@ -1,5 +1,6 @@
 """The mistakes that `make mutate` makes, and the tests that must notice each of them. One module per folder of code,
-and one each for sample metrics, for what makes figures comparable, and for checkpoints of other implementations.
+and one each for VDVAE, for sample metrics, for what makes figures comparable, and for checkpoints of other
+implementations.
 """
 
 from tests.mutations import (
@@ -13,6 +14,7 @@ from tests.mutations import (
     storage,
     trainer,
     training,
+    vdvae,
 )
 from tests.mutations.mutation import Mutation
 
@@ -27,5 +29,6 @@ MODULES = (
     storage,
     trainer,
     training,
+    vdvae,
 )
 MUTATIONS: tuple[Mutation, ...] = tuple(mutation for module in MODULES for mutation in module.MUTATIONS)

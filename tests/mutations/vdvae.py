@@ -1,0 +1,124 @@
+"""Mistakes in VDVAE: most are rules that its paper does not state, or states otherwise."""
+
+from tests.mutations.mutation import Mutation
+
+PARTS, OPTIONS = "pipeline/models/vdvae_parts.py", "pipeline/models/vdvae_options.py"
+DISTRIBUTIONS = "pipeline/nn/distributions.py"
+RESTATEMENT = ("tests/models/test_vdvae_restatement.py",)
+REFUSED = ("tests/models/test_vdvae_options.py",)
+RULES = ("tests/nn/test_distributions.py",)
+
+MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "VDVAE with the tanh approximation of GELU",
+        "pipeline/nn/bottleneck.py",
+        "h = conv(self.activation(h))",
+        'h = conv(F.gelu(h, approximate="tanh"))',
+        RESTATEMENT,
+    ),
+    Mutation(
+        "VDVAE with 3x3 convolutions on maps of 2x2",
+        PARTS,
+        "3 if resolution > 2 else 1",
+        "3 if resolution > 1 else 1",
+        RESTATEMENT,
+    ),
+    Mutation(
+        "VDVAE with the posterior's inner width from its input",
+        PARTS,
+        "inner, kernel = int(width * bottleneck)",
+        "inner, kernel = int(outer[0] * bottleneck)",
+        RESTATEMENT,
+    ),
+    Mutation(
+        "VDVAE with rounded inner widths",
+        PARTS,
+        "inner, kernel = int(width * bottleneck)",
+        "inner, kernel = round(width * bottleneck)",
+        RESTATEMENT,
+    ),
+    Mutation(
+        "VDVAE's posterior sees what the prior adds",
+        PARTS,
+        "self.posterior(torch.cat([h, feature], dim=1))",
+        "self.posterior(torch.cat([state, feature], dim=1))",
+        RESTATEMENT,
+    ),
+    Mutation(
+        "VDVAE's first channels are mixed in, whatever the resolution's width",
+        PARTS,
+        "lower = states[mixed][:, : self.widths[resolution]]",
+        "lower = states[mixed][:, -self.widths[resolution] :]",
+        RESTATEMENT,
+    ),
+    Mutation(
+        "VDVAE without its output's gain",
+        PARTS,
+        "self.output(states[self.size] * self.gain + self.bias)",
+        "self.output(states[self.size] + self.bias + 0 * self.gain)",
+        RESTATEMENT,
+    ),
+    Mutation(
+        "VDVAE's encoder is scaled by the number of decoder blocks at the beginning",
+        PARTS,
+        "1 / sqrt(len(options.encoder))",
+        "1 / sqrt(len(options.decoder))",
+        RESTATEMENT,
+    ),
+    Mutation(
+        "VDVAE's priors start away from N(0, 1)",
+        PARTS,
+        "nn.init.zeros_(self.prior.convs[-1].weight)",
+        "nn.init.zeros_(self.prior.convs[-1].bias)",
+        RESTATEMENT,
+    ),
+    Mutation(
+        "VDVAE's biases are random at the beginning",
+        "pipeline/nn/bottleneck.py",
+        "nn.init.zeros_(conv.bias)",
+        "assert conv.bias is not None",
+        RESTATEMENT,
+    ),
+    Mutation(
+        "VDVAE's temperature of the first block is that of all",
+        "pipeline/models/vdvae.py",
+        "sample(temperatures[k] * noise[k])",
+        "sample(temperatures[0] * noise[k])",
+        RESTATEMENT,
+    ),
+    Mutation(
+        "VDVAE's condition changes the start of the last block",
+        PARTS,
+        "if k == 0 and offset is not None:",
+        "if k == len(self.plan) - 1 and offset is not None:",
+        RESTATEMENT,
+    ),
+    Mutation(
+        "VDVAE accepts decoder blocks that nothing uses",
+        OPTIONS,
+        "for resolution in sorted(unused - {options.size}):",
+        "for resolution in ():",
+        REFUSED,
+    ),
+    Mutation(
+        "VDVAE accepts encoder blocks that nothing uses",
+        OPTIONS,
+        "if resolutions[-1] not in done:",
+        "if not done:",
+        REFUSED,
+    ),
+    Mutation(
+        "the rule of VDVAE has the edge of NVAE's",
+        DISTRIBUTIONS,
+        '"vdvae": 0.999, ',
+        '"vdvae": 0.99, ',
+        RULES,
+    ),
+    Mutation(
+        "VDVAE's 5-bit levels get bins that fit",
+        DISTRIBUTIONS,
+        "x = torch.floor(torch.round(255 * x) / 8) * (8 / 255)",
+        "x = torch.floor(torch.round(255 * x) / 8) / 31",
+        RULES,
+    ),
+)
