@@ -182,7 +182,7 @@ class NVAE(VAE):
         self.output = WNConv2d(config.decoder_channels, num_outputs, 3, padding=1)
         if self.condition_size:
             self.conditioning = Conditioning(
-                self.condition_size, decoder_width, config.latent_channels, len(self.groups)
+                self.condition_size, decoder_width, [config.latent_channels] * len(self.groups)
             )
         self.weight_cache = WeightCache(self)
 

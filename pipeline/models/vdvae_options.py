@@ -23,7 +23,7 @@ EXAMPLES = {
 }
 
 
-class Block(NamedTuple):
+class BlockOptions(NamedTuple):
     """One block of the encoder or decoder."""
 
     resolution: int
@@ -35,8 +35,8 @@ class Block(NamedTuple):
 class VDVAEOptions(NamedTuple):
     """The architecture that the settings describe, checked."""
 
-    encoder: tuple[Block, ...]
-    decoder: tuple[Block, ...]
+    encoder: tuple[BlockOptions, ...]
+    decoder: tuple[BlockOptions, ...]
     widths: dict[int, int]
     """Channels of every resolution of the encoder."""
 
@@ -63,7 +63,7 @@ def parse_options(encoder_blocks: str, decoder_blocks: str, width: int, widths: 
     return options
 
 
-def parse_blocks(text: str, kind: Literal["encoder", "decoder"]) -> tuple[Block, ...]:
+def parse_blocks(text: str, kind: Literal["encoder", "decoder"]) -> tuple[BlockOptions, ...]:
     """The blocks of a string, in its order. Raises ValueError for a part that is none."""
     setting, blocks = f"model.{kind}_blocks", []
     for part in text.split(","):
@@ -76,11 +76,11 @@ def parse_blocks(text: str, kind: Literal["encoder", "decoder"]) -> tuple[Block,
             raise ValueError(f"{setting}: {part[:40]}: numbers are at least 1, resolutions at most {MAX_RESOLUTION:,}")
         if len(blocks) + count > MAX_BLOCKS:
             raise ValueError(f"{setting}: more than {MAX_BLOCKS:,} blocks")
-        blocks += [Block(resolution, number if letter in ("m", "d") else None)] * count
+        blocks += [BlockOptions(resolution, number if letter in ("m", "d") else None)] * count
     return tuple(blocks)
 
 
-def _encoder_resolutions(encoder: Sequence[Block]) -> list[int]:
+def _encoder_resolutions(encoder: Sequence[BlockOptions]) -> list[int]:
     """The encoder's resolutions, descending. Raises ValueError for a block that does not get what it is made for."""
     current, found = encoder[0].resolution, [encoder[0].resolution]
     for resolution, factor in encoder:

@@ -10,15 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.vdvae_options import Block, VDVAEOptions
-from pipeline.nn.bottleneck import Bottleneck, conv2d
-from pipeline.nn.distributions import Normal, at_least_float32
+from pipeline.models.top_down import TopDownBlock, TopDownDecoder
+from pipeline.models.vdvae_options import BlockOptions, VDVAEOptions
+from pipeline.nn.bottleneck import Bottleneck, conv2d, scale_weight
+from pipeline.nn.latent_normals import LatentNormals
+
+NORMALS = LatentNormals()
+"""The raw scales are logarithms of sigma; the posterior is not relative to the prior."""
 
 
 class EncoderBlock(nn.Module):
     """A residual bottleneck, then pooling and zero channels up to those of the lower resolution."""
 
-    def __init__(self, block: Block, options: VDVAEOptions, bottleneck: float):
+    def __init__(self, block: BlockOptions, options: VDVAEOptions, bottleneck: float):
         super().__init__()
         resolution, self.factor = block
         width = options.widths[resolution]
@@ -54,14 +58,11 @@ class Encoder(nn.Module):
         return {resolution: features[resolution] for resolution in self.resolutions}
 
 
-class TopDownBlock(nn.Module):
-    """One latent group: prior and posterior from the decoder's state, the latent merged into it, a residual block.
-
-    The posterior gets the state as it was before the prior's block added to it.
-    """
+class Block(TopDownBlock):
+    """A block of VDVAE's decoder."""
 
     def __init__(self, resolution: int, width: int, latent_channels: int, bottleneck: float, num_blocks: int):
-        super().__init__()
+        super().__init__(NORMALS)
         self.sizes = [2 * latent_channels, width]
         outer = {"posterior": (2 * width, 2 * latent_channels), "prior": (width, 2 * latent_channels + width)}
         self.posterior, self.prior = (
@@ -73,30 +74,11 @@ class TopDownBlock(nn.Module):
             scale_weight(conv, 1 / sqrt(num_blocks))
         nn.init.zeros_(self.prior.convs[-1].weight)
 
-    def forward(
-        self, h: Tensor, feature: Tensor, noise: Tensor, embedding: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The new state; the raw parameters of posterior and prior (B, 2 latent_channels, R, R); the posterior's z."""
-        raw_prior, state = self.split_prior(h, embedding)
-        raw_posterior = at_least_float32(self.posterior(torch.cat([h, feature], dim=1)))
-        z = normal(raw_posterior).sample(noise)
-        return self.merge(state, z), raw_posterior, raw_prior, z
-
-    def split_prior(self, h: Tensor, embedding: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The raw parameters of the prior, and the state with what the prior's block adds to it.
-
-        `embedding`: of the condition, (B, 2 latent_channels), added to the parameters.
-        """
-        raw, extra = self.prior(h).split(self.sizes, dim=1)
-        raw = raw if embedding is None else raw + embedding[:, :, None, None]
-        return at_least_float32(raw), h + extra
-
-    def merge(self, state: Tensor, z: Tensor) -> Tensor:
-        """The new state (B, W, R, R)."""
-        return self.residual(state + self.project(z.to(state.dtype)))
+    def prior_outputs(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        return self.prior(h).split(self.sizes, dim=1)
 
 
-class Decoder(nn.Module):
+class Decoder(TopDownDecoder):
     """A state for each resolution, which starts from a learned tensor or from zero, and the blocks that change it."""
 
     def __init__(
@@ -109,21 +91,18 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.plan, self.widths, self.size = options.decoder, options.widths, options.size
+        self.feature_keys = [resolution for resolution, _ in self.plan]
         width = self.widths[self.size]
         self.gain = nn.Parameter(torch.ones(1, width, 1, 1))
         self.bias = nn.Parameter(torch.zeros(1, width, 1, 1))
         self.blocks = nn.ModuleList(
-            TopDownBlock(r, self.widths[r], latent_channels, bottleneck, len(self.plan)) for r, _ in self.plan
+            Block(r, self.widths[r], latent_channels, bottleneck, len(self.plan)) for r, _ in self.plan
         )
         self.start_resolutions = [r for r in options.resolutions if r <= start_tensors_up_to]
         self.starts = nn.ParameterList(torch.zeros(1, self.widths[r], r, r) for r in self.start_resolutions)
         self.output = conv2d(width, num_outputs, 1)
 
     def forward(self, step: Callable[[int, Tensor], Tensor], batch_size: int, offset: Tensor | None = None) -> Tensor:
-        """Raw outputs (B, C_out, S, S), where `step(k, h)` applies block k to state h and returns the new state.
-
-        `offset`: of the first block's state, (B, W(r)), from the condition.
-        """
         starts = zip(self.start_resolutions, self.starts, strict=True)
         states = {resolution: start.expand(batch_size, -1, -1, -1) for resolution, start in starts}
         for k, (resolution, mixed) in enumerate(self.plan):
@@ -152,14 +131,3 @@ def build_bottleneck(
     """
     inner, kernel = int(width * bottleneck), 3 if resolution > 2 else 1
     return Bottleneck([outer[0], inner, inner, inner, outer[1]], [1, kernel, kernel, 1], residual=residual)
-
-
-def scale_weight(conv: nn.Conv2d, factor: float) -> None:
-    """Multiplies a new convolution's weight: the more residual branches, the less each adds at the beginning."""
-    with torch.no_grad():
-        conv.weight.mul_(factor)
-
-
-def normal(raw: Tensor) -> Normal:
-    """From raw parameters (..., 2 latent_channels, R, R): all means, then all logarithms of sigma, unbounded."""
-    return Normal(*raw.chunk(2, dim=-3))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,3 +41,9 @@ def conv2d(channels: int, out_channels: int, kernel: int) -> nn.Conv2d:
     conv = nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2)
     nn.init.zeros_(conv.bias)
     return conv
+
+
+def scale_weight(conv: nn.Conv2d, factor: float) -> None:
+    """Multiplies a new convolution's weight: the more residual branches, the less each adds at the beginning."""
+    with torch.no_grad():
+        conv.weight.mul_(factor)

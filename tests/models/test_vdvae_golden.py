@@ -12,7 +12,6 @@ from torch import Tensor
 from pipeline.models.base import VAEOutput, recompute_activations
 from pipeline.models.vdvae import VDVAE
 from pipeline.models.vdvae_conversion import name_from_reference
-from pipeline.models.vdvae_parts import normal
 from pipeline.tracking.meters import bits_per_dimension
 from tests.helpers.golden import close
 from tests.helpers.vdvae_cases import VDVAECase, golden_file
@@ -82,7 +81,8 @@ def test_forward(case, noise):
     outputs, latents = model.infer(case.x, eps)
     close(outputs, expected["logits"], what="logits")
     for latent, group in zip(latents, expected.get("groups", []), strict="groups" in expected):
-        posterior, prior = normal(latent.raw_posterior), normal(latent.raw_prior)
+        posterior = model.normals.posterior(latent.raw_posterior, latent.raw_prior)
+        prior = model.normals.prior(latent.raw_prior)
         close(posterior.mean, group["q_mean"])
         close(posterior.log_sigma, group["q_logsigma"])
         close(prior.mean, group["p_mean"])

@@ -3,6 +3,7 @@
 from tests.mutations.mutation import Mutation
 
 PARTS, OPTIONS = "pipeline/models/vdvae_parts.py", "pipeline/models/vdvae_options.py"
+TOP_DOWN = "pipeline/models/top_down.py"
 DISTRIBUTIONS = "pipeline/nn/distributions.py"
 RESTATEMENT = ("tests/models/test_vdvae_restatement.py",)
 REFUSED = ("tests/models/test_vdvae_options.py",)
@@ -39,7 +40,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "VDVAE's posterior sees what the prior adds",
-        PARTS,
+        TOP_DOWN,
         "self.posterior(torch.cat([h, feature], dim=1))",
         "self.posterior(torch.cat([state, feature], dim=1))",
         RESTATEMENT,
@@ -81,7 +82,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "VDVAE's temperature of the first block is that of all",
-        "pipeline/models/vdvae.py",
+        TOP_DOWN,
         "sample(temperatures[k] * noise[k])",
         "sample(temperatures[0] * noise[k])",
         RESTATEMENT,
