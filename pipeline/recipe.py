@@ -201,7 +201,7 @@ def _describe_section(path: str, variants: list[type[Section]], used: dict[str, 
         options = dict.fromkeys(part for one in holders for part in sections_in(one.model_fields[name].annotation))
         if options:
             nested += _describe_section(key, list(options), used, level + 1)
-        elif name == "name":
+        elif name == "name" and isinstance(holders[0].model_fields[name].default, str):
             lines += [f"- `{key}`: one of"]
             lines += [f"  - `{tag_of(one)}`: {_one_line(one.__doc__)}{_recipes(used, one, key)}" for one in holders]
         else:

@@ -40,7 +40,9 @@ FOLDERS = {
 }
 
 DOORS = {
-    "wandb": {"pipeline/tracking/wandb_run.py"},
+    "wandb": {f"pipeline/tracking/wandb_{name}.py" for name in ("connection", "service", "media", "artifacts")},
+    "wandb_workspaces": {"pipeline/tracking/dashboard.py"},
+    "torch.utils.tensorboard": {"pipeline/tracking/tensorboard_run.py"},
     "yaml": {"pipeline/config.py"},
     "accelerate": {"pipeline/distributed/runtime.py", "pipeline/launch.py"},
     "torch.distributed": {"pipeline/distributed/collectives.py", "pipeline/launch.py"},

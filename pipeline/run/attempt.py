@@ -115,11 +115,9 @@ def train_with_tracker(session: Session, recipe: Recipe, runtime: Runtime, stop:
 
     def tracker(is_main: bool) -> Tracker:
         attempt = session.status.begin(step, total_steps) if is_main else 1
-        if is_main:
-            record_start(session, attempt)
-        return Tracker(
-            recipe.tracking, session.folder, session.settings, is_main=is_main, start_step=step, attempt=attempt
-        )
+        environment = record_start(session, attempt).environment if is_main else {}
+        shown = session.settings | {"environment": environment}
+        return Tracker(recipe.tracking, session.folder, shown, is_main=is_main, start_step=step, attempt=attempt)
 
     # Inside the tracker: its last upload to W&B must not delay the failure report to the other processes.
     with (
@@ -127,7 +125,11 @@ def train_with_tracker(session: Session, recipe: Recipe, runtime: Runtime, stop:
         runtime.propagate_failure(),
         explained(session.recipe, runtime),
     ):
-        return session.run(opened, should_stop=lambda: stop.reason is not None)
+        completed = session.run(opened, should_stop=lambda: stop.reason is not None)
+        if not completed:
+            text = f"At step {session.trainer.step} of {total_steps}, with a checkpoint. The same command continues it."
+            opened.alert("The run was stopped", text)
+        return completed
 
 
 def end_at_once(session: Session, is_main: bool) -> None:

@@ -29,6 +29,7 @@ from pipeline.storage.optional_files import OptionalFiles
 from pipeline.storage.pictures import save_png
 from pipeline.storage.run_id import find_run_id, write_run_id
 from pipeline.storage.status import StatusFile
+from pipeline.tracking.meters import BY_RANK, extremes, host_memory
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.trainer import Cadence
 
@@ -148,7 +149,8 @@ class Session:
     def report(self, step: int) -> None:
         """Logs means over the interval to metrics.jsonl, W&B and the terminal."""
         self.checkpoints.check()
-        scalars = self.trainer.interval_scalars()
+        scalars = self.trainer.interval_scalars() | host_memory()
+        scalars |= extremes(self.runtime.gather_objects({name: scalars[name] for name in BY_RANK if name in scalars}))
         if self.peak_flops and "perf/images_per_second" in scalars:
             flops = scalars["perf/images_per_second"] * self.flops_per_image  # per second, of all devices
             scalars["perf/mfu"] = flops / (self.peak_flops * self.runtime.world_size)

@@ -1,11 +1,17 @@
 """What a run is started as, for `attempts.jsonl` and the lines at its start."""
 
+import platform
 import socket
+import subprocess
+from pathlib import Path
 
 import torch
 
+from pipeline.distributed.agreement import code_version
 from pipeline.run.session import Session
 from pipeline.storage.attempts import FILE, AttemptFacts, add_attempt
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def record_start(session: Session, attempt: int) -> AttemptFacts:
@@ -34,4 +40,25 @@ def start_facts(session: Session, attempt: int) -> AttemptFacts:
         precision=runtime.precision,
         host=socket.gethostname(),
         torch=torch.__version__,
+        python=platform.python_version(),
+        code=code_version()[:16],
+        revision=revision(),
+        data_fingerprint=session.data.train.fingerprint,
     )
+
+
+def revision(root: Path = ROOT) -> str:
+    """The git commit of the code, with `-dirty` where files differ from it; empty where the code is no git checkout.
+
+    A copy of the code that a SLURM job made has it in its file REVISION.
+    """
+    if (root / "REVISION").is_file():
+        return (root / "REVISION").read_text().strip()[:100]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return result.stdout.strip()

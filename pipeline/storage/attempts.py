@@ -44,6 +44,19 @@ class AttemptFacts:
     host: str = ""
     """Of the main process."""
     torch: str = ""
+    python: str = ""
+    code: str = ""
+    """The start of a sha256 over the package's sources."""
+    revision: str = ""
+    """The commit of the code, `-dirty` where files differ from it; empty where the code is no git checkout."""
+    data_fingerprint: str = ""
+    """Of the shard set's manifest."""
+
+    @property
+    def environment(self) -> dict[str, int | float | str]:
+        """What the run is trained with: the facts that do not change from start to start on one machine."""
+        changing = ("attempt", "time", "step", "total_steps")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in changing}
 
 
 def read_attempts(folder: Path) -> list[AttemptFacts]:

@@ -1,6 +1,8 @@
 """Running means on the device, active units, throughput and memory."""
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -176,3 +178,25 @@ def gpu_memory(device: torch.device) -> dict[str, float]:
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return {"perf/gpu_memory_gib": peak / 2**30}
+
+
+def host_memory() -> dict[str, float]:
+    """Peak memory of this process so far (resident set), in GiB. A value that rises on and on is a leak."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return {"perf/host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+
+
+BY_RANK = ("perf/step_ms", "perf/data_wait", "perf/gpu_memory_gib", "perf/host_memory_gib")
+"""Figures of one process, which may differ between processes."""
+
+
+def extremes(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The smallest and the largest of each figure of BY_RANK over all processes: `perf/step_ms_min`, `..._max`.
+
+    `figures`: those of each process. Empty for one process.
+    """
+    found = {}
+    for name in BY_RANK if len(figures) > 1 else ():
+        if values := [own[name] for own in figures if name in own]:
+            found |= {f"{name}_min": min(values), f"{name}_max": max(values)}
+    return found

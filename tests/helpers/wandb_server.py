@@ -11,6 +11,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.helpers.wandb_operations import ArtifactOperations, SweepOperations, WorkspaceOperations
+
 
 class StoredRun:
     """What the server has of one run. `overwritten` counts lines that were sent to an offset already taken."""
@@ -22,6 +24,8 @@ class StoredRun:
         self.summary = "{}"
         self.config: str | None = None
         self.tags: list[str] = []
+        self.group: str | None = None
+        self.sweep: str | None = None
         self.overwritten = 0
         self.exit_codes: list[int] = []
         self.alerts: list[str] = []
@@ -67,10 +71,12 @@ class StoredRun:
         }
 
 
-class WandbServer:
+class WandbServer(ArtifactOperations, SweepOperations, WorkspaceOperations):
     """A context manager. `runs` holds what arrived, by run id; `stop()` and `start()` take it off the net and back."""
 
     def __init__(self):
+        for kind in WandbServer.__bases__:
+            kind.__init__(self)
         self.runs: dict[str, StoredRun] = {}
         self.unknown: list[str] = []
         self._lock = threading.Lock()
@@ -109,10 +115,11 @@ class WandbServer:
             return self._file_stream(self.runs[found[1]], json.loads(body)) if found else {}
 
     def put(self, path: str, body: bytes) -> None:
-        """A file of a run."""
-        _, _, run, name = path.split("/", 3)
+        """A file of a run, or of an artifact."""
+        _, kind, owner, name = path.split("/", 3)
         with self._lock:
-            self.runs[run].files[name] = body
+            files = self.runs[owner].files if kind == "put" else self.artifacts[owner].files
+            files[name] = body
 
     def _graphql(self, request: dict[str, Any]) -> dict[str, Any]:
         operation = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])[1]
@@ -151,6 +158,8 @@ class WandbServer:
         run.project = variables.get("project") or run.project
         run.config = variables.get("config") or run.config
         run.tags = variables.get("tags") or run.tags
+        run.group = variables.get("groupName") or run.group
+        run.sweep = variables.get("sweep") or run.sweep
         return {"upsertBucket": {"bucket": run.bucket(), "inserted": inserted}}
 
     def _CreateRunFiles(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802

@@ -91,3 +91,16 @@ def test_every_rank_writes_its_trace_and_one_logs_the_table(folder):
         events = json.loads(gzip.decompress((folder / "run" / "profile" / name).read_bytes()))["traceEvents"]
         assert len({event["name"] for event in events if str(event.get("name")).startswith("ProfilerStep#")}) == 2
     assert (folder / "run" / "log.txt").read_text().count("profile of 2 steps up to step 6") == 1
+
+
+@pytest.mark.slow
+def test_records_hold_the_extremes_over_ranks(folder):
+    """The first rank gathers them; one of its own figures lies between them."""
+    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [record for record in records if "train/loss" in record]
+    assert logged
+    for record in logged:
+        for name in ("perf/step_ms", "perf/data_wait", "perf/host_memory_gib"):
+            assert record[f"{name}_min"] <= record[name] <= record[f"{name}_max"]
+        assert record["perf/step_ms_min"] < record["perf/step_ms_max"]  # two clocks never agree to the bit
+        assert "perf/gpu_memory_gib_min" not in record

@@ -13,8 +13,9 @@ from pipeline.storage.run_lock import RunLock, is_held
 from tests.helpers.launching import ROOT
 
 FACTS = AttemptFacts(
-    1, 0.0, 4, 8, "nvae", 12_345, 3, "data/toy_faces32", 64, 2, "CPU", 1, "fp32", "a host \N{SNOWMAN}", "2.13"
-)
+    1, 0.0, 4, 8, "nvae", 12_345, 3, "data/toy_faces32", 64, 2, "CPU", 1, "fp32", "a host \N{SNOWMAN}", "2.13",
+    "3.11.2", "0123456789abcdef", "v1-3-g0123-dirty", "f" * 64,
+)  # fmt: skip
 
 
 HOLD = (
@@ -55,6 +56,13 @@ def test_values_of_another_type_or_size_have_their_default(tmp_path):
     }
     (tmp_path / FILE).write_text(json.dumps(record)[:-1] + ', "more": 1, "parameters": NaN, "processes": 1e999}\n')
     assert read_attempts(tmp_path) == [AttemptFacts(attempt=7, host="h" * 1000)]
+
+
+def test_the_environment_is_what_stays_from_start_to_start():
+    later = replace(FACTS, attempt=9, time=3.0, step=7, total_steps=99)
+    assert later.environment == FACTS.environment
+    assert FACTS.environment["revision"] == "v1-3-g0123-dirty"
+    assert replace(FACTS, torch="2.14").environment != FACTS.environment
 
 
 def test_files_that_are_none_and_long_ones(tmp_path):

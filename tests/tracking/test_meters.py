@@ -1,6 +1,8 @@
 """Means are exact over ragged batches and processes; the device is read once; throughput follows its clock."""
 
 import math
+import re
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -9,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import multiprocessing
 
-from pipeline.tracking.meters import ActiveUnits, Meter, Throughput, bits_per_dimension, gpu_memory
+from pipeline.tracking.meters import (
+    ActiveUnits,
+    Meter,
+    Throughput,
+    bits_per_dimension,
+    extremes,
+    gpu_memory,
+    host_memory,
+)
 
 finite = st.floats(-1e6, 1e6, width=32)
 
@@ -203,3 +213,20 @@ def test_nothing_to_add_adds_nothing():
     meter = Meter()
     meter.add_all({}, 1)
     assert meter.reduce() == {}
+
+
+def test_extremes_over_processes():
+    """A figure that a process lacks is that of the others; one process has no extremes."""
+    slow, fast = {"perf/step_ms": 30.0, "perf/gpu_memory_gib": 5.0, "perf/mfu": 0.4}, {"perf/step_ms": 10.0}
+    assert extremes([slow, fast, {"perf/step_ms": 20.0}]) == {
+        "perf/step_ms_min": 10.0,
+        "perf/step_ms_max": 30.0,
+        "perf/gpu_memory_gib_min": 5.0,
+        "perf/gpu_memory_gib_max": 5.0,
+    }
+    assert extremes([slow]) == {}
+
+
+def test_host_memory_is_the_peak_of_this_process():
+    stated = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
+    assert host_memory()["perf/host_memory_gib"] == pytest.approx(int(stated) * 1024 / 2**30, rel=0.02)

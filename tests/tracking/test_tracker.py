@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline.tracking import tracker as tracking
-from pipeline.tracking import wandb_run
+from pipeline.tracking import wandb_connection
 from pipeline.tracking.tracker import Tracker, TrackingConfig
 from tests.helpers.trackers import CONFIG, history, picture, read_metrics, read_wandb, tracker
 
@@ -41,7 +41,7 @@ IMAGES = ["samples/temperature_0.7", "samples/temperature_1.0", "reconstructions
 def logged_run(tmp_path):
     """An offline run of three steps with every key, read back."""
     folder = tmp_path / "my_run"
-    with tracker(folder, tags=("a", "b")) as run:
+    with tracker(folder, tags=("a", "b"), group="seeds") as run:
         for step in (10, 20, 30):
             run.log(step, {key: step + i / 100 for i, key in enumerate(SCALARS)})
             run.log(step, {}, {key: picture(step + i) for i, key in enumerate(IMAGES)})
@@ -59,7 +59,10 @@ def test_every_key_is_in_both_records(logged_run):
     for line in lines:
         logged = steps[line["step"]]
         assert {key: logged[key] for key in SCALARS + COST} == {key: line[key] for key in SCALARS + COST}
-        assert {key for key in logged if not key.startswith("_")} == {"step", *SCALARS, *COST, *IMAGES}  # each key once
+        keys = {key for key in logged if not key.startswith("_")}
+        assert keys == {"step", "kl_by_group", *SCALARS, *COST, *IMAGES}  # each key once
+        kl = [line[f"kl/{group}"] for group in ("8x8_group00", "8x8_group01", "16x16_group00")]
+        assert logged["kl_by_group"] == {"_type": "histogram", "values": kl, "bins": [0, 1, 2, 3]}
         assert logged["_step"] == line["step"]
 
 
@@ -75,9 +78,10 @@ def test_pictures_arrive_to_the_pixel(logged_run):
 def test_axes_and_summaries(logged_run):
     records = logged_run[1]
     metrics = {record.metric.name: record.metric for record in records if record.WhichOneof("record_type") == "metric"}
-    assert {*SCALARS, *COST, *IMAGES} <= metrics.keys()
-    assert all(metrics[key].step_metric == "step" for key in [*SCALARS, *COST, *IMAGES])
-    assert {key for key in [*SCALARS, *COST, *IMAGES] if metrics[key].options.hidden} == {"attempt", "samples_seen"}
+    assert {*SCALARS, *COST, *IMAGES, "kl_by_group"} == metrics.keys() - {"step"}
+    assert all(metric.step_metric == "step" for name, metric in metrics.items() if name != "step")
+    assert {key for key, metric in metrics.items() if metric.options.hidden} == {"attempt", "samples_seen"}
+    assert metrics["train/elbo"].summary.max
     assert metrics["val/elbo"].summary.max
     assert metrics["val/bpd"].summary.min
     assert metrics["perf/images_per_second"].summary.mean
@@ -88,10 +92,10 @@ def test_settings_name_tags_and_alert_arrive(logged_run):
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert {key: config[key] for key in CONFIG} == CONFIG
     assert (run.display_name, run.project, list(run.tags)) == ("my_run", "nvae-pipeline", ["a", "b"])
+    assert run.run_group == "seeds"
     alerts = [record.alert for record in logged_run[1] if record.WhichOneof("record_type") == "alert"]
-    assert [(alert.title, alert.text, alert.level) for alert in alerts] == [
-        ("Loss is not finite", "step 30 was skipped", "WARN")
-    ]
+    assert [alert.title for alert in alerts] == ["Steps were skipped", "Steps were skipped", "Loss is not finite"]
+    assert (alerts[-1].text, alerts[-1].level) == ("step 30 was skipped", "WARN")
 
 
 def test_no_code_no_git_and_no_terminal(logged_run):
@@ -164,20 +168,38 @@ def test_a_fresh_start_repeats_nothing(tmp_path):
 
 def test_id_of_a_sweep_and_of_an_invalid_file(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "sweep-7")
-    assert wandb_run.run_id(tmp_path) == "sweep-7"
+    assert wandb_connection.run_id(tmp_path) == "sweep-7"
     monkeypatch.delenv("WANDB_RUN_ID")
-    assert wandb_run.run_id(tmp_path) == "sweep-7"
+    assert wandb_connection.run_id(tmp_path) == "sweep-7"
     (tmp_path / "wandb_run_id").write_text("../x\n")
-    fresh = wandb_run.run_id(tmp_path)
+    fresh = wandb_connection.run_id(tmp_path)
     assert re.fullmatch("[0-9a-f]{12}", fresh)
-    assert wandb_run.run_id(tmp_path) == fresh
+    assert wandb_connection.run_id(tmp_path) == fresh
 
 
-def test_a_failed_run_is_marked_so(tmp_path):
+def test_a_failed_run_is_marked_so_and_sends_an_alert(tmp_path):
     with pytest.raises(RuntimeError, match="out of memory"), tracker(tmp_path):
         raise RuntimeError("out of memory")
-    exits = [record.exit.exit_code for record in read_wandb(tmp_path) if record.WhichOneof("record_type") == "exit"]
-    assert exits == [1]
+    records = read_wandb(tmp_path)
+    assert [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"] == [1]
+    alerts = [record.alert for record in records if record.WhichOneof("record_type") == "alert"]
+    assert [(alert.title, alert.text) for alert in alerts] == [("The run failed", "RuntimeError: out of memory")]
+
+
+@pytest.mark.parametrize(
+    ("folder", "given", "variable", "group"),
+    [
+        ("nvae-seed3", None, None, "nvae"),
+        ("nvae-seed12", None, None, "nvae"),
+        ("nvae-seed3", "mine", None, "mine"),
+        ("nvae", None, None, None),
+        ("nvae-seed3", None, "by variable", None),  # wandb reads the variable
+    ],
+)
+def test_seeds_of_one_array_are_a_group(tmp_path, monkeypatch, folder, given, variable, group):
+    if variable:
+        monkeypatch.setenv("WANDB_RUN_GROUP", variable)
+    assert wandb_connection.group_of(TrackingConfig(group=given), tmp_path / folder) == group
 
 
 def test_other_processes_write_nothing(tmp_path):

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.tracking import wandb_run
-from pipeline.tracking.wandb_run import choose_mode, describe, find_key
+from pipeline.tracking import wandb_connection
+from pipeline.tracking.wandb_connection import choose_mode
+from pipeline.tracking.wandb_service import describe, find_key
 from tests.helpers.launching import is_alive
 from tests.helpers.trackers import KEY, history, read_metrics, read_wandb, tracker
 
@@ -157,7 +158,7 @@ def test_records_reach_the_offline_file_long_before_the_end(tmp_path):
 
 
 def test_metrics_are_written_if_wandb_does_not_work(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(wandb_run, "init_run", lambda *args: (_ for _ in ()).throw(OSError("no room for wandb")))
+    monkeypatch.setattr(wandb_connection, "init_run", lambda *args: (_ for _ in ()).throw(OSError("no room for wandb")))
     with tracker(tmp_path) as run:
         run.log(1, {"train/loss": 1.0})
     assert "W&B is off (no room for wandb)" in caplog.text

@@ -1,0 +1,76 @@
+"""What a run's metrics call for the attention of: skipped steps, latent groups out of use, and a drop in speed."""
+
+from collections.abc import Mapping
+from statistics import median
+from typing import Any, NamedTuple
+
+
+class Alert(NamedTuple):
+    """A message to those who watch a run."""
+
+    title: str
+    text: str
+
+
+class Alerts:
+    """Finds what is wrong in the training metrics of one attempt, once each."""
+
+    SLOW_INTERVALS = 3
+    """Intervals in a row at less than half of the usual speed: a short hiccup is no alert."""
+
+    def __init__(self, beta: float):
+        """`beta`: the weight of the KL at the end of the warm-up (`objective.beta`)."""
+        self._beta = beta
+        self._skipped_steps: float | None = None
+        self._inactive: set[str] = set()
+        self._speeds: list[float] = []
+        self._is_slow = False
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Alerts":
+        """For a run with these settings."""
+        return cls(settings.get("objective", {}).get("beta", 1.0))
+
+    def find(self, step: int, scalars: Mapping[str, float]) -> list[Alert]:
+        """The alerts that the record of `step` calls for."""
+        return [*self._skipped(step, scalars), *self._out_of_use(step, scalars), *self._slow(step, scalars)]
+
+    def _skipped(self, step: int, scalars: Mapping[str, float]) -> list[Alert]:
+        """The counter includes earlier attempts, which have sent their own alerts."""
+        before, now = self._skipped_steps, scalars.get("train/skipped_steps")
+        if now is None:
+            return []
+        self._skipped_steps = now
+        if before is None or now <= before:
+            return []
+        text = f"Step {step}: {now - before:g} step(s) of the last interval had a loss or gradient that is not finite."
+        return [Alert("Steps were skipped", text)]
+
+    def _out_of_use(self, step: int, scalars: Mapping[str, float]) -> list[Alert]:
+        """During the warm-up the KL has little weight, and groups may still come into use."""
+        if scalars.get("train/beta", 0.0) < self._beta:
+            return []
+        active = {key.partition("/")[2]: value for key, value in scalars.items() if key.startswith("active_units/")}
+        new = sorted(group for group, value in active.items() if value == 0 and group not in self._inactive)
+        self._inactive |= set(new)
+        if not new:
+            return []
+        text = f"Step {step}: no unit of {', '.join(new)} has a mean KL above 0.1 nats after the warm-up."
+        return [Alert("Latent groups are out of use", text)]
+
+    def _slow(self, step: int, scalars: Mapping[str, float]) -> list[Alert]:
+        speed = scalars.get("perf/images_per_second")
+        if speed is None:
+            return []
+        self._speeds.append(speed)
+        recent, before = self._speeds[-self.SLOW_INTERVALS :], self._speeds[: -self.SLOW_INTERVALS]
+        if len(before) < self.SLOW_INTERVALS:
+            return []
+        usual, was_slow = median(before), self._is_slow
+        self._is_slow = all(value < usual / 2 for value in recent)
+        if was_slow or not self._is_slow:
+            return []
+        text = (
+            f"Step {step}: {speed:.4g} images/s over {self.SLOW_INTERVALS} intervals; before, {usual:.4g} were usual."
+        )
+        return [Alert("Training is at half its speed", text)]
