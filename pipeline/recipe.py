@@ -23,6 +23,7 @@ from pipeline.models.base import VAE, recompute_activations
 from pipeline.models.classifier import FrozenClassifier
 from pipeline.models.conditions import Condition
 from pipeline.models.conv_vae import ConvVAEConfig
+from pipeline.models.efficient_vdvae import EfficientVDVAEConfig
 from pipeline.models.mlp_vae import MLPVAEConfig
 from pipeline.models.nvae import NVAEConfig
 from pipeline.models.resnet_vae import ResNetVAEConfig
@@ -39,7 +40,13 @@ RECIPES = Path(__file__).parent / "configs"
 
 
 Model = Annotated[
-    NVAEConfig | VDVAEConfig | MLPVAEConfig | ConvVAEConfig | ResNetVAEConfig | AttributeVAEConfig,
+    NVAEConfig
+    | VDVAEConfig
+    | EfficientVDVAEConfig
+    | MLPVAEConfig
+    | ConvVAEConfig
+    | ResNetVAEConfig
+    | AttributeVAEConfig,
     Field(discriminator="name"),
 ]
 """Every model's section; `model.name` selects one."""

@@ -23,6 +23,8 @@ MODELS = {
     "variational autoencoder",
     "vdvae": "VDVAE (Child 2020, [arXiv:2011.10650](https://arxiv.org/abs/2011.10650)), a very deep hierarchical "
     "variational autoencoder",
+    "efficient_vdvae": "Efficient-VDVAE (Hazami et al. 2022, [arXiv:2203.13751](https://arxiv.org/abs/2203.13751)), a "
+    "hierarchical variational autoencoder",
     "mlp_vae": f"A {VAE} of fully connected layers",
     "conv_vae": f"A {VAE} of strided convolutions",
     "resnet_vae": f"A {VAE} of residual blocks",

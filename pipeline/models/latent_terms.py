@@ -46,11 +46,10 @@ def runs_of_one_shape(groups: Sequence[LatentGroup]) -> Iterator[slice]:
 def vae_output(log_px: Tensor, terms: Sequence[LatentTerms]) -> VAEOutput:
     """The bound of log p(x | z), (B,), and the terms of all groups, in their order."""
     log_q, log_p, kl = zip(*terms, strict=True)
-    kl = torch.cat(kl)  # (G, B, channels)
     return VAEOutput(
         log_px=log_px,
-        kl=kl.sum(2).t(),
+        kl=torch.cat([of_shape.sum(2) for of_shape in kl]).t(),
         log_qz=torch.stack(log_q).sum(0),
         log_pz=torch.stack(log_p).sum(0),
-        kl_units=kl.mean(1).unbind(0),
+        kl_units=tuple(units for of_shape in kl for units in of_shape.mean(1).unbind(0)),
     )

@@ -248,13 +248,3 @@ def named_groups(shapes: Iterable[tuple[int, int, int]]) -> tuple[LatentGroup, .
         groups.append(LatentGroup(f"{r}x{r}_group{counts[r]:02d}", (channels, r, r)))
         counts[r] += 1
     return tuple(groups)
-
-
-def check_size(size: int, image_shape: tuple[int, int, int], setting: str) -> None:
-    """Raises ValueError unless the images have the size that the setting describes."""
-    _, height, width = image_shape
-    if height != size or width != size:
-        raise ValueError(
-            f"{setting} starts at resolution {size}, but the images have {height}x{width} pixels, padding included; "
-            "change it, data.size or data.pad"
-        )

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.models.base import ModelConfig
 from pipeline.models.conditions import Condition
 from pipeline.models.likelihoods import Likelihood, LogisticMixtureLikelihood
-from pipeline.models.top_down import TopDownVAE, check_size, named_groups
+from pipeline.models.top_down import TopDownVAE, named_groups
 from pipeline.models.vdvae_options import VDVAEOptions, parse_options
 from pipeline.models.vdvae_parts import NORMALS, Decoder, Encoder
 from pipeline.schema import Count
@@ -95,7 +95,7 @@ class VDVAE(TopDownVAE):
     ):
         super().__init__(image_shape, border, bits, condition_size)
         options, self.config = config.options, config
-        check_size(options.size, self.image_shape, "model.encoder_blocks")
+        check_size(options.size, self.image_shape)
         self.groups = named_groups((config.latent_channels, r, r) for r, _ in options.decoder)
         channels = self.image_shape[0]
         self.encoder = Encoder(options, channels, config.bottleneck)
@@ -110,3 +110,13 @@ class VDVAE(TopDownVAE):
 
     def network_input(self, x: Tensor) -> Tensor:
         return (255 * x - self.config.pixel_mean) * (1 / self.config.pixel_std)
+
+
+def check_size(size: int, image_shape: tuple[int, int, int]) -> None:
+    """Raises ValueError unless the images have the encoder's first resolution."""
+    _, height, width = image_shape
+    if height != size or width != size:
+        raise ValueError(
+            f"model.encoder_blocks starts at resolution {size}, but the images have {height}x{width} pixels, padding "
+            "included; change the blocks, data.size or data.pad"
+        )

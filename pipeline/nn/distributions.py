@@ -4,6 +4,7 @@ Pixels are passed as x in [0, 1] and modeled as y = 2x - 1 in [-1, 1]. `log_prob
 its random numbers as an argument: standard normal noise for `Normal`, uniforms in (0, 1) for the others.
 """
 
+from dataclasses import dataclass
 from math import log, pi
 from typing import Literal
 
@@ -11,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BinRule = Literal["published", "exact", "vdvae", "vdvae_overlapping_5_bit"]
+BinRule = Literal["published", "exact", "vdvae", "vdvae_overlapping_5_bit", "efficient_vdvae_overlapping_5_bit"]
+OVERLAPPING = ("vdvae_overlapping_5_bit", "efficient_vdvae_overlapping_5_bit")
+"""Bin rules that make 5 bits of 8."""
+ScaleRule = Literal["exp", "softplus"]
 Squashing = Literal["sigmoid", "tanh"]
 
 SOFT_CLAMP = 5.0
@@ -20,8 +24,17 @@ MIN_LOG_SCALE = -7.0
 NARROW_BIN = log(1e-5)
 """Below this log-probability, all rules but "exact" approximate a bin's mass by its width times the density at its
 center."""
-UPPER_EDGES = {"published": 0.99, "vdvae": 0.999, "vdvae_overlapping_5_bit": 0.999}
+HIGHEST_OF_5_BITS = 248 / 127.5 - 1
+"""The highest value of the rules that make 5 bits of 8."""
+UPPER_EDGES = {
+    "published": 0.99,
+    "vdvae": 0.999,
+    "vdvae_overlapping_5_bit": 0.999,
+    "efficient_vdvae_overlapping_5_bit": HIGHEST_OF_5_BITS - 1e-3,
+}
 """By bin rule: levels y above get the whole upper tail."""
+ALMOST_LINEAR = 40.0
+"""Above this, beta raw equals log(1 + exp(beta raw)) in float64."""
 WIDE_LOG_SCALE = 20.0
 """Above this log-scale, a bin's mass equals its width times its density in float64."""
 
@@ -34,6 +47,11 @@ def at_least_float32(values: Tensor) -> Tensor:
 def soft_clamp(values: Tensor) -> Tensor:
     """Smooth clamp to (-5, 5), close to the identity near 0."""
     return torch.tanh(values / SOFT_CLAMP) * SOFT_CLAMP
+
+
+def softplus(raw: Tensor, beta: float) -> Tensor:
+    """log(1 + exp(beta raw)) / beta."""
+    return F.softplus(raw, beta, ALMOST_LINEAR)
 
 
 class Normal:
@@ -185,6 +203,24 @@ class DiscretizedLogistic:
         return to_image(self.location + torch.exp(self.log_scale) * torch.logit(uniform.to(self.location.dtype)))
 
 
+@dataclass(frozen=True)
+class LogisticScale:
+    """The scales of logistics from raw outputs: exp(beta max(raw, minimum)), or softplus with beta, but at least
+    exp(minimum).
+    """
+
+    rule: ScaleRule = "exp"
+    beta: float = 1.0
+    minimum: float = MIN_LOG_SCALE
+
+    def log_scale(self, raw: Tensor) -> Tensor:
+        """Logarithms of the scales."""
+        if self.rule == "softplus":
+            return torch.log(softplus(raw, self.beta)).clamp(min=self.minimum)
+        clamped = raw.clamp(min=self.minimum)
+        return clamped if self.beta == 1 else self.beta * clamped
+
+
 class DiscretizedLogisticMixture:
     """Mixture of K discretized logistics over RGB pixels, channels conditioned in the order R, G, B (PixelCNN++,
     section 2).
@@ -195,32 +231,30 @@ class DiscretizedLogisticMixture:
     the levels. "vdvae": the rule behind VDVAE's published figures. As "published", but the upper tail belongs to the
     highest level alone. "vdvae_overlapping_5_bit": its rule for 5 bits, of 8-bit images. The 32 levels 0, 8, ..., 248
     are 16/255 apart and get bins of width 2/31, which overlap; nothing gets the upper tail. Their probabilities add up
-    to as much as 1.45, so it is for comparison with published figures only.
+    to as much as 1.45, so it is for comparison with published figures only. "efficient_vdvae_overlapping_5_bit": that
+    of Efficient-VDVAE, in which level 248 gets the upper tail and is the largest sample.
+    `scale`: how the scales of the logistics follow from the params.
     """
 
-    def __init__(self, params: Tensor, bits: int = 8, bin_rule: BinRule = "published"):
+    def __init__(
+        self, params: Tensor, bits: int = 8, bin_rule: BinRule = "published", scale: "LogisticScale | None" = None
+    ):
         params = at_least_float32(params)
         self.num_components = num_components = params.shape[1] // 10
         if params.shape[1] != 10 * num_components:
             raise ValueError(f"a mixture over RGB takes 10 channels per component, got {params.shape[1]} channels")
-        self.bits, self.bin_rule = 5 if bin_rule == "vdvae_overlapping_5_bit" else bits, bin_rule
+        self.bits, self.bin_rule = 5 if bin_rule in OVERLAPPING else bits, bin_rule
+        self.highest = HIGHEST_OF_5_BITS if bin_rule == "efficient_vdvae_overlapping_5_bit" else 1.0
         # channels last, as in the memory of a channels_last network
         self.mixture_logits, rest = params.permute(0, 2, 3, 1).split([num_components, 9 * num_components], dim=-1)
         per_channel = rest.unflatten(-1, (3, 3 * num_components))  # (B, H, W, 3, 3K)
         self.means, log_scales, coefficients = per_channel.split(num_components, dim=-1)  # each (B, H, W, 3, K)
-        self.log_scales = log_scales.clamp(min=MIN_LOG_SCALE)
+        self.log_scales = (scale or LogisticScale()).log_scale(log_scales)
         self.coefficients = torch.tanh(coefficients)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-probability (B, H, W) of RGB pixels x (B, 3, H, W) in [0, 1], nats per pixel."""
-        return self.log_prob_of_values(self.values_of(x))
-
-    def values_of(self, x: Tensor) -> Tensor:
-        """The values y in [-1, 1] of pixels x in [0, 1], of 5 bits for the rule that makes them."""
-        x = x.to(self.means.dtype)
-        if self.bin_rule == "vdvae_overlapping_5_bit":
-            x = torch.floor(torch.round(255 * x) / 8) * (8 / 255)
-        return 2 * x - 1
+        return self.log_prob_of_values(pixel_values(x.to(self.means.dtype), self.bin_rule))
 
     def log_prob_of_values(self, y: Tensor) -> Tensor:
         """Log-probability (B, H, W) of the bins around values y (B, 3, H, W) in [-1, 1], nats per pixel."""
@@ -256,14 +290,20 @@ class DiscretizedLogisticMixture:
         noise = torch.logit(uniform_logistic.to(mean.dtype).permute(0, 2, 3, 1))
         return self._chain(mean + torch.exp(log_scale) / temperature * noise, coefficient)
 
-    @staticmethod
-    def _chain(values: Tensor, coefficients: Tensor) -> Tensor:
+    def _chain(self, values: Tensor, coefficients: Tensor) -> Tensor:
         """Images (B, 3, H, W) from values and coefficients (B, H, W, 3): clamp R, then G given R, then B given both."""
         c0, c1, c2 = coefficients.unbind(-1)
-        red = values[..., 0].clamp(-1, 1)
-        green = (values[..., 1] + c0 * red).clamp(-1, 1)
-        blue = (values[..., 2] + c1 * red + c2 * green).clamp(-1, 1)
+        red = values[..., 0].clamp(-1, self.highest)
+        green = (values[..., 1] + c0 * red).clamp(-1, self.highest)
+        blue = (values[..., 2] + c1 * red + c2 * green).clamp(-1, self.highest)
         return to_image(torch.stack([red, green, blue], dim=1))
+
+
+def pixel_values(x: Tensor, bin_rule: BinRule) -> Tensor:
+    """The values y in [-1, 1] of pixels x in [0, 1], reduced to 5 bits for the rules that do so."""
+    if bin_rule in OVERLAPPING:
+        x = torch.floor(torch.round(255 * x) / 8) * (8 / 255)
+    return 2 * x - 1
 
 
 def to_image(y: Tensor) -> Tensor:

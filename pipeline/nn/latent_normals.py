@@ -1,22 +1,10 @@
 """Normal distributions of latents from the raw outputs of a network, (..., 2C, H, W): means, then raw scales."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.nn.distributions import Normal, NormalOfSigma, at_least_float32
-
-ScaleRule = Literal["exp", "softplus"]
-
-ALMOST_LINEAR = 40.0
-"""Above this, softplus equals its argument in float64."""
-
-
-def softplus(raw: Tensor, beta: float) -> Tensor:
-    """log(1 + exp(beta raw)) / beta."""
-    return F.softplus(raw, beta, ALMOST_LINEAR)
+from pipeline.nn.distributions import Normal, NormalOfSigma, ScaleRule, at_least_float32, softplus
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,10 @@ FACES = {"name": "attribute_vae", "width": 8, "latent_size": 24, "features": 32,
 VDVAE = {"name": "vdvae", "encoder_blocks": "16x1,16d2,8x1,8d4,2x1", "decoder_blocks": "2x1,8m2,16m8,16x1", "width": 8,
          "widths": "2:12", "bottleneck": 0.5, "latent_channels": 3, "start_tensors_up_to": 8,
          "likelihood": {"name": "logistic_mixture", "num_components": 2, "bin_rule": "exact"}}  # fmt: skip
+EFFICIENT = {"name": "efficient_vdvae", "strides": [1, 2, 4, 1], "encoder_widths": [8, 8, 12, 10],
+             "decoder_widths": [6, 6, 8, 10], "encoder_blocks": [0, 1, 0, 0], "groups": [1, 2, 1, 1],
+             "latent_channels": [2, 2, 3, 3], "bottleneck": [0.5],
+             "likelihood": MIXTURE | {"scale": "softplus"}}  # fmt: skip
 CASES = {
     "nvae": (NVAE, None, FAST),
     "nvae by class": (NVAE, BY_CLASS, FAST),
@@ -41,6 +45,13 @@ CASES = {
     "vdvae": (VDVAE, None, BASELINE),
     "vdvae by class": (VDVAE, BY_CLASS, BASELINE),
     "vdvae by attributes": (VDVAE | {"start_tensors_up_to": 0}, BY_ATTRIBUTES, BASELINE),
+    "efficient_vdvae": (EFFICIENT, None, BASELINE),
+    "efficient_vdvae by class": (EFFICIENT | {"residual_posterior": True}, BY_CLASS, BASELINE),
+    "efficient_vdvae with logarithms of sigma": (
+        EFFICIENT | {"scale": "exp", "scale_beta": 0.5, "residual_posterior": True, "outer_kernel": 3},
+        None,
+        BASELINE,
+    ),
     "mlp_vae": (MLP, None, BASELINE),
     "mlp_vae by class": (MLP, BY_CLASS, BASELINE),
     "mlp_vae with planar flows": (MLP | {"flows": {"name": "planar", "length": 3}}, None, BASELINE),
