@@ -18,12 +18,12 @@ CHUNK = 2**22
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, writer: str = "") -> Iterator[BinaryIO]:
     """A file to write. It gets its name in one rename when all of it is on the disk, and is deleted if writing fails.
 
-    One process writes a file at a time.
+    One process writes a file at a time, or one of each `writer`, whose name is part of the unfinished file's.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    partial = path.with_name(f"{path.name}.{writer}{PARTIAL}" if writer else f"{path.name}{PARTIAL}")
     try:
         partial.unlink(missing_ok=True)
         with open(partial, "xb") as file:  # a new file: a symbolic link of this name is not followed

@@ -25,7 +25,7 @@ from pipeline.inference.passes import IMAGES_PER_PASS, images_per_pass
 from pipeline.inference.trained import TrainedModel
 from pipeline.models.conditions import UNKNOWN, AttributeCondition, ClassCondition
 from pipeline.models.noise import draw_noise
-from pipeline.storage.atomic import replacing
+from pipeline.storage.atomic import atomic_file
 from pipeline.storage.pictures import save_png
 
 MOST_SHOWN = 400
@@ -183,5 +183,5 @@ def save_npz(path: Path, trained: TrainedModel, plan: Plan, images: np.ndarray, 
     if plan.attributes is not None:
         arrays |= {"attributes": plan.attributes, "attribute_names": np.array(trained.recipe.condition.chosen)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with atomic_file(path) as file:
         np.savez(file, **arrays)

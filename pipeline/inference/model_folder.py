@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.config import ConfigError, build, dump
 from pipeline.models.weights import check_tensors
 from pipeline.recipe import Recipe, build_model
-from pipeline.storage.atomic import replacing
+from pipeline.storage.atomic import atomic_file
 from pipeline.storage.checkpoint_folder import Checkpoint, read_folder, snapshot, write_folder
 from pipeline.storage.new_folder import new_folder
 from pipeline.storage.pictures import save_png
@@ -55,7 +55,7 @@ def write_model_folder(folder: Path, content: ModelContent, card: str, picture: 
     with new_folder(folder) as hidden:
         write_folder(hidden, snapshot({"model": content.weights}), content.step, facts, score=None)
         for name, text in ((CONFIG, dump(content.recipe)), (CARD, card)):
-            with replacing(hidden / name) as file:
+            with atomic_file(hidden / name) as file:
                 file.write(text.encode())
         if picture is not None:
             save_png(hidden / PICTURE, picture)

@@ -59,7 +59,6 @@ def write_release(path: Path, checkpoint: Checkpoint, weights: Weights | None = 
     if path.exists():
         raise ValueError(f"{path} is there; name a new file")
     content = release_content(checkpoint, weights)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_pickled(path, content)
 
 

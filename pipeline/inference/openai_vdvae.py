@@ -127,7 +127,6 @@ def write_release(path: Path, checkpoint: Checkpoint, weights: Weights | None = 
         raise ValueError(f"{checkpoint.path}: cannot be written in the release's format: {error}") from None
     check_weights(recipe, checkpoint.tensors[stem], str(checkpoint.path), stem)
     in_order = {name: checkpoint.tensors[stem][name] for name in meta_state(recipe)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_pickled(path, OrderedDict(state_dict_to_reference(in_order)))
     given = " ".join(f"--{name} {value}" for name, value in options.items() if value != "")
     log.info("the file states no options; the release's code needs %s", given)

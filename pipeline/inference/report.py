@@ -20,7 +20,7 @@ from pipeline.inference.metrics import METRICS, Measurement, Options
 from pipeline.inference.sample_metrics import SampleOptions
 from pipeline.inference.text import printable
 from pipeline.run.classifier_folder import classifier_digest
-from pipeline.storage.atomic import replacing
+from pipeline.storage.atomic import atomic_file
 from shard_data.files import read_bounded
 
 log = logging.getLogger("pipeline")
@@ -197,7 +197,7 @@ def save_in_run(run: Path, report: dict[str, Any], training_seed: int) -> Path:
 def save_report(path: Path, report: dict[str, Any]) -> None:
     """Writes JSON, completely or not at all. Figures that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with atomic_file(path) as file:
         file.write((json.dumps(to_finite(report), indent=1, allow_nan=False) + "\n").encode())
 
 

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from pipeline.reporting.build_page import Options, build_page
 from pipeline.reporting.run_folder import RunReader
-from pipeline.storage.atomic import replacing
+from pipeline.storage.atomic import atomic_file
 
 log = logging.getLogger("pipeline")
 
@@ -28,6 +28,6 @@ def write_report(folders: Sequence[Path], out: Path, contact_sheet: bool = False
         runs = [reader.read(bar.update) for reader in readers]
     content = build_page(runs, Options(contact_sheet=contact_sheet)).encode("utf-8", "replace")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as file:
+    with atomic_file(out) as file:
         file.write(content)
     log.info("%s: %.2f MB, opens in any browser", out, len(content) / 1e6)

@@ -22,7 +22,7 @@ from pipeline.run.data import RunData
 from pipeline.run.data_trace import Trace
 from pipeline.run.flops import peak_flops, step_flops
 from pipeline.run.step_profile import StepProfile
-from pipeline.storage.atomic import replacing
+from pipeline.storage.atomic import atomic_file
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.storage.checkpoint_writer import CheckpointWriter
 from pipeline.storage.optional_files import OptionalFiles
@@ -112,7 +112,7 @@ class Session:
         with self.files.writing("copies of the run's id", self.folder / "run_id"):
             write_run_id(self.folder, self.checkpoints.run_id)
         path = self.folder / "config.yaml"
-        with self.files.writing("copies of the settings", path), replacing(path) as file:
+        with self.files.writing("copies of the settings", path), atomic_file(path) as file:
             file.write(dump(self.recipe).encode())
 
     def _train(self, cadences: list[Cadence], should_stop: Callable[[], bool]) -> bool:

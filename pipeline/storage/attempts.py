@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.storage.atomic import replacing
+from pipeline.storage.atomic import atomic_file
 from shard_data.files import read_bounded
 
 FILE = "attempts.jsonl"
@@ -94,5 +94,5 @@ def _checked(value: object, default: int | float | str) -> int | float | str:
 def add_attempt(folder: Path, facts: AttemptFacts) -> None:
     """Adds a record, with the present time. Raises OSError."""
     records = [*read_attempts(folder)[1 - KEPT :], dataclasses.replace(facts, time=round(time.time(), 3))]
-    with replacing(folder / FILE) as file:
+    with atomic_file(folder / FILE) as file:
         file.writelines(f"{json.dumps(dataclasses.asdict(record))}\n".encode() for record in records)

@@ -102,7 +102,7 @@ class Checkpoints:
         facts = facts if self.run_id is None else {**facts, "run_id": self.run_id}
         score = float(score) if score is not None and math.isfinite(score) else None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)  # not the run folder, which may have been moved since it was checked
             self._remove_leftovers()
             if not self._is_good(target):
                 self._make_room(step, size_of(snapshot))

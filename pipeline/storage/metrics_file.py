@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage.atomic import replacing
+from pipeline.storage.atomic import atomic_file
 from shard_data.files import open_regular
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def cut_records(path: Path, last_step: int) -> None:
     kept = sum(len(line) for line in read_lines(path) if _is_kept(line, last_step))
     if not path.exists() or kept == path.stat().st_size:
         return
-    with replacing(path) as file:
+    with atomic_file(path) as file:
         file.writelines(line for line in read_lines(path) if _is_kept(line, last_step))
     logger.info("%s: removed what followed step %d; those steps are repeated", path, last_step)
 

@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from shard_data.files import open_regular, replacing
+from pipeline.storage.atomic import atomic_file
+from shard_data.files import open_regular
 
 MAX_DIRECTORY_BYTES, MAX_PICKLE_BYTES = 2**24, 2**23
 """Of the zip directory, and of a member that is not a tensor. The largest published model needs a tenth of them."""
@@ -56,8 +57,9 @@ def read_pickled(path: Path) -> Any:
 
 
 def write_pickled(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes the file with `torch.save`, completely or not at all."""
-    with replacing(path) as file:
+    """Writes the file with `torch.save`, completely or not at all. Makes its folder where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
         torch.save(content, file)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, features
 
-from pipeline.storage.atomic import replacing
+from pipeline.storage.atomic import atomic_file
 
 ANIMATIONS = {".gif": "GIF", ".webp": "WEBP"}
 """Suffixes of animation files."""
@@ -14,7 +14,7 @@ ANIMATIONS = {".gif": "GIF", ".webp": "WEBP"}
 
 def save_png(path: Path | str, grid: np.ndarray) -> None:
     """Writes a uint8 array (height, width, 3). At any time `path` holds a complete picture or does not exist."""
-    with replacing(Path(path)) as file:
+    with atomic_file(Path(path)) as file:
         Image.fromarray(grid).save(file, format="PNG")
 
 
@@ -34,7 +34,7 @@ def save_animation(path: Path, frames: np.ndarray, milliseconds: Sequence[int]) 
     kind = ANIMATIONS[path.suffix]
     first, *others = [Image.fromarray(frame[:, :, 0] if frame.shape[2] == 1 else frame) for frame in frames]
     options = {"lossless": True, "minimize_size": True} if kind == "WEBP" else {}
-    with replacing(path) as file:
+    with atomic_file(path) as file:
         first.save(
             file, format=kind, save_all=True, append_images=others, duration=list(milliseconds), loop=0, **options
         )

@@ -8,7 +8,7 @@ import re
 import uuid
 from pathlib import Path
 
-from pipeline.storage.atomic import replacing
+from pipeline.storage.atomic import atomic_file
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.storage.checkpoint_folder import UnreadableCheckpoint, read_meta
 from shard_data.files import read_bounded
@@ -34,7 +34,7 @@ def find_run_id(folder: Path) -> str:
 def write_run_id(folder: Path, run_id: str) -> None:
     """State the id in the run folder. Raises OSError."""
     if read_run_id(folder) != run_id:
-        with replacing(folder / FILE) as file:
+        with atomic_file(folder / FILE) as file:
             file.write(f"{run_id}\n".encode())
 
 

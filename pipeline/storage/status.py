@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from pipeline.storage.atomic import replacing
+from pipeline.storage.atomic import atomic_file
 from shard_data.files import read_bounded
 
 State = Literal["none", "running", "preempted", "interrupted", "finished", "failed"]
@@ -88,7 +88,7 @@ class StatusFile:
     def _write(self, **changes: object) -> None:
         self.status = dataclasses.replace(self.status, **changes, time=round(time.time(), 3))
         try:
-            with replacing(self.folder / FILE) as file:
+            with atomic_file(self.folder / FILE) as file:
                 file.write((json.dumps(dataclasses.asdict(self.status), indent=1) + "\n").encode())
             self._failing = False
         except OSError as error:

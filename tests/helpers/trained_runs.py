@@ -30,6 +30,7 @@ def make_run(
     average, weights = (build_model(recipe).to(dtype).state_dict() for _ in range(2))
     facts = {"settings": recipe.model_dump(mode="json"), "data_fingerprint": fingerprint, "classes": classes}
     tensors = {"model": weights} | ({"ema": spread(average)} if recipe.train.ema_decay else {})
+    folder.mkdir(parents=True, exist_ok=True)
     Checkpoints(folder / "checkpoints").save(STEP, tensors, facts, score=1.0)
     return folder
 

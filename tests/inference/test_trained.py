@@ -88,7 +88,7 @@ def test_the_checkpoint_is_the_one_that_was_named(run, tmp_path):
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no such folder; give the folder that"):
+    with pytest.raises(ValueError, match="no such folder; give the folder of a run"):
         pipeline.load(tmp_path / "nothing")
 
 
@@ -111,6 +111,7 @@ def test_settings_of_another_version_are_refused(run, tmp_path):
     Checkpoints(tmp_path / "checkpoints").save(1, found.tensors, facts)
     with pytest.raises(ValueError, match="not those of this version of the pipeline:\ntrain.from_the_future"):
         pipeline.load(tmp_path)
+    (tmp_path / "other").mkdir()
     Checkpoints(tmp_path / "other" / "checkpoints").save(1, {"weights": found.tensors["ema"]}, {})
     with pytest.raises(ValueError, match="holds no model with its settings"):
         pipeline.load(tmp_path / "other")

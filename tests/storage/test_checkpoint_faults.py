@@ -311,6 +311,16 @@ def test_a_failed_write_leaves_nothing_and_the_next_one_works(checkpoints):
     assert checkpoints.latest().step == 2
 
 
+def test_a_run_folder_that_is_moved_after_it_was_checked_is_not_made_again(tmp_path):
+    """Its name may be another run's by then."""
+    run = tmp_path / "run"
+    run.mkdir()
+    checkpoints = Checkpoints(run / "checkpoints", keep=2, check=lambda: run.rename(tmp_path / "moved"))
+    with pytest.raises(OSError, match="could not be written to .*run/checkpoints: No such file or directory"):
+        checkpoints.save(1, small(1), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="step 1 could not be written to .*file/checkpoints: Not a directory"):
