@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,13 @@ def test_most_commands_of_the_pages_are_run():
     commands = [step.text for page in PAGES for step in steps(page) if step.kind == "bash"]
     assert len(commands) > 60
     assert sum(why_not_run(command) is not None for command in commands) < 0.15 * len(commands)
+
+
+@pytest.mark.parametrize("change", [step.text for page in PAGES for step in steps(page) if step.kind == "diff"])
+def test_a_change_that_a_guide_shows_fits_the_code(change):
+    command = ["git", "apply", "--check", "--unidiff-zero", "-"]
+    checked = subprocess.run(command, input=change, cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
 
 
 def test_every_option_of_the_release_is_explained():
