@@ -1,11 +1,13 @@
 """The training objective: evidence lower bound with KL warm-up, KL balancing and free bits.
 
 Sources: Vahdat and Kautz, "NVAE: A Deep Hierarchical Variational Autoencoder", 2020, appendix A (warm-up, balancing);
-Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", 2016 (free bits).
+Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", 2016 (free bits); Hazami et al.,
+"Efficient-VDVAE: Less is more", 2022 (weights by KL).
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -16,7 +18,12 @@ from pipeline.models.base import LatentGroup, VAEOutput
 from pipeline.schema import Section
 
 Schedule = Literal["warmup", "constant", "cyclical", "low_to_high"]
-Balancing = Literal["none", "equal", "linear", "sqrt", "square"]
+Balancing = Literal["none", "equal", "linear", "sqrt", "square", "kl", "kl_per_element"]
+BY_KL_ALONE = ("kl", "kl_per_element")
+
+
+INACTIVE_KL = 0.01
+"""Nats that NVAE's balancing adds to the KL of every group."""
 
 
 class ObjectiveConfig(Section):
@@ -39,7 +46,11 @@ class ObjectiveConfig(Section):
     kl_warmup_floor: float = Field(1e-4, ge=0, le=1)
     """Smallest share of `beta`, used until the linear rise reaches it."""
     kl_balancing: Balancing = "square"
-    """How strongly KL balancing favors the high-resolution groups during the warm-up; `none` switches it off."""
+    """How strongly KL balancing favors the high-resolution groups during the warm-up; `none` switches it off. `kl` and
+    `kl_per_element` are Efficient-VDVAE's: a group's weight is proportional to its KL, or to that of one element of its
+    latent."""
+    kl_balancing_portion: float | None = Field(None, ge=0, le=1)
+    """Share of the training steps with KL balancing. Unset: during the warm-up of the KL weight."""
     free_bits: float = Field(0.0, ge=0)
     """Nats per latent group without a penalty: a group whose mean KL is at most this has no KL gradient. 0: off."""
 
@@ -80,6 +91,12 @@ class Objective:
             return config.beta_low + (config.beta - config.beta_low) * min(step / max(self.total_steps - 1, 1), 1.0)
         return config.beta
 
+    def balances(self, step: int) -> bool:
+        """Whether optimizer step `step` has KL balancing."""
+        portion = self.config.kl_balancing_portion
+        within = self.warmup(step) < 1 if portion is None else step < portion * self.total_steps
+        return self.config.kl_balancing != "none" and within
+
     def __call__(self, out: VAEOutput, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss (a scalar with gradient) and statistics (detached scalars), as means over this process's images.
 
@@ -101,7 +118,7 @@ class Objective:
         Tensors, because compiled code is compiled again for every new number.
         """
         beta, free_bits = kl.new_full((), self.beta(step)), self.config.free_bits
-        balancing = self.config.kl_balancing != "none" and self.warmup(step) < 1
+        balancing = self.balances(step)
         if not (balancing or free_bits):
             return beta, None, None
         constant = kl.detach()  # no gradient through weights and decisions
@@ -110,7 +127,8 @@ class Objective:
         self._alpha = self._alpha.to(kl)  # copies only the first time
         # False for NaN, which must reach the loss.
         free = mean_kl <= self.config.free_bits if self.config.free_bits else None
-        return beta, free, balancing_weights(mean_abs_kl, self._alpha) if balancing else None
+        floor = 0.0 if self.config.kl_balancing in BY_KL_ALONE else INACTIVE_KL
+        return beta, free, balancing_weights(mean_abs_kl, self._alpha, floor) if balancing else None
 
     def _charged(self, kl: Tensor, beta: Tensor, free: Tensor | None, weights: Tensor | None) -> Tensor:
         if free is not None:
@@ -156,15 +174,19 @@ def resolution_factors(groups: Sequence[LatentGroup], rule: Balancing) -> list[f
         "linear": lambda i, n: 2.0**i,
         "sqrt": lambda i, n: 2.0 ** (i / 2),
         "square": lambda i, n: 4.0**i / n,
+        "kl": lambda i, n: 1.0,
     }
-    raw = [formulas[rule](scale[group.shape[1:]], group_count[group.shape[1:]]) for group in groups]
+    raw = [float(prod(group.shape)) for group in groups]
+    if rule != "kl_per_element":
+        raw = [formulas[rule](scale[group.shape[1:]], group_count[group.shape[1:]]) for group in groups]
     return [value / min(raw) for value in raw]
 
 
-def balancing_weights(mean_abs_kl: Tensor, alpha: Tensor) -> Tensor:
+def balancing_weights(mean_abs_kl: Tensor, alpha: Tensor, floor: float = INACTIVE_KL) -> Tensor:
     """KL weight per group, (G,) with mean 1. A small KL gets a small weight, so that no group is pruned early.
 
-    `mean_abs_kl` (G,) is the batch mean of |KL| in nats; 0.01 nats are added so that an inactive group keeps a weight.
+    `mean_abs_kl` (G,) is the batch mean of |KL| in nats; `floor` nats are added so that an inactive group keeps a
+    weight.
     """
-    weights = (mean_abs_kl + 0.01) / alpha
-    return weights / weights.mean()
+    weights = (mean_abs_kl + floor) / alpha
+    return weights / weights.mean().clamp(min=torch.finfo(weights.dtype).tiny)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pipeline.models.base import recompute_activations
 from pipeline.models.efficient_vdvae import EfficientVDVAE
+from pipeline.training.objective import Objective, ObjectiveConfig
 from tests.helpers import golden
 from tests.helpers.efficient_vdvae_cases import config_from_release, name_from_release
 from tests.helpers.golden import close
@@ -63,26 +64,32 @@ def test_bound(file):
             close(found.log_sigma / normals.beta if raw else found.sigma, expected[1])
 
 
+STEPS = 20_000
+
+
 def loss(model: EfficientVDVAE, file: dict, step: int) -> tuple[Tensor, Tensor]:
-    """The loss of the release in nats per dimension, and the KL without weights in bits per dimension."""
+    """The loss of the release in nats per dimension, and the KL without weights in bits per dimension. Its first step
+    is step 1.
+    """
     args, out = file["args"], model(images(file), golden.noise(file))
-    kl = out.kl.mean(0)
-    beta = min(max((step - 21) / (21 + args["vae_beta_anneal_steps"]), args["vae_beta_min"]), 1.0)
-    weights = torch.ones_like(kl)
-    if step <= args["gamma_max_steps"]:
-        elements = torch.tensor([float(torch.Size(group.shape).numel()) for group in model.groups])
-        share = kl.detach() / (elements if args["scaled_gamma"] else 1)
-        weights = len(kl) * share / share.sum()
-    total = (beta * (weights * kl).sum() - out.log_px.mean()) / model.num_dimensions
-    return total, kl.sum() / model.num_dimensions / log(2)
+    start = args["vae_beta_anneal_start"]
+    config = ObjectiveConfig(
+        kl_warmup_delay=(start - 1) / STEPS,
+        kl_warmup_portion=(start + args["vae_beta_anneal_steps"]) / STEPS,
+        kl_warmup_floor=args["vae_beta_min"],
+        kl_balancing="kl_per_element" if args["scaled_gamma"] else "kl",
+        kl_balancing_portion=args["gamma_max_steps"] / STEPS,
+    )
+    total, statistics = Objective(config, model.groups, STEPS)(out, step - 1)
+    return total / model.num_dimensions, statistics["kl"] / model.num_dimensions / log(2)
 
 
 @pytest.mark.parametrize("recompute", ["none", "cells"])
 def test_losses_and_gradients(file, recompute):
-    """With the schedules of its training: the model has nothing to do with them, but its gradients pass through."""
+    """With its schedules: the weight of the KL, and weights of the groups by their KL for the first 10,000 steps."""
     model = build(file)
     recompute_activations(model, recompute)
-    assert 1000 in [row["step"] for row in file["losses"]]
+    assert {1, 1000, 10_000, 10_001} <= {row["step"] for row in file["losses"]}
     for row in file["losses"]:
         total, kl_bits = loss(model, file, row["step"])
         close(total, row["total"])

@@ -8,6 +8,8 @@ DISTRIBUTIONS = "pipeline/nn/distributions.py"
 RESTATEMENT = ("tests/models/test_vdvae_restatement.py",)
 REFUSED = ("tests/models/test_vdvae_options.py",)
 RULES = ("tests/nn/test_distributions.py",)
+EFFICIENT_PARTS, NORMALS = "pipeline/models/efficient_vdvae_parts.py", "pipeline/nn/latent_normals.py"
+EFFICIENT = ("tests/models/test_efficient_vdvae_restatement.py",)
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
@@ -111,8 +113,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the rule of VDVAE has the edge of NVAE's",
         DISTRIBUTIONS,
-        '"vdvae": 0.999, ',
-        '"vdvae": 0.99, ',
+        '"vdvae": 0.999,',
+        '"vdvae": 0.99,',
         RULES,
     ),
     Mutation(
@@ -121,5 +123,75 @@ MUTATIONS: tuple[Mutation, ...] = (
         "x = torch.floor(torch.round(255 * x) / 8) * (8 / 255)",
         "x = torch.floor(torch.round(255 * x) / 8) / 31",
         RULES,
+    ),
+    Mutation(
+        "Efficient VDVAE adds the half of the prior's output that makes its parameters",
+        EFFICIENT_PARTS,
+        "extra, parameters = self.prior(h)",
+        "parameters, extra = self.prior(h)",
+        EFFICIENT,
+    ),
+    Mutation(
+        "Efficient VDVAE upsamples without its learned map",
+        EFFICIENT_PARTS,
+        'mode="nearest") + self.map',
+        'mode="nearest") + 0 * self.map',
+        EFFICIENT,
+    ),
+    Mutation(
+        "Efficient VDVAE pools without an activation",
+        EFFICIENT_PARTS,
+        "h = F.leaky_relu(level.pool(h), SLOPE)",
+        "h = level.pool(h)",
+        EFFICIENT,
+    ),
+    Mutation(
+        "Efficient VDVAE's residual posterior ignores the prior's sigma",
+        NORMALS,
+        "sigma = softplus(prior_scale, self.beta) * softplus(scale, self.beta)",
+        "sigma = softplus(scale, self.beta)",
+        EFFICIENT,
+    ),
+    Mutation(
+        "Efficient VDVAE's logarithms of sigma without beta",
+        NORMALS,
+        "scale if self.beta == 1 else self.beta * scale",
+        "scale",
+        EFFICIENT,
+    ),
+    Mutation(
+        "Efficient VDVAE's smallest scale after beta",
+        DISTRIBUTIONS,
+        "return clamped if self.beta == 1 else self.beta * clamped",
+        "return (self.beta * raw).clamp(min=self.minimum)",
+        EFFICIENT,
+    ),
+    Mutation(
+        "Efficient VDVAE's largest level at 5 bits has no upper tail",
+        DISTRIBUTIONS,
+        "HIGHEST_OF_5_BITS - 1e-3",
+        "0.999",
+        EFFICIENT,
+    ),
+    Mutation(
+        "Efficient VDVAE samples levels above its largest",
+        DISTRIBUTIONS,
+        "red = values[..., 0].clamp(-1, self.highest)",
+        "red = values[..., 0].clamp(-1, 1)",
+        EFFICIENT,
+    ),
+    Mutation(
+        "weights by KL as in VDVAE's successor end with the warm-up",
+        "pipeline/training/objective.py",
+        "within = self.warmup(step) < 1 if portion is None else step < portion * self.total_steps",
+        "within = self.warmup(step) < 1",
+        ("tests/training/test_objective.py",),
+    ),
+    Mutation(
+        "weights by KL as in VDVAE's successor have NVAE's floor",
+        "pipeline/training/objective.py",
+        "floor = 0.0 if self.config.kl_balancing in BY_KL_ALONE else INACTIVE_KL",
+        "floor = INACTIVE_KL",
+        ("tests/training/test_objective.py",),
     ),
 )

@@ -76,6 +76,20 @@ def test_loss_after_the_warmup_is_the_negative_elbo():
 # ---- balancing
 
 
+def test_weights_by_kl_alone():
+    """Proportional to the KL of a group, or of an element of its latent; mean 1; for as long as the setting says."""
+    kl = random_kl().abs()
+    means = kl.mean(0)
+    elements = torch.tensor([2 * 4 * 4, 3 * 8 * 8, 3 * 8 * 8])
+    for rule, shares in (("kl", means), ("kl_per_element", means / elements)):
+        weights = shares / shares.mean()
+        balanced = objective(kl_balancing=rule, kl_balancing_portion=0.6, kl_warmup_portion=0.3)
+        torch.testing.assert_close(balanced.charged_kl(kl, 599), (weights * kl).sum(1))
+        torch.testing.assert_close(balanced.charged_kl(kl, 600), kl.sum(1))
+    assert not objective(kl_balancing="none", kl_balancing_portion=1.0).balances(0)
+    assert objective(kl_balancing="kl").charged_kl(torch.zeros(2, 3), 0).tolist() == [0, 0]  # no 0 / 0
+
+
 def test_resolution_factors():
     assert resolution_factors(GROUPS, "equal") == [1, 1, 1]
     assert resolution_factors(GROUPS, "linear") == [1, 2, 2]
