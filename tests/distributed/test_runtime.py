@@ -158,7 +158,7 @@ def test_one_process_needs_no_thread(make_runtime):
 # ------------------------------------------------------------------------------------------------------ two processes
 
 COLLECTIVES = """
-import json
+import json, weakref
 from pipeline.distributed.runtime import is_raised_on_all_ranks
 rank, results = runtime.rank, {}
 def caught(work):
@@ -183,10 +183,19 @@ results["all_agree"] = [runtime.all_agree(True), runtime.all_agree(rank == 0)]
 runtime.check_agreement({"code": "a", "data": "b"})
 results["disagreement"] = caught(lambda: runtime.check_agreement({"code": "a", "data": f"set {rank}"}))
 results["keys left"] = [key for key in ("count", "open") if runtime._store.check([f"rendezvous/1/{key}"])]
-(folder / f"{rank}.json").write_text(json.dumps(results))
 if rank == 1:
     time.sleep(1)  # the first one waits for us before it leaves
+layer = torch.nn.Linear(2, 2)
+wrapped, _ = runtime.prepare(layer, torch.optim.SGD(layer.parameters()))
+wrapped.__dict__["cycle"] = [wrapped]  # as a compiled model may be part of one
+kept, leave = weakref.ref(wrapped), torch.distributed.destroy_process_group
+del wrapped
+def watched(*arguments):
+    results["ddp freed before the process group"] = kept() is None
+    leave(*arguments)
+torch.distributed.destroy_process_group = watched
 runtime.close()
+(folder / f"{rank}.json").write_text(json.dumps(results))
 """
 
 
@@ -260,3 +269,8 @@ def test_the_codes_version_follows_every_source(tmp_path, monkeypatch):
     assert versions[0] == versions[1]
     assert len(set(versions[1:4])) == 3
     assert versions[3] == versions[4]
+
+
+def test_a_wrapped_model_is_freed_before_the_process_group(results):
+    """Its threads use the group."""
+    assert [rank["ddp freed before the process group"] for rank in results] == [True, True]
