@@ -22,6 +22,7 @@ from pipeline.recipe import RECIPES, load_recipe, recipe_path  # noqa: E402
 from pipeline.run.attempt import FAILURES, INTERRUPTED, run_attempt  # noqa: E402
 from pipeline.run.build import build_runtime  # noqa: E402
 from pipeline.run.dry_run import describe  # noqa: E402
+from pipeline.run.run_folder import default_folder  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -113,7 +114,7 @@ def run(parsed: argparse.Namespace) -> int:
     """From the command line to a finished run."""
     path = recipe_path(parsed.model) if parsed.model else parsed.config
     recipe = load_recipe(path, parsed.overrides, parsed.data)
-    folder = parsed.run_dir or Path("runs") / path.stem
+    folder = parsed.run_dir or default_folder(path.stem)
     if parsed.dry_run or parsed.dry_run_all:
         if launched_rank() == 0:
             print(describe(recipe, folder, all_settings=parsed.dry_run_all))
