@@ -218,7 +218,7 @@ def test_nothing_to_add_adds_nothing():
 def test_extremes_over_processes():
     """A figure that a process lacks is that of the others; one process has no extremes."""
     slow, fast = {"perf/step_ms": 30.0, "perf/gpu_memory_gib": 5.0, "perf/mfu": 0.4}, {"perf/step_ms": 10.0}
-    assert extremes([slow, fast, {"perf/step_ms": 20.0}]) == {
+    assert extremes([{"perf/step_ms": 15.0}, slow, fast, {"perf/step_ms": 20.0}]) == {
         "perf/step_ms_min": 10.0,
         "perf/step_ms_max": 30.0,
         "perf/gpu_memory_gib_min": 5.0,

@@ -44,7 +44,7 @@ def test_a_large_picture_is_scaled_down_and_a_small_one_is_sent_as_it_is(monkeyp
     monkeypatch.setattr(wandb_media, "MAX_SIDE", 20)
     large, small = np.full((10, 40, 3), 9, np.uint8), np.full((10, 20, 3), 9, np.uint8)
     Image.fromarray(large).save(tmp_path / "large.png")
-    Image.fromarray(small).save(tmp_path / "small.png")
+    Image.fromarray(small).save(tmp_path / "small.png", compress_level=0)
     for picture in (large, tmp_path / "large.png"):
         assert wandb_media.picture_of(picture).image.size == (20, 5)
     assert wandb_media.picture_of(small).image.size == (20, 10)
