@@ -2,10 +2,10 @@
 
     python -m benchmarks.step_memory
 
-The peak is counted on fake tensors (benchmarks/counts.py) with the paper's batch per GPU and with half of it: the
-difference is what images add, the rest (gradients, copies of weights) what a step adds whatever its batch; with
-recomputation the rest is taken to be the same. Run it after a change to a model, to a recipe or to the trainer; it
-takes some minutes. Settings without figures are estimated more coarsely.
+The peak is counted on fake tensors (benchmarks/counts.py) with the paper's batch per GPU (two images for one) and with
+half of it, in the recipe's precision: the difference is what images add, the rest (gradients, copies of weights) what a
+step adds whatever its batch; with recomputation the rest is taken to be the same. Run it after a change to a model, to
+a recipe or to the trainer; it takes some minutes. Settings without figures are estimated more coarsely.
 """
 
 import argparse
@@ -15,19 +15,20 @@ import sys
 import torch
 
 from benchmarks.counts import count_step, read_recipe
-from benchmarks.steps import COUNTED as RECIPES
-from benchmarks.steps import IMAGES_PER_GPU
-from pipeline.recipe import Recipe
-from pipeline.run.step_memory import COUNTED, key_of, meta_model
+from benchmarks.steps import COUNTED as NVAE_RECIPES
+from benchmarks.steps import IMAGES_PER_GPU, VDVAE_IMAGES_PER_GPU
+from pipeline.recipe import Recipe, load_recipe, recipe_path
+from pipeline.run.step_memory import COUNTED, key_of, kinds_of_recomputation, meta_model
 
-RECOMPUTE = ("none", "norms", "cells")
+RECIPES = (*NVAE_RECIPES, *VDVAE_IMAGES_PER_GPU)
 
 
 def count_peaks(name: str) -> dict[str, dict]:
-    """{key of the settings: figures} of a recipe, with each kind of recomputation."""
-    images, fixed, figures = IMAGES_PER_GPU[name], 0, {}
-    for recompute in RECOMPUTE:
-        recipe = read_recipe(name, 1, [f"train.recompute={recompute}"])
+    """{key of the settings: figures} of a recipe, with each kind of recomputation that its model has."""
+    images = max(2, (IMAGES_PER_GPU | VDVAE_IMAGES_PER_GPU)[name])
+    own, fixed, figures = load_recipe(recipe_path(name), []), 0, {}
+    for recompute in kinds_of_recomputation(meta_model(own)):
+        recipe = read_recipe(name, 1, [f"train.recompute={recompute}", f"train.precision={own.train.precision}"])
         peak = peak_of(recipe, images)
         if recompute == "none":
             fixed = peak - 2 * (peak - peak_of(recipe, images // 2))

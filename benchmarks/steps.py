@@ -39,6 +39,9 @@ IMAGES_PER_GPU = {
 }
 """The paper's batch on each of its GPUs (table 6)."""
 
+VDVAE_IMAGES_PER_GPU = {"vdvae_cifar10": 16, "vdvae_imagenet32": 8, "vdvae_imagenet64": 4, "vdvae_ffhq256": 1}
+"""The batch of VDVAE's release on each of its GPUs."""
+
 COUNTED = tuple(name for name in IMAGES_PER_GPU if name != "nvae_ffhq256")
 """Recipes whose steps are counted. A step of nvae_ffhq256 takes what one of nvae_celebahq256 takes."""
 

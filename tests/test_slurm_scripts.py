@@ -16,6 +16,7 @@ from shard_data.verify import verify
 from tests.helpers.paper_table import PAPER
 from tests.helpers.shard_sets import edit_manifest
 from tests.helpers.slurm_lab import FOLDERS, OURS, ROOT
+from tests.helpers.vdvae_table import VDVAE
 
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
@@ -30,7 +31,7 @@ def test_shellcheck():
 def test_the_papers_jobs_ask_for_the_papers_gpus():
     """One script for each recipe of the paper, and in all headers what the launcher relies on."""
     found = {}
-    for path in (ROOT / "slurm").glob("nvae_*.sh"):
+    for path in [*(ROOT / "slurm").glob("nvae_*.sh"), *(ROOT / "slurm").glob("vdvae_*.sh")]:
         text = path.read_text()
         options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)", text, re.MULTILINE))
         assert options["job-name"] == path.stem
@@ -39,7 +40,7 @@ def test_the_papers_jobs_ask_for_the_papers_gpus():
         assert int(options["cpus-per-task"]) == 6 * int(options["gpus-per-node"])
         (recipe,) = re.findall(r"^recipe=(\w+)$", text, re.MULTILINE)
         found[recipe] = int(options["nodes"]), int(options["gpus-per-node"])
-    assert found == {name: (row.nodes, row.gpus_per_node) for name, row in PAPER.items()}
+    assert found == {name: (row.nodes, row.gpus_per_node) for name, row in (PAPER | VDVAE).items()}
 
 
 @pytest.fixture

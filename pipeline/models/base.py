@@ -209,13 +209,18 @@ def use_channels_last(model: nn.Module) -> None:
             parameter.data = parameter.data.as_strided(parameter.shape, plain)
 
 
-def recompute_activations(model: VAE, what: Literal["none", "norms", "cells"]) -> None:
-    """Makes backward passes in training recompute activations. Raises ValueError for what the model does not have."""
-    methods = {
+def recomputable_methods(model: VAE) -> dict[str, list[tuple[nn.Module, str]]]:
+    """By value of `train.recompute`: the modules and methods whose activations are recomputed."""
+    return {
         "none": [],
         "norms": [(module, name) for module in model.modules() for name in getattr(module, "regions", ())],
         "cells": [(cell, "forward") for cell in model.compilable_cells()],
     }
+
+
+def recompute_activations(model: VAE, what: Literal["none", "norms", "cells"]) -> None:
+    """Makes backward passes in training recompute activations. Raises ValueError for what the model does not have."""
+    methods = recomputable_methods(model)
     if what != "none" and not methods[what]:
         supported = ", ".join(name for name, found in methods.items() if found or name == "none")
         raise ValueError(f"train.recompute: {what} is not supported by this model; supported: {supported}")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from pipeline.models.base import VAE, recompute_activations
+from pipeline.config import without_defaults
+from pipeline.models.base import VAE, recomputable_methods, recompute_activations
 from pipeline.recipe import RECIPES, Recipe, build_model
 
 COUNTED = RECIPES / "step_memory.json"
@@ -63,6 +64,11 @@ def meta_model(recipe: Recipe) -> VAE:
         return build_model(recipe)
 
 
+def kinds_of_recomputation(model: VAE) -> list[str]:
+    """The values of `train.recompute` that the model supports."""
+    return [what for what, methods in recomputable_methods(model).items() if methods or what == "none"]
+
+
 @cache
 def counted_figures() -> dict[str, dict[str, int]]:
     """{key: {"fixed": bytes, "per_image": bytes}}"""
@@ -70,10 +76,13 @@ def counted_figures() -> dict[str, dict[str, int]]:
 
 
 def key_of(recipe: Recipe, model: VAE) -> str:
-    """A hash of the settings that a step's memory depends on, besides the number of images and of processes."""
+    """A hash of the settings that a step's memory depends on, besides the number of images and of processes.
+
+    A model's settings count where they differ from the defaults, so that a new one leaves the figures of others valid.
+    """
     train = recipe.train
     facts = {
-        "model": recipe.model.model_dump(mode="json"),
+        "model": without_defaults(recipe.model),
         "parameters": [list(parameter.shape) for parameter in model.parameters()],
         "image": model.image_shape,
         "train": [train.precision, train.channels_last, train.recompute],

@@ -10,7 +10,7 @@ from pipeline.distributed.runtime import Runtime  # noqa: E402
 from tests.helpers.compiling import no_compiler_needed  # noqa: E402
 from tests.helpers.model_cases import TWO_PROCESS_CASES, make_recipe, train_losses  # noqa: E402
 
-COMPILED_CASES = ["nvae", "conv_vae by attributes"]
+COMPILED_CASES = ["nvae", "vdvae", "conv_vae by attributes"]
 data, out = Path(sys.argv[1]), Path(sys.argv[2])
 runtime = Runtime("fp64", cpu_threads=1)
 losses = {

@@ -7,7 +7,8 @@ from pipeline.models.conv_vae import ConvVAEConfig
 from pipeline.models.resnet_vae import ResNetVAEConfig
 from tests.helpers.model_cases import CASES, ONE_PER_MODEL, build_case, noise_for
 
-VECTOR_CASES = [case for case, (section, _, _) in CASES.items() if section["name"] != "nvae"]
+HIERARCHICAL = ("nvae", "vdvae", "efficient_vdvae")
+VECTOR_CASES = [case for case, (section, _, _) in CASES.items() if section["name"] not in HIERARCHICAL]
 LIKELIHOODS = (
     "{name: bernoulli}",
     "{name: normal}",

@@ -8,6 +8,7 @@ from benchmarks.counts import IMAGES_PER_GPU, count_step
 from pipeline.recipe import load_recipe, recipe_path
 from pipeline.run.dry_run import describe_memory
 from pipeline.run.step_memory import count_saved, counted_figures, estimate, key_of, meta_model
+from tests.helpers.vdvae_table import VDVAE
 
 
 @pytest.mark.parametrize("name", IMAGES_PER_GPU)
@@ -23,6 +24,21 @@ def test_the_papers_recipes_have_figures(name):
     assert [one["recompute"] for one in found] == ["none", "norms", "cells"]
     assert {one["recipe"] for one in found} == {name.replace("ffhq", "celebahq")}  # a model for both
     assert found[0]["per_image"] > found[1]["per_image"] > found[2]["per_image"]
+
+
+@pytest.mark.parametrize("name", VDVAE)
+def test_vdvae_s_recipes_have_figures(name):
+    """It has no norms to recompute."""
+    recipe = load_recipe(recipe_path(name), [])
+    model, found = meta_model(recipe), []
+    for what in ("none", "cells"):
+        train = recipe.train.model_copy(update={"recompute": what})
+        found.append(counted_figures()[key_of(recipe.model_copy(update={"train": train}), model)])
+    assert [(one["recipe"], one["recompute"], one["precision"]) for one in found] == [
+        (name, "none", "fp32"),
+        (name, "cells", "fp32"),
+    ]
+    assert found[0]["per_image"] > 2 * found[1]["per_image"]
 
 
 def test_figures_are_of_one_architecture():

@@ -25,6 +25,7 @@ from tests.helpers.run_folders import (
     remove_checkpoints_after,
     tensor_bytes,
 )
+from tests.helpers.vdvae_files import write_vdvae_recipe
 
 FP64 = (
     "train.precision=fp64",
@@ -92,11 +93,32 @@ def test_a_run_resumes_on_any_number_of_processes(recipe_file, single, tmp_path)
     """Stopped mid-epoch on 1 process, on 2 and on 3, and finished on 1: the trace and, in float64, the figures of the
     uninterrupted run.
     """
-    folder = tmp_path / "run"
+    resume_on_several(recipe_file, single, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_vdvae_resumes_on_any_number_of_processes(recipe_file, tmp_path):
+    """The same, by the rules that VDVAE is trained with. One of its steps is skipped by the norm of its gradient."""
+    data = {"root": str(recipe_file.parent / "data")}
+    rules = {"name": "adamw", "gradient_unit": "nats_per_dimension", "beta2": 0.9, "warmup_from_zero": True, "clip": 5}
+    sections = {"optim": rules, "tracking": {"log_every": 1}, "train": {"batch_size": 12, "ema_decay": 0.9}}
+    recipe = write_vdvae_recipe(tmp_path / "vdvae.yaml", data=data, **sections)
+    probe = train(1, recipe, "--run-dir", str(tmp_path / "probe"), *FP64)
+    assert probe.returncode == 0, probe.stderr
+    norms = sorted(record["train/grad_norm"] for record in metrics(tmp_path / "probe"))
+    threshold = f"optim.skip_threshold={(norms[-1] + norms[-2]) / 2}"
+    result = train(1, recipe, "--run-dir", str(tmp_path / "single"), *FP64, threshold)
+    assert result.returncode == 0, result.stderr
+    assert max(record["train/skipped_by_norm"] for record in metrics(tmp_path / "single")) >= 1
+    resume_on_several(recipe, tmp_path / "single", tmp_path / "run", threshold)
+
+
+def resume_on_several(recipe_file: Path, single: Path, folder: Path, *overrides: str) -> None:
+    """Resumes a copy of a run at step 2 on 2 processes, at 4 on 3 and at 6 on 1, and compares the results."""
     shutil.copytree(single, folder)
     for processes, resumed_at in ((2, 2), (3, 4), (1, 6)):
         remove_checkpoints_after(folder, resumed_at)
-        result = train(processes, recipe_file, "--run-dir", str(folder), *FP64)
+        result = train(processes, recipe_file, "--run-dir", str(folder), *FP64, *overrides)
         assert result.returncode == 0, result.stderr
         assert f"{processes} process" in result.stderr
         assert f"at step {resumed_at}" in result.stderr
