@@ -57,6 +57,8 @@ def rows(parsed: argparse.Namespace, folder: Path) -> Iterator[str]:
         run("pipeline/train.py", *arguments, *parsed.overrides)
         report = run_dir / "report.json"
         arguments = ["--split", "test", "--images", parsed.images, "--importance-samples", parsed.importance_samples]
+        if parsed.images_seed is not None:
+            arguments += ["--images-seed", parsed.images_seed]
         run("pipeline/evaluate.py", str(run_dir), *map(str, arguments), "--out", str(report))
         yield row(name, run_dir, json.loads(report.read_text())["figures"])
 
@@ -86,6 +88,7 @@ def main() -> None:
         "--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME", help="default: all"
     )
     parser.add_argument("--images", type=int, default=2000, help="test images that are evaluated (default: 2000)")
+    parser.add_argument("--images-seed", type=int, help="these are random ones, with this seed (default: the first)")
     parser.add_argument("--importance-samples", type=int, default=20, help="per image (default: 20)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of all runs")
     parsed = parser.parse_args()
