@@ -35,7 +35,7 @@ CHARTS = (
     Chart("Gradient norm", "", ("train/grad_norm",), "Optimization"),
     Chart("Spectral regularizer", "", ("train/spectral",), "Optimization"),
     Chart("Batch norm regularizer", "", ("train/batch_norm",), "Optimization"),
-    Chart("Skipped steps", "", ("train/skipped_steps",), "Optimization"),
+    Chart("Skipped steps", "", ("train/skipped_steps", "train/skipped_by_norm"), "Optimization"),
     Chart("Images per second", "", ("perf/images_per_second",), "Speed"),
     Chart("Time per step", "ms", ("perf/step_ms",), "Speed"),
     Chart("Share of time waiting for data", "", ("perf/data_wait",), "Speed"),

@@ -21,7 +21,8 @@ class Alerts:
     def __init__(self, beta: float):
         """`beta`: the weight of the KL at the end of the warm-up (`objective.beta`)."""
         self._beta = beta
-        self._skipped_steps: float | None = None
+        self._skipped_until: tuple[float, float, float] | None = None  # step; skips as not finite and by the norm
+        self._is_stuck = False
         self._inactive: set[str] = set()
         self._speeds: list[float] = []
         self._is_slow = False
@@ -36,15 +37,25 @@ class Alerts:
         return [*self._skipped(step, scalars), *self._out_of_use(step, scalars), *self._slow(step, scalars)]
 
     def _skipped(self, step: int, scalars: Mapping[str, float]) -> list[Alert]:
-        """The counter includes earlier attempts, which have sent their own alerts."""
-        before, now = self._skipped_steps, scalars.get("train/skipped_steps")
-        if now is None:
+        """It is usual that `optim.skip_threshold` skips some steps, and not that it skips most of them. The counters
+        include earlier attempts, which have sent their own alerts.
+        """
+        if "train/skipped_steps" not in scalars:
             return []
-        self._skipped_steps = now
-        if before is None or now <= before:
+        by_norm = scalars.get("train/skipped_by_norm", 0.0)
+        before, self._skipped_until = self._skipped_until, (step, scalars["train/skipped_steps"] - by_norm, by_norm)
+        if before is None:
             return []
-        text = f"Step {step}: {now - before:g} step(s) of the last interval had a loss or gradient that is not finite."
-        return [Alert("Steps were skipped", text)]
+        steps, not_finite, by_norm = (now - old for now, old in zip(self._skipped_until, before, strict=True))
+        was_stuck, self._is_stuck = self._is_stuck, by_norm > steps / 2
+        alerts = []
+        if not_finite > 0:
+            text = f"{not_finite:g} step(s) of the last interval had a loss or gradient that is not finite."
+            alerts.append(Alert("Steps were skipped", f"Step {step}: {text}"))
+        if self._is_stuck and not was_stuck:
+            text = f"{by_norm:g} of the last {steps:g} steps had a gradient norm above optim.skip_threshold."
+            alerts.append(Alert("Most steps are skipped", f"Step {step}: {text} They changed nothing."))
+        return alerts
 
     def _out_of_use(self, step: int, scalars: Mapping[str, float]) -> list[Alert]:
         """During the warm-up the KL has little weight, and groups may still come into use."""

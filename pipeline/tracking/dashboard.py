@@ -42,7 +42,7 @@ CURVES = {
     },
     "Stability": {
         "Gradient norm": ["train/grad_norm"],
-        "Skipped steps": ["train/skipped_steps"],
+        "Skipped steps, and those by their gradient's norm": ["train/skipped_steps", "train/skipped_by_norm"],
         "Skipped samples": ["train/skipped_samples"],
         "Sum of spectral norms": ["train/spectral"],
         "Sum of batch norm's scales": ["train/batch_norm"],

@@ -21,6 +21,21 @@ def test_steps_that_were_skipped_since_the_last_record():
     assert "Step 6: 2 step(s)" in alert.text
 
 
+def test_steps_that_the_skip_threshold_skipped_count_where_they_are_most():
+    """Once, until they are few again; those with a NaN count by themselves."""
+    alerts = Alerts(beta=1.0)
+    found = []
+    for step, skipped, by_norm in [(10, 4, 4), (20, 8, 8), (30, 14, 14), (40, 24, 24), (50, 25, 25), (60, 32, 31)]:
+        found += alerts.find(step, {"train/skipped_steps": float(skipped), "train/skipped_by_norm": float(by_norm)})
+    assert [alert.title for alert in found] == [
+        "Most steps are skipped",
+        "Steps were skipped",
+        "Most steps are skipped",
+    ]
+    assert "Step 30: 6 of the last 10 steps had a gradient norm above optim.skip_threshold" in found[0].text
+    assert "Step 60: 1 step(s) of the last interval had a loss or gradient that is not finite." in found[1].text
+
+
 def test_a_group_without_active_units_counts_after_the_warm_up_and_once():
     def record(beta, first, second):
         units = {"active_units/8x8_group00": first, "active_units/16x16_group00": second}

@@ -31,7 +31,7 @@ PANELS = {
     "Samples": [[f"samples/temperature_{temperature}" for temperature in TEMPERATURES], ["reconstructions"]],
     "Stability": [
         ["train/grad_norm"],
-        ["train/skipped_steps"],
+        ["train/skipped_steps", "train/skipped_by_norm"],
         ["train/skipped_samples"],
         ["train/spectral"],
         ["train/batch_norm"],
