@@ -8,12 +8,13 @@ import select
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.distributed.logs import launched_rank, report_error, start_logging
 from shard_data import progress
+from shard_data.terminal import next_lines
 
 log = logging.getLogger("pipeline")
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +48,8 @@ class CommandLine(argparse.ArgumentParser):
 
 def as_called(text: str) -> str:
     """A text that names commands, as they are called here: scripts of a checkout, or console commands."""
-    return with_installed_names(text) if Path(sys.argv[0]).name.startswith(INSTALLED) else text
+    is_installed = Path(sys.argv[0]).name.startswith(INSTALLED) or not (ROOT / "pyproject.toml").is_file()
+    return with_installed_names(text) if is_installed else text
 
 
 def with_installed_names(text: str) -> str:
@@ -77,6 +79,17 @@ def run_tool(work: Callable[[], int | None], interrupted: str = "", failures: Fa
         if interrupted and launched_rank() == 0:
             log.error("error: interrupted; %s", interrupted)
         return 130
+
+
+def log_lines(lines: Iterable[str]) -> None:
+    """A record for each line, so that a log file has a time before each."""
+    for line in lines:
+        log.info("%s", line)
+
+
+def log_next(commands: Sequence[str]) -> None:
+    """Logs the commands that come next, as they are called here; not where another program started this one."""
+    log_lines(next_lines([as_called(command) for command in commands]))
 
 
 def run_python(*arguments: str, progress_timeout: float | None = None) -> None:

@@ -22,7 +22,9 @@ name places that have changed.
 
 import argparse
 import math
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
@@ -30,7 +32,7 @@ from typing import get_args
 if not __package__:  # run as a script, whose own folder comes first on the path; `pipeline` is found in its parent
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.cli import CommandLine, run_tool  # noqa: E402
+from pipeline.cli import CommandLine, log_next, run_tool  # noqa: E402
 from pipeline.distributed.device_settings import DeviceSettings  # noqa: E402
 from pipeline.distributed.logs import launched_rank  # noqa: E402
 from pipeline.distributed.runtime import Runtime  # noqa: E402
@@ -101,11 +103,23 @@ def run(parsed: argparse.Namespace) -> int:
     runtime = Runtime(precision, threads, device_settings=DeviceSettings(tf32=False, cudnn_benchmark=False))
     with runtime.closing():
         if report is None:
-            evaluate(build_request(parsed), runtime)
+            files = evaluate(build_request(parsed), runtime)
+            if runtime.is_main:
+                log_next(next_commands(parsed.location, files))
             return 0
         files = {"classifier": parsed.classifier, "feature_weights": parsed.feature_weights}
         request = request_of(report, parsed.location, parsed.data, parsed.command, **files)
         return 0 if repeat(report, request, runtime) else 1
+
+
+def next_commands(location: str, files: Sequence[Path]) -> list[str]:
+    """What one does after an evaluation."""
+    place = shlex.quote(location)
+    commands = [f"python pipeline/evaluate.py {place} --list"]
+    commands += [f"python pipeline/evaluate.py --repeat {shlex.quote(str(path))}" for path in files[:1]]
+    if (Path(location) / "metrics.jsonl").is_file():
+        commands.append(f"python pipeline/report.py {place}")
+    return commands
 
 
 def build_request(parsed: argparse.Namespace) -> EvaluationRequest:

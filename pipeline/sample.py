@@ -9,6 +9,7 @@ python pipeline/sample.py runs/mlp_cvae --per-class 500 --as-shards data/sampled
 
 import argparse
 import logging
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 if not __package__:  # run as a script, whose own folder comes first on the path; `pipeline` is found in its parent
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.cli import CommandLine, run_python, run_tool  # noqa: E402
+from pipeline.cli import CommandLine, log_lines, log_next, run_python, run_tool  # noqa: E402
 from pipeline.inference import draw_samples  # noqa: E402
 from pipeline.inference.folders import output_folder  # noqa: E402
 from pipeline.inference.latent_groups import (  # noqa: E402
@@ -81,7 +82,26 @@ def sample(parsed: argparse.Namespace) -> None:
         plan = draw_samples.with_fixed_groups(trained, plan, count)
     for temperature in map(parse_temperature, parsed.temperature):
         resolve_temperature(temperature, trained.model.groups)  # raises for unknown names, before anything is written
+    log_lines(draw_samples.first_lines(trained, plan, parsed.temperature, [picture_folder(parsed), parsed.as_shards]))
+    for temperature in map(parse_temperature, parsed.temperature):
         sample_at(temperature, trained, plan, parsed)
+    log_next(next_commands(trained, parsed))
+
+
+def next_commands(trained: TrainedModel, parsed: argparse.Namespace) -> list[str]:
+    """What one does after looking at samples."""
+    place = shlex.quote(parsed.location)
+    if parsed.as_shards:
+        return [f"python pipeline/train_classifier.py --data {shlex.quote(parsed.as_shards)} --out classifiers/samples"]
+    commands = [f"python pipeline/sample.py {place} --seed {parsed.seed + 1}"]
+    if len(trained.model.groups) > 1:
+        commands.append(f"python pipeline/sample.py {place} --fix-groups 1")
+    return [*commands, f"python pipeline/evaluate.py {place}"]
+
+
+def picture_folder(parsed: argparse.Namespace) -> Path:
+    """Where pictures and arrays are written."""
+    return parsed.out or output_folder(results_folder(parsed.location), "samples")
 
 
 def check_arguments(parsed: argparse.Namespace) -> None:
@@ -111,7 +131,7 @@ def sample_at(
     name = f"samples_step_{trained.step:08d}_temperature_{temperature_text(temperature)}_seed_{parsed.seed}"
     if plan.fixed_groups:
         name += f"_fixed_{plan.fixed_groups}"
-    stem = (parsed.out or output_folder(results_folder(parsed.location), "samples")) / name
+    stem = picture_folder(parsed) / name
     draw_samples.save_picture(Path(f"{stem}.png"), plan, images)
     log.info("%d samples of %s at step %d: %s.png", plan.count, trained.recipe.model.name, trained.step, stem)
     settings = {

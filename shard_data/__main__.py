@@ -10,12 +10,15 @@ from types import ModuleType
 
 from shard_data import info, verify
 from shard_data.errors import Damaged, DataError, Incomplete
+from shard_data.manifest import Manifest
 from shard_data.shard import ENCODINGS
 from shard_data.sources import SOURCES
+from shard_data.terminal import next_lines
 from shard_data.writer import convert
 
 STYLE = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
 SCRIPT, CONSOLE = "python -m shard_data", "nvae-shards"
+TRAIN, CONSOLE_TRAIN = "python pipeline/train.py", "nvae-train"
 OVERVIEW = """\
 Converts a data set to a shard set: WebDataset tars, an index for each, and manifest.json, which is written last.
 
@@ -55,7 +58,8 @@ def _command() -> str:
 
 def _as_called(text: str) -> str:
     """The text with the commands in it as the user types them."""
-    return text.replace(SCRIPT, _command())
+    text = text.replace(SCRIPT, _command())
+    return text.replace(TRAIN, CONSOLE_TRAIN) if _command() == CONSOLE else text
 
 
 def _add_writer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +123,23 @@ def _convert(arguments: argparse.Namespace) -> int:
     if omitted:
         _print(f"skipped {info.num_files(sum(entry['count'] for entry in omitted))}; manifest.json lists all:")
         _print("\n".join(info.describe_omitted(omitted)))
+    for line in next_lines(_next_commands(arguments.out, manifest)):
+        _print(_as_called(line))
     return 0
+
+
+def _next_commands(folder: Path, manifest: Manifest) -> list[str]:
+    """What one does with a new set. The recipe is one that takes its images, where there is one."""
+    place, image = shlex.quote(str(folder)), manifest["image"]
+    shape = image["height"], image["width"], image["channels"]
+    recipe = ""
+    if shape == (28, 28, 1):
+        recipe = f"--model nvae_mnist_small --data {place}"
+    elif shape[0] == shape[1] and shape[0] % 16 == 0 and shape[2] == 3:
+        recipe = f"--model nvae --data {place} --run-dir runs/{shlex.quote(folder.name)} data.size={shape[0]}"
+    sheet = shlex.quote(f"{folder.name}.png")
+    commands = [f"{SCRIPT} info {place} --sheet {sheet}", f"{SCRIPT} verify {place} --decode"]
+    return [*commands, f"{TRAIN} {recipe}"] if recipe else commands
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -3,17 +3,15 @@
 import argparse
 import hashlib
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-from tqdm import tqdm
 
 from shard_data.errors import DataError
 from shard_data.fetch import Expected, FetchFailed
 from shard_data.fetch import fetch as fetch_file
 from shard_data.files import replacing
+from shard_data.terminal import BYTES, Progress
 
 FETCH_AGAIN = "replace it with an intact copy (--download fetches one)"
 
@@ -150,11 +148,11 @@ def _fetch(file: Download, path: Path, progress: bool) -> None:
 
 def _try(address: str, file: Download, path: Path, progress: bool) -> str | None:
     """Fetch one address. Returns the reason of a failure."""
-    with tqdm(unit="B", unit_scale=True, desc=file.name, disable=None if progress else True, file=sys.stderr) as bar:
+    with Progress(file.name, None, BYTES, shown=progress) as bar:
 
         def show(count: int, total: int | None) -> None:
-            bar.total = total
-            bar.update(count - bar.n)
+            bar.set_total(total)
+            bar.update(count - bar.done)
 
         try:
             with replacing(path) as out:

@@ -27,6 +27,11 @@ def count() -> int:
     return _count
 
 
+def is_watched() -> bool:
+    """Whether another program started this one and waits for it: then it says what comes next."""
+    return _pipe is not None
+
+
 def _take_pipe() -> int | None:
     """The starter's pipe. Programs that this one starts do not inherit it."""
     descriptor = os.environ.pop(VARIABLE, "")

@@ -1,13 +1,28 @@
-"""What a person sees of a command: color, where the terminal has it, and lines that are aligned.
+"""What a person sees of a command: aligned lines, progress, and color, where the terminal has it.
 
-Colors follow NO_COLOR (no-color.org) and TERM=dumb, and are for terminals alone.
+Colors follow NO_COLOR (no-color.org) and TERM=dumb, and are for terminals alone. So are bars; elsewhere, long work has
+a line per minute.
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import TextIO
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TextIO, TypeVar
+
+from tqdm import tqdm
+
+from shard_data.progress import is_watched
+
+Item = TypeVar("Item")
 
 STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
+MINUTE = 60.0
+"""Seconds between lines of progress."""
+BAR_DELAY = 0.5
+"""Seconds of work before a bar is shown."""
+BYTES = "B"
+"""The unit whose numbers are written in MB."""
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -32,3 +47,99 @@ def aligned(facts: Mapping[str, str | Sequence[str]], indent: str = "  ") -> lis
             if part:
                 lines.append(f"{indent}{'' if number else name:<{width}}  {part}")
     return lines
+
+
+def next_lines(commands: Sequence[str]) -> list[str]:
+    """The commands that come next; none where another program started this one."""
+    return [] if is_watched() else aligned({"next": commands})
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 05 min`, `2 d 4 h`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h"
+
+
+def print_line(line: str) -> None:
+    """To standard error, at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Shows how far long work is: a bar on a terminal; elsewhere a line per minute, with the time that is left.
+
+    `what` is done with `total` things (None: not known) called `unit`, of which `done` were done before. `write` takes
+    a line; `shown` false shows nothing. A context manager.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: int | None,
+        unit: str,
+        done: int = 0,
+        write: Callable[[str], object] = print_line,
+        shown: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        on_terminal = is_terminal(sys.stderr)
+        self.what, self.total, self.unit, self.done = what, total, unit, done
+        self._write, self._clock, self._has_lines = write, clock, shown and not on_terminal
+        self._begun, self._started = done, clock()
+        self._shown, self._figures = self._started, ""
+        scaled = unit == BYTES
+        self._bar = tqdm(
+            total=total, initial=done, desc=what, unit=unit if scaled else f" {unit}", unit_scale=scaled,
+            disable=not (shown and on_terminal), delay=BAR_DELAY,
+        )  # fmt: skip
+
+    def update(self, count: int = 1, figures: str = "") -> None:
+        """So many more are done. `figures` stand behind the bar or the line from now on."""
+        self.done += count
+        if figures:
+            self._figures = figures
+            self._bar.set_postfix_str(figures, refresh=False)
+        self._bar.update(count)
+        now = self._clock()
+        if self._has_lines and now - self._shown >= MINUTE and self.done != self.total:
+            self._shown = now
+            self._write(", ".join(filter(None, [self._line(now), self._figures])))
+
+    def set_total(self, total: int | None) -> None:
+        """How much there is to do, once that is known."""
+        self.total = self._bar.total = total
+
+    def _line(self, now: float) -> str:
+        """`elbo: 1,100 of 5,000 images (22 %), about 7 min left`."""
+        unit = "MB" if self.unit == BYTES else self.unit
+        done = f"{self.what}: {self._number(self.done)}"
+        if not self.total:
+            return f"{done} {unit}"
+        left = (now - self._started) / max(1, self.done - self._begun) * (self.total - self.done)
+        share = 100 * self.done // self.total
+        return f"{done} of {self._number(self.total)} {unit} ({share} %), about {duration(left)} left"
+
+    def _number(self, count: int) -> str:
+        return f"{count / 1e6:,.1f}" if self.unit == BYTES else f"{count:,}"
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+
+def with_progress(items: Iterable[Item], progress: Progress) -> Iterator[Item]:
+    """The items; each counts as done when the next one is taken."""
+    with progress:
+        for item in items:
+            yield item
+            progress.update()

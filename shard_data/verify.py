@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from shard_data import manifest as manifests
 from shard_data.files import sha256
 from shard_data.manifest import Manifest, Shard
 from shard_data.shard import decode_image
+from shard_data.terminal import Progress
 
 
 def verify(root: str | Path, decode: bool = False, progress: bool = False) -> list[str]:
@@ -24,7 +24,7 @@ def verify(root: str | Path, decode: bool = False, progress: bool = False) -> li
     manifest = manifests.load(root)
     faults, keys = [], set()
     total = sum(split["count"] for split in manifest["splits"].values())
-    with tqdm(total=total, unit=" images", desc="verify", disable=None if progress else True) as bar:
+    with Progress("verify", total, "images", shown=progress) as bar:
         for shard in manifests.all_shards(manifest):
             faults += check_shard(root, shard, manifest, decode, keys)
             bar.update(shard["count"])

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from shard_data.errors import BadImage, DataError
 from shard_data.progress import advance
 from shard_data.shard import Layout, write_shard
 from shard_data.source import Record, Sample, Source
+from shard_data.terminal import Progress
 
 TICK = 32  # images between two updates of the shared counter
 
@@ -66,7 +65,7 @@ class ShardWriter:
             tick(len(part))
 
 
-def write_all(writer: ShardWriter, tasks: Sequence[Task], workers: int, bar: tqdm) -> Iterator[dict[str, Any]]:
+def write_all(writer: ShardWriter, tasks: Sequence[Task], workers: int, bar: Progress) -> Iterator[dict[str, Any]]:
     """Write every task's shard and yield the entries as they are finished, in any order."""
     if workers == 1 or len(tasks) < 2:
         return (writer.write(task, lambda count: _show(bar, count)) for task in tasks)
@@ -74,7 +73,7 @@ def write_all(writer: ShardWriter, tasks: Sequence[Task], workers: int, bar: tqd
 
 
 def _write_in_processes(
-    writer: ShardWriter, tasks: Sequence[Task], workers: int, bar: tqdm
+    writer: ShardWriter, tasks: Sequence[Task], workers: int, bar: Progress
 ) -> Iterator[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     counter, stop = context.Value("q", 0), context.Event()
@@ -92,7 +91,7 @@ def _write_in_processes(
             raise
 
 
-def _show(bar: tqdm, count: int) -> None:
+def _show(bar: Progress, count: int) -> None:
     """`count` more images are converted."""
     if count:
         advance()

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from shard_data import info, plan
 from shard_data import manifest as manifests
 from shard_data.errors import AlreadyComplete, Damaged, DataError, Incomplete
@@ -20,6 +18,7 @@ from shard_data.journal import Journal
 from shard_data.manifest import Manifest
 from shard_data.shard import ENCODINGS
 from shard_data.source import Omission, Source
+from shard_data.terminal import Progress, aligned
 from shard_data.workers import ShardWriter, Task, write_all
 
 LOCK = "conversion.lock"
@@ -65,6 +64,9 @@ def convert(
             if not overwrite:
                 _refuse_complete(folder)  # again: another process may have finished it meanwhile
             journal = _open_folder(writer, json.loads(json.dumps(plan.describe(head, records, tasks))), tasks)
+            if progress:
+                for line in _first_lines(folder, head, records, tasks, workers):
+                    print(line, flush=True)
             entries = _write_shards(writer, tasks, journal, workers, progress)
             unreadable = _pop_omissions(tasks, entries)
             _refuse_incomplete(source, unreadable, partial)
@@ -153,6 +155,17 @@ def _files_of_set(folder: Path) -> list[str]:
         ) from None
 
 
+def _first_lines(folder: Path, head: Manifest, records: plan.Records, tasks: Sequence[Task], workers: int) -> list[str]:
+    """What is written, and how to stop."""
+    image = "{height}x{width}x{channels}".format(**head["image"])
+    facts = {
+        "images": ", ".join(f"{split} {len(rows):,}" for split, rows in records.items()),
+        "shards": f"{len(tasks)}, images as {head['encoding']}; {workers} {'process' if workers == 1 else 'processes'}",
+        "stop": "Ctrl-C; the same command resumes",
+    }
+    return [f"{head['name']}: images of {image} into {folder}", *aligned(facts)]
+
+
 def _write_shards(writer: ShardWriter, tasks: list[Task], journal: Journal, workers: int, progress: bool) -> Entries:
     """The entries of all shards by file name.
 
@@ -162,13 +175,14 @@ def _write_shards(writer: ShardWriter, tasks: list[Task], journal: Journal, work
     open_tasks = [task for task in tasks if f"{task.stem}.tar" not in entries]
     total = sum(len(task.records) for task in open_tasks)
     if progress and len(open_tasks) < len(tasks):
-        tqdm.write(f"{writer.folder}: resuming; {len(tasks) - len(open_tasks)} of {len(tasks)} shards are finished")
-    with tqdm(total=total, unit=" images", desc=writer.source.name, disable=None if progress else True) as bar:
+        finished = f"{len(tasks) - len(open_tasks)} of {len(tasks)} shards are finished"
+        print(f"{writer.folder}: resuming; {finished}", flush=True)
+    with Progress(writer.source.name, total, "images", shown=progress) as bar:
         for entry in write_all(writer, open_tasks, workers, bar):
             entries[entry["file"]] = entry
             if "omitted" not in entry:
                 journal.add(entry)
-        bar.update(total - bar.n)
+        bar.update(total - bar.done)
     return entries
 
 

@@ -131,13 +131,13 @@ def test_shard_data_imports_neither_pipeline_nor_torch():
 
 
 FORMAT = {
-    "data": {"errors", "fetch", "file_lock", "files", "manifest", "progress"},
-    "run": {"manifest", "progress"},
-    "inference": {"fetch", "file_lock", "files", "manifest", "progress"},
+    "data": {"errors", "fetch", "file_lock", "files", "manifest", "progress", "terminal"},
+    "run": {"manifest", "progress", "terminal"},
+    "inference": {"fetch", "file_lock", "files", "manifest", "progress", "terminal"},
     "reporting": {"errors", "files", "info", "manifest", "terminal"},
     "storage": {"file_lock", "files", "progress"},
-    "distributed": {"progress"},
-    "cli": {"progress"},
+    "distributed": {"progress", "terminal"},
+    "cli": {"progress", "terminal"},
 }
 """Modules of shard_data that parts of pipeline/ may import: the format of a shard set, locks, and progress."""
 

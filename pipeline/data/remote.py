@@ -19,14 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from tqdm import tqdm
-
 from shard_data import manifest as manifests
 from shard_data.fetch import Expected, FetchFailed, WrongContent, fetch
 from shard_data.file_lock import FileLock, LockHeld
 from shard_data.files import PARTIAL, replacing
 from shard_data.manifest import Manifest
 from shard_data.progress import advance
+from shard_data.terminal import BYTES, Progress
 
 MAX_INDEX_HEADER = 2**16
 
@@ -143,7 +142,7 @@ def _check_space(folder: Path, missing: list[RemoteFile]) -> None:
 def _fetch_all(folder: Path, missing: list[RemoteFile], progress: bool) -> None:
     """In the first round a process takes what nobody is fetching; in the second it waits for what others fetch."""
     total = sum(file.size or 0 for file in missing)
-    with tqdm(total=total, desc="fetch", unit="B", unit_scale=True, disable=None if progress else True) as bar:
+    with Progress("fetch", total, BYTES, write=log.info, shown=progress) as bar:
         for wait in (0.0, math.inf):
             for file in list(missing):
                 lock, growth = FileLock(folder / f"{file.name}.lock"), _Growth(folder / file.name)

@@ -6,19 +6,28 @@ import time
 
 from tqdm import tqdm
 
+from shard_data.terminal import paint
+
 log = logging.getLogger("pipeline")
 
 REPORT_DELAY = 10.0
 """Seconds that other processes leave to the main process for its error."""
 
 
+STYLES = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
+
+
 class TerminalHandler(logging.StreamHandler):
-    """Writes to stderr. A progress bar there is cleared before each message and drawn again below it."""
+    """Writes to stderr. A progress bar there is cleared before each message and drawn again below it.
+
+    On a terminal with colors, warnings are yellow and errors red.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes a message."""
         try:
-            tqdm.write(self.format(record), file=self.stream)
+            style = STYLES.get(record.levelname, "")
+            tqdm.write(paint(self.format(record), style, self.stream), file=self.stream)
         except Exception:
             self.handleError(record)
 

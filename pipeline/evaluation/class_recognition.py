@@ -1,6 +1,6 @@
 """How many samples of a class-conditional model a classifier recognizes as the class that they were sampled for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,12 +23,13 @@ def recognition(
     rank: int = 0,
     world_size: int = 1,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    shown: Callable[[Sequence[Tensor]], Iterable[Tensor]] = lambda passes: passes,
 ) -> dict[str, float]:
     """Shares in [0, 1] of `per_class` prior samples of each class: `recognized`, and `recognized/NAME` by class.
 
     The same on any number of processes: sample i is a function of (seed, i) and made on rank i mod world_size. The
-    model keeps its mode. Raises ValueError unless model and classifier have the same number of classes and take the
-    same images.
+    model keeps its mode. `shown` passes the batches on, and may show how far it is. Raises ValueError unless model and
+    classifier have the same number of classes and take the same images.
     """
     num_classes = len(classifier.names)
     if classifier.kind != "classes" or model.condition_size != num_classes:
@@ -42,7 +43,7 @@ def recognition(
     one_hot = torch.eye(num_classes, dtype=reference.dtype, device=reference.device)
     right = torch.zeros(num_classes, dtype=torch.float64, device=reference.device)
     with evaluating(model):
-        for positions in torch.arange(rank, num_classes * per_class, world_size).split(IMAGES_PER_PASS):
+        for positions in shown(torch.arange(rank, num_classes * per_class, world_size).split(IMAGES_PER_PASS)):
             classes = (positions // per_class).to(reference.device)  # (b,)
             place = positions.tolist(), reference.device, reference.dtype
             images = model.sample(draw_noise(model.groups, seed, "recognition", *place), temperature, one_hot[classes])

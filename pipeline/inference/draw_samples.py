@@ -5,6 +5,7 @@ n samples, K columns of the condition.
 
 import copy
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +28,9 @@ from pipeline.models.conditions import UNKNOWN, AttributeCondition, ClassConditi
 from pipeline.models.noise import draw_noise
 from pipeline.storage.atomic import atomic_file
 from pipeline.storage.pictures import save_png
+from shard_data.terminal import Progress, aligned, with_progress
+
+log = logging.getLogger("pipeline")
 
 MOST_SHOWN = 400
 """Samples in a picture; a .npz has them all."""
@@ -122,12 +126,26 @@ def picture_columns(count: int) -> int:
     return max(8, math.isqrt(min(count, MOST_SHOWN)))
 
 
+def first_lines(
+    trained: TrainedModel, plan: Plan, temperatures: Sequence[str], places: Sequence[Path | str | None]
+) -> list[str]:
+    """What is sampled, and where it is written."""
+    facts = {
+        "model": f"{trained.place}{', the moving average of the weights' if trained.averaged else ''}",
+        "temperature": ", ".join(temperatures),
+        "writes": [str(place) for place in places if place],
+    }
+    title = f"{plan.count:,} samples of {trained.recipe.model.name} at step {trained.step:,} on {trained.device}"
+    return [title, *aligned(facts)]
+
+
 def sample_images(trained: TrainedModel, plan: Plan, temperature: TemperatureLike, seed: int) -> np.ndarray:
     """uint8 (n, H, W, C)."""
     channels, height, width = trained.image_shape
     images = np.empty((plan.count, height, width, channels), np.uint8)
     size = plan.columns if plan.fixed_groups else images_per_pass(trained.device)
-    for start in range(0, plan.count, size):
+    starts = range(0, plan.count, size)
+    for start in with_progress(starts, Progress("samples", len(starts), "batches", write=log.info)):
         stop = min(start + size, plan.count)
         condition = None if plan.condition is None else plan.condition[start:stop]
         fixed = []
@@ -149,11 +167,15 @@ def readjusted(
     rows = torch.randperm(plan.count, generator=generator)[:count]
     condition = None if plan.condition is None else plan.condition[rows.to(plan.condition.device)]
 
+    progress = Progress("batch norm", iterations, "batches", write=log.info)
+
     def noise(iteration: int) -> list[Tensor]:
+        progress.update()
         positions = range(iteration * count, (iteration + 1) * count)
         return draw_noise(model.groups, seed, "readjust", positions, trained.device, trained.dtype)
 
-    readjust_batch_norm(model, noise, iterations, resolve_temperature(temperature, model.groups), condition)
+    with progress:
+        readjust_batch_norm(model, noise, iterations, resolve_temperature(temperature, model.groups), condition)
     return replace(trained, model=model)
 
 

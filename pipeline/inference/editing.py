@@ -1,11 +1,11 @@
 """The edits of edit.py: a picture under another condition, moved along a direction, or interpolated with another."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline.data.shards import TarShards
 from pipeline.inference.infer_condition import infer_attributes, infer_class
@@ -14,6 +14,9 @@ from pipeline.inference.parse_condition import check_attributes, class_number, p
 from pipeline.inference.passes import IMAGES_PER_PASS
 from pipeline.inference.trained import TrainedModel
 from pipeline.models.conditions import ClassCondition, find_name
+from shard_data.terminal import Progress, with_progress
+
+log = logging.getLogger("pipeline")
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ def find_direction(
     names = shards.attribute_names
     columns = {name: names.index(find_name(name, names, "attribute")) for name in settings}
     differences = {name: MeanDifference() for name in settings}
-    for start in tqdm(range(0, min(images, len(shards)), IMAGES_PER_PASS), desc="mean latents", disable=None):
+    starts = range(0, min(images, len(shards)), IMAGES_PER_PASS)
+    for start in with_progress(starts, Progress("mean latents", len(starts), "batches", write=log.info)):
         here = range(start, min(start + IMAGES_PER_PASS, images, len(shards)))
         latents = trained.encode(torch.from_numpy(shards.images(here).transpose(0, 3, 1, 2).copy()), seed=None)
         attributes = torch.from_numpy(shards.attributes(here)).masked_fill(torch.from_numpy(shards.hidden(here)), -1)

@@ -42,6 +42,7 @@ from pipeline.recipe import Recipe
 from pipeline.run.classifier_folder import load_classifier
 from pipeline.run.data import RunData
 from pipeline.storage.evaluation_journal import EvaluationJournal
+from shard_data.terminal import aligned
 
 log = logging.getLogger("pipeline")
 
@@ -66,22 +67,25 @@ class EvaluationRequest:
     """The command line, for the report."""
 
 
-def evaluate(request: EvaluationRequest, runtime: Runtime) -> None:
-    """Measures, writes the reports and prints the figures."""
+def evaluate(request: EvaluationRequest, runtime: Runtime) -> list[Path]:
+    """Measures, writes the reports and prints the figures. Returns the reports' files, on the main process."""
     if request.out is None:
         runtime.run_on_all(lambda: check_writable(output_folder(results_folder(request.location), FOLDER)))
     measurement = prepare(request, runtime)
-    names, figures = list(dict.fromkeys(request.metrics)), {}
+    for line in first_lines(request, measurement):
+        log.info("%s", line)
+    names, figures, files = list(dict.fromkeys(request.metrics)), {}, []
     with journals(names, measurement, request) as journal_of:
         for name in names:
             found = measure(name, measurement._replace(journal=journal_of.get(name)))
             if request.out is None:
-                save(request, measurement, [name], found)
+                files.append(save(request, measurement, [name], found))
             figures |= found
         if request.out is not None:
-            save(request, measurement, names, figures)
+            files.append(save(request, measurement, names, figures))
     if runtime.is_main:
         print(table(figures))
+    return files
 
 
 @contextmanager
@@ -201,8 +205,30 @@ def describe(names: Sequence[str], measurement: Measurement, request: Evaluation
     return measurement.runtime.from_main(measurement.runtime.run_on_main(describe_here, "reading the images"))
 
 
-def save(request: EvaluationRequest, measurement: Measurement, names: list[str], figures: dict[str, float]) -> None:
-    """Writes the report of these metrics, on the main process, to `--out` or into MODEL/evaluations."""
+def first_lines(request: EvaluationRequest, measurement: Measurement) -> list[str]:
+    """What is measured, where it is written, and what a kill costs."""
+    trained, data = measurement.trained, measurement.data
+    averaged = ", the moving average of the weights" if trained.averaged else ""
+    images = ""
+    if data is not None:
+        count = min(data.recipe.validation.images or len(data.held_out), len(data.held_out))
+        images = f"{data.recipe.data.root}, split {data.held_out.split}: {count:,} of {len(data.held_out):,} images"
+    resumes = any(METRICS[name].resumes for name in request.metrics)
+    facts = {
+        "model": f"{trained.place}{averaged}",
+        "data": printable(images),
+        "metrics": ", ".join(dict.fromkeys(request.metrics)),
+        "writes": str(request.out or output_folder(results_folder(request.location), FOLDER)),
+        "stop": "Ctrl-C; the same command measures only what is missing" if resumes else "Ctrl-C",
+    }
+    title = f"{trained.recipe.model.name} at step {trained.step:,} on {measurement.runtime.describe()}"
+    return [title, *aligned(facts)]
+
+
+def save(request: EvaluationRequest, measurement: Measurement, names: list[str], figures: dict[str, float]) -> Path:
+    """Writes the report of these metrics, on the main process, to `--out` or into MODEL/evaluations. Returns its path
+    there.
+    """
 
     def write() -> Path:
         report = describe_measurement(names, measurement, figures, request.batch_size, request.command)
@@ -214,3 +240,4 @@ def save(request: EvaluationRequest, measurement: Measurement, names: list[str],
     path = measurement.runtime.run_on_main(write)
     if measurement.runtime.is_main:
         log.info("written to %s", path)
+    return path

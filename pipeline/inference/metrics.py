@@ -1,7 +1,7 @@
 """The metrics of evaluate.py. A new one is a function here, which calls the computation, and an entry in METRICS."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from pipeline.models.classifier import Classifier
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.recipe import Recipe
 from pipeline.run.data import RunData
+from shard_data.terminal import Progress, with_progress
 
 log = logging.getLogger("pipeline")
 
@@ -126,7 +127,11 @@ def recognition_measurement(measurement: Measurement) -> dict[str, float]:
     options, runtime = measurement.options, measurement.runtime
     ranks = runtime.rank, runtime.world_size, sum_after_barrier(runtime)
     model, judge = measurement.trained.model, measurement.judge
-    return recognition(model, judge, options.per_class, options.temperature, options.seed, *ranks)
+
+    def shown(passes: Sequence[Tensor]) -> Iterable[Tensor]:
+        return with_progress(passes, Progress("samples", len(passes), "batches", write=log.info, shown=runtime.is_main))
+
+    return recognition(model, judge, options.per_class, options.temperature, options.seed, *ranks, shown)
 
 
 IMAGES = ("split", "images", "images_seed")

@@ -6,17 +6,20 @@ units of the prior. Half its square is the share of the means in the group's KL.
 components of e over the images.
 """
 
+import logging
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline.data.shards import TarShards
 from pipeline.inference.editing import sample_conditions
 from pipeline.inference.passes import IMAGES_PER_PASS
 from pipeline.inference.trained import TrainedModel
+from shard_data.terminal import Progress, with_progress
+
+log = logging.getLogger("pipeline")
 
 ELEMENTS = 4096
 """Of each row that are converted to float64 at a time."""
@@ -36,7 +39,8 @@ class PrincipalDirections(NamedTuple):
 def group_noise(trained: TrainedModel, shards: TarShards, group: int, count: int) -> Tensor:
     """(n, *group.shape) on the CPU: e of the first `count` images of a split."""
     rows, count = [], min(count, len(shards))
-    for start in tqdm(range(0, count, IMAGES_PER_PASS), desc="latents of the data", disable=None):
+    starts = range(0, count, IMAGES_PER_PASS)
+    for start in with_progress(starts, Progress("latents of the data", len(starts), "batches", write=log.info)):
         here = range(start, min(start + IMAGES_PER_PASS, count))
         condition = sample_conditions(trained, shards, here)
         images = torch.from_numpy(shards.images(here).transpose(0, 3, 1, 2).copy())

@@ -5,6 +5,7 @@ have others, and pictures become better with the statistics of such samples (NVA
 """
 
 import argparse
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,9 @@ from pipeline.models.conditions import ClassCondition
 from pipeline.models.noise import draw_noise
 from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.recipe import Recipe, build_model
+from shard_data.terminal import Progress
+
+log = logging.getLogger("pipeline")
 
 BATCH_SIZE = 16
 """Of the release's sampling tool."""
@@ -88,12 +92,16 @@ def readjusted_content(content: ModelContent, how: Readjustment, device: torch.d
     model.to(device)
     condition = _condition(content.recipe, how.batch_size)
 
+    progress = Progress("batch norm", how.iterations, "batches", write=log.info)
+
     def noise(iteration: int) -> list[Tensor]:
+        progress.update()
         positions = range(iteration * how.batch_size, (iteration + 1) * how.batch_size)
         return draw_noise(model.groups, how.seed, "readjust", positions, device, dtype)
 
     placed = None if condition is None else condition.to(device, dtype)
-    readjust_batch_norm(model, noise, how.iterations, how.temperature, placed)
+    with progress:
+        readjust_batch_norm(model, noise, how.iterations, how.temperature, placed)
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     return replace(content, weights=weights, facts={**content.facts, "readjusted": asdict(how)})
 

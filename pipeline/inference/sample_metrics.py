@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from pipeline.models.likelihoods import SquaredErrorLikelihood
 from pipeline.models.noise import draw_noise
 from pipeline.models.pixel_samples import sample_pixels
 from pipeline.run.data import RunData
-from pipeline.run.reading_progress import with_progress
+from shard_data.terminal import Progress, with_progress
 
 log = logging.getLogger("pipeline")
 
@@ -123,9 +123,11 @@ class SampleSets:
         figures = precision_recall(self.real.rows, self.samples.rows, NEIGHBORS, self._share, self._total)
         return figures | self.skipped
 
-    def _share(self, count: int) -> Iterator[int]:
-        """This rank's numbers below `count`."""
-        for number in range(self.runtime.rank, count, self.runtime.world_size):
+    def _share(self, count: int, what: str = "distances", unit: str = "parts") -> Iterator[int]:
+        """This rank's numbers below `count`; the main process shows how far it is."""
+        numbers = range(self.runtime.rank, count, self.runtime.world_size)
+        shown = Progress(what, len(numbers), unit, write=log.info, shown=self.runtime.is_main)
+        for number in with_progress(numbers, shown):
             self.runtime.advance()
             yield number
 
@@ -143,11 +145,9 @@ class SampleSets:
         """
         collector, size = self._collector(self.options.samples), self.data.recipe.validation.batch_size
         count = -(-self.options.samples // size)
-        numbers: Any = range(self.runtime.rank, count, self.runtime.world_size)
-        for number in with_progress(numbers, 0, len(numbers)) if self.runtime.is_main else numbers:
+        for number in self._share(count, "samples", "batches"):
             positions = range(number * size, min((number + 1) * size, self.options.samples))
             collector.add(self._sample(positions), positions)
-            self.runtime.advance()
         return collector.finish(self._total)
 
     def _collector(self, count: int) -> FeatureCollector:

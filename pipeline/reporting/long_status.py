@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pipeline.reporting.run_folder import Run, RunReader, count, printable
 from pipeline.reporting.summary import Summary, summarize
-from pipeline.reporting.text import duration, moment
+from pipeline.reporting.text import moment
 from pipeline.reporting.text_table import STYLES
 from pipeline.storage.attempts import AttemptFacts
-from shard_data.terminal import aligned, paint
+from shard_data.terminal import aligned, duration, paint
 
 SHOWN_CHECKPOINTS = 5
 SHOWN_WARNINGS = 3
@@ -28,6 +28,7 @@ def long_status(folder: Path, now: float | None = None) -> list[str]:
         "model": describe_model(run),
         "data": printable(str(run.settings.get("data.root") or "")),
         "started": describe_last_start(run),
+        "code": printable(run.attempts[-1].revision) if run.attempts else "",
         **{figure.label: describe_figure(figure.value, figure.detail) for figure in summary.figures},
         "checkpoints": describe_checkpoints(run),
         "written": f"{duration(max(0.0, now - run.changed))} ago, {moment(run.changed)}" if run.changed > 0 else "",

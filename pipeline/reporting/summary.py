@@ -4,7 +4,8 @@ import time
 from dataclasses import dataclass
 
 from pipeline.reporting.run_folder import Run, count, seconds_silent
-from pipeline.reporting.text import duration, moment, number
+from pipeline.reporting.text import moment, number
+from shard_data.terminal import duration
 
 SILENT = 900.0
 """Seconds without a record after which a run that states `running` may have been killed; at least 10 intervals."""

@@ -9,8 +9,9 @@ from pipeline.reporting.curves import group_order
 from pipeline.reporting.defaults import REQUIRED, default_of
 from pipeline.reporting.run_folder import Run
 from pipeline.reporting.summary import Objective, best_of, objective_of, summarize
-from pipeline.reporting.text import duration, moment, number, setting
+from pipeline.reporting.text import moment, number, setting
 from pipeline.reporting.thinning import evenly
+from shard_data.terminal import duration
 
 MAX_ROWS = 200
 MAIN_FIGURES = 12

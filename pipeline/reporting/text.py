@@ -24,20 +24,6 @@ def number(value: float | None, digits: int = 4) -> str:
     return text.replace("-", MINUS, 1) if text.startswith("-") else text
 
 
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 05 min`, `2 d 4 h`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes:02d} min"
-    days, hours = divmod(hours, 24)
-    return f"{days} d {hours} h"
-
-
 def moment(seconds: float) -> str:
     """A time since 1970 in the local time zone: `2026-11-28 15:13`."""
     try:

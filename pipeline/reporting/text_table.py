@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipeline.reporting.run_table import Row
-from pipeline.reporting.text import duration, number
+from pipeline.reporting.text import number
+from shard_data.terminal import duration
 
 GAP = 2
 """Spaces between columns."""

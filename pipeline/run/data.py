@@ -19,10 +19,10 @@ from pipeline.data.shards import TarShards, UnreadableShard
 from pipeline.data.unreadable import SkippedSample
 from pipeline.distributed.runtime import Runtime
 from pipeline.recipe import Recipe, total_steps
-from pipeline.run.reading_progress import with_progress
 from pipeline.run.unreadable_log import UnreadableLog
 from shard_data import manifest as manifests
 from shard_data.manifest import Manifest
+from shard_data.terminal import Progress, with_progress
 
 log = logging.getLogger("pipeline")
 
@@ -104,7 +104,9 @@ class RunData:
             **self._reading,
         )
         batches = on_device(loader, self.runtime.device)
-        return with_progress(batches, first, len(loader)) if self._shows_progress else batches
+        if not self._shows_progress:
+            return batches
+        return with_progress(batches, Progress("evaluate", first + len(loader), "batches", first, log.info))
 
     @property
     def _reading(self) -> dict[str, Any]:

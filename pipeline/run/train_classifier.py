@@ -2,14 +2,15 @@
 
 import logging
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from pipeline.cli import log_lines, log_next
 from pipeline.data.loader import Batch, build_eval_loader, build_train_loader
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Preprocess, to_model_input
@@ -19,6 +20,7 @@ from pipeline.models.classifier import Classifier, ClassifierConfig
 from pipeline.run.classifier_folder import save_classifier
 from pipeline.storage.new_folder import check_new
 from shard_data.progress import advance
+from shard_data.terminal import Progress, aligned
 
 log = logging.getLogger("pipeline")
 
@@ -58,6 +60,7 @@ def train_classifier(training: ClassifierTraining, folder: Path) -> None:
     images = LabeledImages(training.data, training.split, training.seed, flip)
     held_out = LabeledImages(training.data, training.held_out, training.seed)
     steps = max(1, round(training.epochs * len(images.shards) / training.batch_size))
+    log_lines(first_lines(training, config, images, steps, folder))
     classifier = fit(config, images, steps, training.batch_size, training.seed)
     figures = accuracy(classifier, held_out)
     for name, share in figures.items():
@@ -70,6 +73,24 @@ def train_classifier(training: ClassifierTraining, folder: Path) -> None:
     }
     save_classifier(classifier, folder, steps, facts)
     log.info("written to %s", folder)
+    metric = "recognition" if config.kind == "classes" else "edit"
+    log_next([f"python pipeline/evaluate.py MODEL --metrics {metric} --classifier {shlex.quote(str(folder))}"])
+
+
+def first_lines(
+    training: ClassifierTraining, config: ClassifierConfig, images: "LabeledImages", steps: int, folder: Path
+) -> list[str]:
+    """What is trained on what, for how long, and where it is written."""
+    threads = torch.get_num_threads()
+    on_cpu = f"{threads} CPU thread{'s' if threads > 1 else ''}"
+    where = on_cpu if images.device.type == "cpu" else str(images.device)
+    facts = {
+        "data": f"{training.data}: {len(images.shards):,} images ({training.split}), measured on {training.held_out}",
+        "length": f"{steps:,} steps of {training.batch_size:,} images, {training.epochs:g} epochs",
+        "writes": f"{folder}, at the end",
+        "stop": "Ctrl-C; nothing is written then",
+    }
+    return [f"a classifier of {len(config.names)} {config.kind} on {where}", *aligned(facts)]
 
 
 class LabeledImages:
@@ -122,15 +143,14 @@ def fit(config: ClassifierConfig, images: LabeledImages, steps: int, batch_size:
     classifier = Classifier(config).to(images.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
-    with tqdm(images.training(batch_size, steps), total=steps, desc="train", unit="step", disable=None) as bar:
-        for number, (x, target) in enumerate(bar, start=1):
+    with Progress("train", steps, "steps", write=log.info) as bar:
+        for number, (x, target) in enumerate(images.training(batch_size, steps), start=1):
             loss = classifier.loss(x, target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            if number % 20 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.update(figures=f"loss {loss.item():.3f}" if number % 20 == 0 else "")
     return classifier
 
 

@@ -3,6 +3,7 @@
 import io
 import logging
 
+import pytest
 from tqdm import tqdm
 
 from pipeline.distributed.logs import TerminalHandler
@@ -24,3 +25,30 @@ def test_without_a_progress_bar_a_message_is_a_plain_line():
     terminal = io.StringIO()
     TerminalHandler(terminal).handle(logging.makeLogRecord({"msg": "100 %"}))
     assert terminal.getvalue() == "100 %\n"
+
+
+class Terminal(io.StringIO):
+    """What is written to a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("level", "environment", "shown"),
+    [
+        ("INFO", {}, "a message"),
+        ("WARNING", {}, "\x1b[33ma message\x1b[0m"),
+        ("ERROR", {}, "\x1b[31ma message\x1b[0m"),
+        ("ERROR", {"NO_COLOR": "1"}, "a message"),
+        ("ERROR", {"TERM": "dumb"}, "a message"),
+    ],
+)
+def test_warnings_and_errors_have_a_color_on_a_terminal(monkeypatch, level, environment, shown):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    terminal = Terminal()
+    TerminalHandler(terminal).handle(logging.makeLogRecord({"msg": "a message", "levelname": level}))
+    assert terminal.getvalue() == shown + "\n"

@@ -11,6 +11,7 @@ from pipeline.data.shards import TarShards
 from pipeline.evaluate import main
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.storage.evaluation_journal import EvaluationJournal
+from tests.helpers.command_lines import check_commands, shown_facts
 from tests.helpers.shard_sets import random_samples, write_set
 from tests.helpers.trained_runs import fast_settings, make_judge, make_run
 
@@ -63,6 +64,19 @@ def test_every_question_has_a_file_of_its_own(run, ask):
     assert len({report["figures"]["elbo"] for report in found.values()}) == 4  # more samples leave the bound alone
     assert found["elbo_test_step_00000007_images_5.json"]["images"] == 5
     assert "nll" in found["elbo_test_step_00000007_importance_3.json"]["figures"]
+
+
+def test_what_is_measured_and_what_comes_next_is_said(run, shards, ask):
+    _, printed = ask(run, "--images", "5")
+    lines = printed.splitlines()
+    start = lines.index("mlp_vae at step 7 on 1 process on CPU, 1 thread each, fp32")
+    facts = shown_facts(lines[start + 1 :])
+    assert facts["model"] == [f"{run}/checkpoints/step_00000007, the moving average of the weights"]
+    assert facts["data"] == [f"{shards}, split test: 5 of 6 images"]
+    assert (facts["metrics"], facts["writes"]) == (["elbo"], [f"{run}/evaluations"])
+    check_commands(facts["next"])
+    (report,) = (run / "evaluations").iterdir()
+    assert facts["next"][1] == f"python pipeline/evaluate.py --repeat {report}"
 
 
 def test_the_same_question_replaces_its_file_and_says_so(run, ask):

@@ -23,6 +23,7 @@ from pipeline.models.classifier import (
 from pipeline.run.classifier_folder import classifier_digest, load_classifier, save_classifier
 from pipeline.storage.checkpoint_folder import META, write_folder
 from pipeline.train_classifier import main
+from tests.helpers.command_lines import check_commands, shown_facts
 from tests.helpers.shard_sets import Samples, random_samples, write_set
 
 NAMES = ("Smiling", "Hat", "Beard")
@@ -173,9 +174,14 @@ def facts_of(folder: Path) -> dict:
     return json.loads((folder / META).read_text())["facts"]
 
 
-def test_attributes_are_learned_and_hidden_ones_masked(faces, tmp_path):
-    """Counting the hidden ones, the third attribute would be learned wrongly: 70 % of it is."""
+def test_attributes_are_learned_and_hidden_ones_masked(faces, tmp_path, capfd):
+    """Counting the hidden ones, the third attribute would be learned wrongly: 70 % of it is. What is done is said."""
     assert train(faces, tmp_path / "out") == 0
+    title, *lines = capfd.readouterr().err.splitlines()
+    said = shown_facts(lines)
+    assert title == "a classifier of 3 attributes on 1 CPU thread"
+    assert said["length"] == ["120 steps of 20 images, 6 epochs"]
+    check_commands(said["next"])
     facts = facts_of(tmp_path / "out")
     assert facts["data_fingerprint"] == TarShards(faces, "train").fingerprint
     assert facts["held_out_split"] == "test"

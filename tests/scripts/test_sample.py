@@ -13,6 +13,7 @@ from pipeline.data.shards import TarShards
 from pipeline.inference import draw_samples
 from pipeline.models.noise import draw_noise
 from pipeline.sample import main
+from tests.helpers.command_lines import check_commands, shown_facts
 from tests.helpers.grids import tiles
 from tests.helpers.recipes import tiny_settings
 from tests.helpers.shard_sets import random_samples, write_set
@@ -71,6 +72,18 @@ def test_samples_do_not_depend_on_how_many_there_are(runs):
     near(many[:3], draw_samples.sample_images(trained, draw_samples.plan_count(trained, 3), 1.0, 2))
     near(many[130:], to_pixels(trained.sample(10, seed=2, first=130)))
     assert len(np.unique(many.reshape(140, -1), axis=0)) == 140
+
+
+def test_what_is_sampled_and_what_comes_next_is_said(runs, tmp_path, capfd):
+    assert main([str(runs["plain"]), "--count", "3", "--temperature", "0.7", "1", "--out", str(tmp_path)]) == 0
+    title, *lines = capfd.readouterr().err.splitlines()
+    assert title == "3 samples of nvae at step 7 on cpu"
+    facts = shown_facts(lines)
+    assert facts["model"] == [f"{runs['plain']}/checkpoints/step_00000007, the moving average of the weights"]
+    assert (facts["temperature"], facts["writes"]) == (["0.7, 1"], [str(tmp_path)])
+    assert sum(line.startswith("3 samples of nvae at step 7: ") for line in lines) == 2
+    check_commands(facts["next"])
+    assert not any("%|" in line for line in lines)  # the bar of a terminal
 
 
 def test_each_class_is_a_row(runs, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from shard_data import AlreadyComplete, DataError, Mnist, ToyFaces, convert, plan
 from shard_data.__main__ import main
 from shard_data.plan import default_shard_size
+from tests.helpers.command_lines import check_commands, shown_facts
 from tests.helpers.conversions import SMALL_FACES, contents
 from tests.helpers.mnist_files import write_mnist
 
@@ -33,6 +34,34 @@ def test_a_complete_set_is_only_replaced_with_overwrite(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert main([*words, "--overwrite", "--workers", "1"]) == 0
     assert set(contents(tmp_path)) == {"manifest.json", "train-000000.tar", "train-000000.index.npy", "notes.txt"}
+
+
+def test_what_is_written_and_what_comes_next_is_said(tmp_path, capfd, monkeypatch):
+    words = [
+        "toy_faces",
+        "--out",
+        str(tmp_path / "new"),
+        "--size",
+        "16",
+        "--train",
+        "3",
+        "--val",
+        "1",
+        "--workers",
+        "1",
+    ]
+    assert main([*words, "--test", "0"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == f"toy_faces: images of 16x16x3 into {tmp_path}/new"
+    facts = shown_facts(lines)
+    assert facts["images"] == ["train 3, val 1"]
+    assert facts["shards"] == ["2, images as npy; 1 process"]
+    assert any(line.startswith(f"{tmp_path}/new: toy_faces is complete") for line in lines)
+    check_commands(facts["next"])
+    assert facts["next"][-1].endswith(f"--model nvae --data {tmp_path}/new --run-dir runs/new data.size=16")
+    monkeypatch.setattr("shard_data.progress._pipe", 2)  # as of a program that another one started
+    assert main([*words, "--test", "0", "--overwrite"]) == 0
+    assert "next" not in shown_facts(capfd.readouterr().out.splitlines())
 
 
 def test_a_set_with_a_damaged_manifest_is_not_overwritten(tmp_path, capsys):
