@@ -270,7 +270,8 @@ class Runtime:
 
     def describe(self) -> str:
         """One line for the banner."""
-        threads = f", {torch.get_num_threads()} threads each" if self.device.type == "cpu" else ""
+        number = torch.get_num_threads()
+        threads = f", {number} thread{'s' if number > 1 else ''} each" if self.device.type == "cpu" else ""
         processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
         return f"{processes} on {self.device_name}{threads}, {self.precision}"
 

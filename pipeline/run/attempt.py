@@ -7,22 +7,25 @@ from pathlib import Path
 
 import torch
 
+from pipeline.cli import log_lines
 from pipeline.distributed.agreement import code_version
 from pipeline.distributed.log_file import LogFile
 from pipeline.distributed.preemption import StopRequest
 from pipeline.distributed.runtime import Runtime
 from pipeline.recipe import Recipe
+from pipeline.run.announce import first_lines, last_lines
 from pipeline.run.initialize import initialize
 from pipeline.run.micro_batch import resolve_micro_batch
 from pipeline.run.out_of_memory import OutOfMemory, explained
 from pipeline.run.prepare_data import prepare_data
-from pipeline.run.resume import ResumeRefused, find_checkpoint, restore, unused_name
+from pipeline.run.resume import ResumeRefused, find_checkpoint, restore
 from pipeline.run.session import Session
 from pipeline.run.start_facts import record_start
 from pipeline.storage.run_lock import RunFolderLost, RunLock
 from pipeline.storage.status import State, StatusFile
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.progress import TrainingDiverged
+from shard_data.terminal import aligned
 
 log = logging.getLogger("pipeline")
 
@@ -115,9 +118,12 @@ def train_with_tracker(session: Session, recipe: Recipe, runtime: Runtime, stop:
 
     def tracker(is_main: bool) -> Tracker:
         attempt = session.status.begin(step, total_steps) if is_main else 1
-        environment = record_start(session, attempt).environment if is_main else {}
-        shown = session.settings | {"environment": environment}
-        return Tracker(recipe.tracking, session.folder, shown, is_main=is_main, start_step=step, attempt=attempt)
+        facts = record_start(session, attempt) if is_main else None
+        shown = session.settings | {"environment": facts.environment if facts is not None else {}}
+        opened = Tracker(recipe.tracking, session.folder, shown, is_main=is_main, start_step=step, attempt=attempt)
+        if facts is not None:
+            log_lines(first_lines(session, facts))
+        return opened
 
     # Inside the tracker: its last upload to W&B must not delay the failure report to the other processes.
     with (
@@ -149,16 +155,14 @@ def report_end(session: Session, runtime: Runtime, stop: StopRequest, completed:
     if completed:
         state, reason = "finished", ""
         log.info("%s is finished: step %d of %d.", folder, trainer.step, trainer.total_steps)
-        log.info(
-            "To train longer, set train.steps above %d; for a new run, use another --run-dir, for instance %s.",
-            trainer.total_steps,
-            unused_name(folder),
-        )
+        if runtime.is_main:
+            log_lines(last_lines(session))
     else:
         interrupted = "SIGINT" in reasons
         state, reason = ("interrupted", "SIGINT") if interrupted else ("preempted", reasons[0])
         message = "stopped by %s at step %d of %d with a checkpoint; run the same command again to continue"
         log.info(message, "Ctrl-C" if interrupted else reason, trainer.step, trainer.total_steps)
+        log_lines(aligned({"checkpoint": str(session.checkpoints.folder / f"step_{trainer.step:08d}")}))
     if runtime.is_main:
         session.status.end(state, reason)
     return state

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from pipeline.run.build import build_trainer
 from pipeline.run.data import RunData
 from pipeline.run.data_trace import Trace
 from pipeline.run.flops import peak_flops, step_flops
+from pipeline.run.interval_lines import IntervalLines
 from pipeline.run.step_profile import StepProfile
 from pipeline.storage.atomic import atomic_file
 from pipeline.storage.checkpoint import Checkpoints
@@ -34,9 +34,6 @@ from pipeline.tracking.tracker import Tracker
 from pipeline.training.trainer import Cadence
 
 log = logging.getLogger("pipeline")
-
-SHOWN = ("train/loss", "train/elbo", "train/bpd", "train/kl", "train/lr", "perf/images_per_second")
-"""The metrics that the terminal shows too."""
 
 
 class Session:
@@ -61,6 +58,7 @@ class Session:
         self.tracker: Tracker | None = None
         self.status = StatusFile(folder)
         self.files = OptionalFiles()
+        self.lines = IntervalLines(self.trainer.total_steps, recipe.train.batch_size)
         self.writer: CheckpointWriter | None = (
             None  # on the main process, while training: every rank has the same state
         )
@@ -157,15 +155,7 @@ class Session:
         if self.stall_ms:
             scalars["perf/checkpoint_stall_ms"], self.stall_ms = self.stall_ms, 0.0
         self.tracker.log(step, scalars)
-        shown = [f"{name.split('/')[-1]} {scalars[name]:.4g}" for name in SHOWN if name in scalars]
-        if speed := scalars.get("perf/images_per_second"):
-            shown.append(f"{self._time_left(step, speed)} left")
-        log.info("step %d/%d  %s", step, self.trainer.total_steps, "  ".join(shown))
-
-    def _time_left(self, step: int, images_per_second: float) -> timedelta:
-        """Until the last step at this speed, without validation and samples."""
-        images = (self.trainer.total_steps - step) * self.recipe.train.batch_size
-        return timedelta(seconds=round(images / images_per_second))
+        log.info("%s", self.lines.training(step, scalars))
 
     def validate(self, step: int) -> None:
         """Metrics of the held-out split, with the averaged weights if there are any."""
@@ -174,9 +164,7 @@ class Session:
             figures = self.evaluator.run(self.trainer.model, step)
         self.validated = step, -figures["val/elbo"]
         self.tracker.log(step, figures)
-        log.info(
-            "step %d validation: %s", step, "  ".join(f"{name[4:]} {value:.4f}" for name, value in figures.items())
-        )
+        log.info("%s", self.lines.validation(step, figures))
 
     def sample(self, step: int) -> None:
         """Prior samples and reconstructions, as PNG files and in W&B.

@@ -1,6 +1,7 @@
 """One attempt at a run: what it does with its folder, and how it ends."""
 
 import logging
+import re
 import shutil
 import signal
 import time
@@ -105,9 +106,12 @@ def test_ctrl_c_ends_after_the_step_with_a_checkpoint(attempt, at_step, tmp_path
 def test_the_log_file_starts_with_the_first_message(attempt, tmp_path):
     attempt(tmp_path / "run")
     lines = (tmp_path / "run/log.txt").read_text().splitlines()
-    assert f"nvae on 1 process on CPU, 1 threads each, fp32 in {tmp_path}/run" in lines[0]
+    assert f"nvae on 1 process on CPU, 1 thread each, fp32 in {tmp_path}/run" in lines[0]
     assert sum("nvae on 1 process" in line for line in lines) == 1
-    assert "is finished: step 6 of 6" in lines[-2]
+    end = next(i for i, line in enumerate(lines) if "is finished: step 6 of 6" in line)
+    assert "python pipeline/report.py" in lines[-1]
+    assert len(lines) - end <= 10
+    assert all(re.match(r"\d{4}-\d\d-\d\d \S+ [A-Z]+ ", line) for line in lines)
 
 
 def test_init_starts_at_step_0_and_repeating_the_command_continues(attempt, at_step, tmp_path):

@@ -217,7 +217,7 @@ def test_a_disk_that_is_full_from_the_start_costs_no_training(recipe_file, unint
     assert [line for line in differences(uninterrupted, run_dir) if "data_trace" not in line] == []
     assert read_status(run_dir).state == "finished"
     logged = (run_dir / "log.txt").read_text()
-    assert all(f"step {step}/40" in logged for step in range(1, 41))
+    assert all(f"step {step:2}/40" in logged for step in range(1, 41))
     traced = [line["step"] for line in read_lines(run_dir / "data_trace.jsonl")]
     assert traced == list(range(traced[0], 40))
 

@@ -16,12 +16,14 @@ from torch._inductor import config as inductor_config
 from pipeline.storage.attempts import read_attempts
 from pipeline.storage.run_lock import RunLock
 from pipeline.train import main
+from tests.helpers.command_lines import check_commands, shown_facts
 from tests.helpers.launching import TRAIN, run_command, train, train_alone
 from tests.helpers.recipes import write_tiny_recipe, write_tiny_set
 from tests.helpers.run_folders import (
     assert_metrics_close,
     last_checkpoint,
     metrics,
+    read_lines,
     remove_checkpoints_after,
     tensor_bytes,
 )
@@ -163,13 +165,37 @@ def test_metrics_have_every_key_the_design_names(single):
 
 
 def test_log_lines_name_the_time_left(single):
+    """At the speed of training in the first line; then at the pace of the records, with validation and checkpoints."""
     text = (single / "log.txt").read_text()
-    lines = re.findall(r"step (\d+)/8 .* images_per_second (\S+)  (\d+):(\d+):(\d+) left", text)
-    assert lines[-1][0] == "8"
+    lines = re.findall(r"step (\d+)/8 +\d+ % .* (\S+) images/s +(\d+):(\d+):(\d+) left", text)
+    assert [line[0] for line in lines] == [str(step) for step in range(1, 9)]
+    times = {record["step"]: record["time"] for record in read_lines(single / "metrics.jsonl")}
     for step, speed, *time_left in lines:
         hours, minutes, seconds = map(int, time_left)
-        left = (8 - int(step)) * 12 / float(speed)
-        assert 3600 * hours + 60 * minutes + seconds == pytest.approx(left, abs=0.6)
+        steps, left = int(step) - 1, 8 - int(step)
+        expected = left * ((times[int(step)] - times[1]) / steps if steps else 12 / float(speed))
+        assert 3600 * hours + 60 * minutes + seconds == pytest.approx(expected, abs=1.5)
+
+
+def test_the_log_begins_and_ends_with_what_a_reader_needs(single):
+    """Ten lines at the start with the processes and W&B, and at the end the paths and three commands that exist."""
+    lines = [line.split(" INFO ", 1)[-1] for line in (single / "log.txt").read_text().splitlines()]
+    first = lines[: next(i for i, line in enumerate(lines) if line.startswith(("no best", "step")))]
+    assert 7 <= len(first) <= 9
+    facts = shown_facts(first[1:])
+    assert facts["model"][0].startswith("30,112 parameters; 3 latent groups: 1 of 2x4x4, 2 of 2x8x8")
+    assert "41 images of 16x16x3 (train); validated on 13 (test) every 3 steps" in facts["data"][0]
+    assert facts["length"] == ["8 steps of 12 images, 2.34 epochs; from step 0"]
+    assert facts["watch"][1] == f"python -m pipeline.status {single} --long"
+    end = next(i for i, line in enumerate(lines) if "is finished: step 8 of 8" in line)
+    facts = shown_facts(lines[end + 1 :])
+    assert Path(facts["checkpoint"][0]) == last_checkpoint(single)
+    best = max((record for record in metrics(single) if "val/elbo" in record), key=lambda record: record["val/elbo"])
+    assert facts["best"][0].startswith(f"ELBO of test {best['val/elbo']:,.2f} nats")
+    assert facts["best"][0].endswith(f", step {best['step']}")
+    assert len(facts["next"]) == 3
+    assert all(str(single) in command for command in facts["next"])
+    check_commands(facts["next"])
 
 
 def test_a_finished_run_says_so(recipe_file, single):
