@@ -18,6 +18,10 @@ PYTHON=${PYTHON:-.venv/bin/python}
 # export NCCL_IB_HCA=mlx5
 # export NCCL_DEBUG=WARN
 
+# W&B: `wandb login` once gives all jobs a key, and this arranges the page of their project (docs/tracking.md):
+#   python -m pipeline.tracking.dashboard --project nvae-pipeline
+# export WANDB_BASE_URL=https://wandb.example.org   # a server of your own
+
 # Folders. RUNS: run folders. STAGE: a folder on each node's own disk, the same path on all of them and
 # kept between jobs; shards are copied there and checked before training. Empty: shards are read in place.
 RUNS=${RUNS:-runs}

@@ -134,7 +134,7 @@ def train_with_tracker(session: Session, recipe: Recipe, runtime: Runtime, stop:
         completed = session.run(opened, should_stop=lambda: stop.reason is not None)
         if not completed:
             text = f"At step {session.trainer.step} of {total_steps}, with a checkpoint. The same command continues it."
-            opened.alert("The run was stopped", text)
+            opened.send_alert("The run was stopped", text)
         return completed
 
 

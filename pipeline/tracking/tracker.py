@@ -110,6 +110,10 @@ class Tracker:
         """Log a warning, and send it as a W&B alert (by e-mail or Slack, depending on the user's W&B settings)."""
         if self._metrics is not None:
             logger.warning("%s: %s", title, text)
+        self.send_alert(title, text)
+
+    def send_alert(self, title: str, text: str) -> None:
+        """Send a W&B alert of what the terminal shows already."""
         if self._wandb is not None:
             self._wandb.alert(title, text)
 
@@ -127,8 +131,8 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None and self._wandb is not None:  # the terminal shows it as the command's last message
-            self._wandb.alert("The run failed", f"{kind.__name__}: {error}"[:1000])
+        if error is not None:
+            self.send_alert("The run failed", f"{kind.__name__}: {error}"[:1000])
         self.finish(exit_code=0 if error is None else 1)
 
 

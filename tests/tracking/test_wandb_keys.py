@@ -2,11 +2,13 @@
 
 import json
 import math
+import signal
 
 import pytest
 
 from pipeline.distributed.preemption import StopRequest
 from pipeline.run.attempt import run_attempt
+from pipeline.training.trainer import Trainer
 from tests.helpers.trackers import KEY, history, read_metrics, read_wandb
 from tests.helpers.wandb_server import WandbServer
 
@@ -27,13 +29,13 @@ MEDIA = {"kl_by_group", "samples/temperature_0.7", "samples/temperature_1", "rec
 
 @pytest.fixture
 def train(make_recipe, make_runtime, tmp_path):
-    """(mode) -> the run folder after the tiny recipe's six steps."""
+    """(mode, how it ends) -> the run folder after an attempt at the tiny recipe's six steps."""
 
-    def run(mode: str):
+    def run(mode: str, state: str = "finished"):
         folder = tmp_path / f"{mode}-seed1"
         recipe = make_recipe(f"tracking.wandb={mode}", "tracking.tags=[tiny]")
         with StopRequest() as stop:
-            assert run_attempt(folder, recipe, make_runtime(), stop) == "finished"
+            assert run_attempt(folder, recipe, make_runtime(), stop) == state
         return folder
 
     return run
@@ -73,12 +75,36 @@ def test_offline_key_by_key(train, tiny_set):
     assert len(facts["code"]) == 16
 
 
-def test_online_key_by_key(train, monkeypatch):
+@pytest.fixture
+def server(monkeypatch):
     with WandbServer() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
-        folder = train("online")
+        yield server
+
+
+def test_online_key_by_key(train, server):
+    folder = train("online")
     (run,) = server.runs.values()
     assert_each_key_once({row["_step"]: row for row in run.history}, folder)
     assert (run.group, run.tags, run.overwritten, run.alerts) == ("online", ["tiny"], 0, [])
     assert json.loads(run.config)["environment"]["value"]["model"] == "nvae"
+
+
+def test_a_stop_sends_an_alert_and_the_next_start_continues_the_same_run(train, server, monkeypatch):
+    train_step = Trainer.train_step
+
+    def stopped(trainer, step, micro_batches):
+        if step == 3:  # which the next attempt does not repeat
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(trainer, step, micro_batches)
+
+    monkeypatch.setattr(Trainer, "train_step", stopped)
+    train("online", "preempted")
+    (run,) = server.runs.values()
+    assert run.alerts == ["The run was stopped"]
+    folder = train("online")
+    assert list(server.runs.values()) == [run]
+    assert_each_key_once({row["_step"]: row for row in run.history}, folder)
+    assert (run.alerts, run.overwritten) == (["The run was stopped"], 0)
+    assert {row["attempt"] for row in run.history} == {1, 2}
