@@ -301,6 +301,14 @@ def test_the_long_status(root, running, capsys):
     assert capsys.readouterr().out == "running\n"
 
 
+def test_the_long_status_of_an_older_run_says_what_its_log_says(capsys):
+    assert status.main([str(OLD_RUNS / "nvae"), "--long"]) == 0
+    text = capsys.readouterr().out
+    assert re.search("^  started +nvae on 1 process on CPU, 1 threads each, fp32 in tests/old_runs/nvae$", text, re.M)
+    assert "next " in text
+    assert "pipeline/evaluate.py" in text
+
+
 @pytest.mark.parametrize(("name", "missing"), [("no_metrics", "There is no metrics.jsonl"), ("foreign", "3 lines of")])
 def test_the_long_status_names_what_is_missing(root, capsys, name, missing):
     assert status.main([str(root / name), "--long"]) == 0
