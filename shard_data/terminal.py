@@ -4,6 +4,7 @@ Colors follow NO_COLOR (no-color.org) and TERM=dumb, and are for terminals alone
 a line per minute.
 """
 
+import math
 import os
 import sys
 import time
@@ -55,7 +56,9 @@ def next_lines(commands: Sequence[str]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 05 min`, `2 d 4 h`."""
+    """`45 s`, `12 min`, `3 h 05 min`, `2 d 4 h`; a dash for what is not finite."""
+    if not math.isfinite(seconds):
+        return "\N{EN DASH}"
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,5 +1,6 @@
 """The first lines of a report: in which state a run is, how far, how good, and how long it takes."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -93,7 +94,7 @@ def summarize(run: Run, now: float | None = None) -> Summary:
     reason, time_left, seconds_left = status.reason, "", None
     if status.state == "running":
         state, tone, reason = judge_running(run, pace, now)
-        if not reason and pace and total > step:
+        if not reason and pace and total > step and math.isfinite((total - step) * pace):
             seconds_left = (total - step) * pace
             time_left = f"{duration(seconds_left)} left, until {moment(now + seconds_left)}"
     return Summary(

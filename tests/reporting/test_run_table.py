@@ -227,6 +227,22 @@ def test_json_has_everything_and_an_older_run_is_a_row(capsys):
     assert rows[1]["objective"] == "val bits/dim"
 
 
+def test_times_of_any_size_are_read(tmp_path, capsys):
+    """Of foreign files: JSON stays valid, and nothing overflows."""
+    strange = [1e308, float("inf"), float("nan"), -5.0, 0]
+    for number, moment in enumerate(strange):
+        run = write_run(tmp_path / f"run{number}", "running", time=moment, total_steps=2**62)
+        times = [1.0, moment, 1.7e308]
+        lines = [json.dumps({"step": step, "time": at, "train/bpd": 1e300}) for step, at in enumerate(times, start=1)]
+        (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        assert status.main([str(run), "--long"]) == 0
+    assert runs.main([str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert runs.main([str(tmp_path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert len(rows) == len(strange)
+
+
 def test_folders_without_runs(tmp_path, capsys):
     assert runs.main([str(tmp_path)]) == 0
     assert f"no runs in {tmp_path}" in capsys.readouterr().out
