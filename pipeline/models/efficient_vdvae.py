@@ -17,6 +17,7 @@ from pipeline.models.conditions import Condition
 from pipeline.models.efficient_vdvae_parts import Decoder, Encoder
 from pipeline.models.likelihoods import Likelihood, LogisticMixtureLikelihood
 from pipeline.models.top_down import TopDownVAE, named_groups
+from pipeline.models.vdvae_options import MAX_RESOLUTION
 from pipeline.nn.distributions import ScaleRule, pixel_values
 from pipeline.nn.latent_normals import LatentNormals
 from pipeline.schema import Count, Layers
@@ -86,6 +87,8 @@ class EfficientVDVAEConfig(ModelConfig):
                 )
         if self.strides[-1] != 1:
             raise ValueError(f"model.strides: the last is {self.strides[-1]}, but nothing follows it; it must be 1")
+        if prod(self.strides) > MAX_RESOLUTION:
+            raise ValueError(f"model.strides: their product is above {MAX_RESOLUTION:,}")
         levels = self.levels(prod(self.strides))
         _check_widths(levels)
         blocks = sum(level.groups + level.encoder_blocks + 1 for level in levels)

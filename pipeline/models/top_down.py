@@ -143,7 +143,7 @@ class TopDownVAE(VAE):
         return [latent.z for latent in latents]
 
     def pixel_distribution(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> PixelDistribution:
-        return self.likelihood(self._decode(lambda k, raw_prior: latents[k], len(latents[0]), condition))
+        return self.likelihood(self._decode(lambda k, raw_prior: latents[k], latents[0].shape[0], condition))
 
     def sample_with_latents(
         self,
@@ -163,7 +163,7 @@ class TopDownVAE(VAE):
             noise.append((latents[k] - prior.mean) / prior.sigma)
             return latents[k]
 
-        self._decode(standardize, len(latents[0]), condition)
+        self._decode(standardize, latents[0].shape[0], condition)
         return noise
 
     def compilable_cells(self) -> Iterator[nn.Module]:
@@ -193,7 +193,7 @@ class TopDownVAE(VAE):
                 latents.append(self.normals.prior(raw_prior).sample(temperatures[k] * noise[k]))
             return latents[k]
 
-        return self._decode(sample_group, len(given[0] if given else noise[0]), condition), latents
+        return self._decode(sample_group, (given[0] if given else noise[0]).shape[0], condition), latents
 
     def likelihood(self, outputs: Tensor) -> PixelDistribution:
         """p(x | z) of raw decoder outputs."""
@@ -213,7 +213,7 @@ class TopDownVAE(VAE):
             latents.append(InferredLatent(*latent))
             return state
 
-        return self.decoder(infer_group, len(noise[0]), start), latents
+        return self.decoder(infer_group, noise[0].shape[0], start), latents
 
     def _decode(self, latent: Callable[[int, Tensor], Tensor], batch_size: int, condition: Tensor | None) -> Tensor:
         """Raw outputs, where `latent(k, raw_prior)` returns the latent of group k."""

@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple
 
 MAX_BLOCKS = 1_000
 MAX_RESOLUTION = 2**14
-TOKEN = re.compile(r"(\d{1,6})(?:([xmd])(\d{1,6}))?")
-WIDTH = re.compile(r"(\d{1,6}):(\d{1,6})")
+TOKEN = re.compile(r"([0-9]{1,6})(?:([xmd])([0-9]{1,6}))?")
+WIDTH = re.compile(r"([0-9]{1,6}):([0-9]{1,6})")
 EXAMPLES = {
     "encoder": "R (a block at resolution R), RxN (N blocks) and RdQ (a block, then pooling by Q)",
     "decoder": "R (a block at resolution R), RxN (N blocks) and RmQ (a block after the state of Q is mixed in)",

@@ -25,6 +25,8 @@ def config(**changes) -> EfficientVDVAEConfig:
         ({"decoder_widths": (8, 9, 9, 9)}, "model.decoder_widths: 8 and 9 channels at levels 0 and 1; they can differ"),
         ({"bottleneck": (0.5, 0.1, 0.5, 0.5)}, "model.bottleneck: 0.1 leaves no inner channel of the 6 at level 1; it"),
         ({"groups": (100,), "residual_blocks": 3}, "model.groups, model.encoder_blocks: more than 1,000 blocks"),
+        ({"strides": (1, 100, 100, 100, 1), "bottleneck": (1.0,)}, "model.encoder_widths: 4 entries for the 5 levels"),
+        ({"strides": (100, 100, 100, 1)}, "model.strides: their product is above 16,384"),
         ({"outer_kernel": 5}, "outer_kernel"),
     ],
 )
