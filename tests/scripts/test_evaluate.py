@@ -283,7 +283,7 @@ def test_a_damaged_sample_ends_both_processes_with_one_message(run, tmp_path):
 BAD = {
     "edit of a plain model": (["--metrics", "edit"], "not trained with attributes; choose from elbo"),
     "recognition of a plain model": (["--metrics", "recognition"], "not trained with classes; choose from elbo"),
-    "no run": (["nowhere"], "nowhere: no such folder; give the folder that"),
+    "no run": (["nowhere"], "nowhere: no such folder; give the folder of a run"),
     "no data": (["--data", "nowhere"], "nowhere: no such folder"),
     "no split": (["--split", "dev"], "--split: DATA: no split 'dev'; it has: train, test"),
     "no checkpoint": (["--checkpoint", "nowhere"], "no checkpoint at nowhere; available steps: 7"),
