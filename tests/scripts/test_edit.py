@@ -219,7 +219,7 @@ BAD = {
         "exclude each other",
     ),
     "no picture": ("plain", ["--image", "nowhere.png", "FACE", "--interpolate"], "nowhere.png: no such picture"),
-    "no run": ("nowhere", ["--image", "FACE", "--set", "a=1"], "no such folder; give the folder that"),
+    "no run": ("nowhere", ["--image", "FACE", "--set", "a=1"], "no such folder; give the folder of a run"),
     "one step": (
         "plain",
         ["--image", "FACE", "FACE", "--interpolate", "--steps", "1"],
