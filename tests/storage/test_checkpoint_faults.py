@@ -315,7 +315,8 @@ def test_a_run_folder_that_is_moved_after_it_was_checked_is_not_made_again(tmp_p
     """Its name may be another run's by then."""
     run = tmp_path / "run"
     run.mkdir()
-    checkpoints = Checkpoints(run / "checkpoints", keep=2, check=lambda: run.rename(tmp_path / "moved"))
+    once = iter([lambda: run.rename(tmp_path / "moved")])
+    checkpoints = Checkpoints(run / "checkpoints", keep=2, check=lambda: next(once, lambda: None)())
     with pytest.raises(OSError, match="could not be written to .*run/checkpoints: No such file or directory"):
         checkpoints.save(1, small(1), {})
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]
