@@ -62,7 +62,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", metavar="N", type=int, default=100, help="images in a pass over all processes (default 100)")
     add("--classifier", metavar="FOLDER", type=Path, help="judge of edit and recognition, of train_classifier.py")
     add("--per-class", metavar="N", type=int, default=1000, help="samples of each class for recognition (default 1000)")
-    add("--temperature", metavar="T", type=float, default=1.0, help="of the samples (default 1)")
+    temperature = "of the samples (default 1); several temperatures give a report each"
+    add("--temperature", metavar="T", type=float, nargs="+", default=[1.0], help=temperature)
+    readjust = "batches that re-estimate batch norm for these samples first (default 0)"
+    add("--readjust", metavar="N", type=int, default=0, help=readjust)
     add("--samples", metavar="N", type=int, default=50_000, help="samples for fid, kid, ... (default 50000)")
     add("--decoder", choices=("mean", "sample"), default="mean", help="of p(x | z), for these samples (default mean)")
     add("--rounding", choices=get_args(Rounding), default="uint8", help="of their pixels (default uint8)")
@@ -124,16 +127,18 @@ def next_commands(location: str, files: Sequence[Path]) -> list[str]:
 
 def build_request(parsed: argparse.Namespace) -> EvaluationRequest:
     """The command line as a request."""
-    options = Options(**{field.name: getattr(parsed, field.name) for field in fields(Options)})
+    first, *others = dict.fromkeys(parsed.temperature)
+    stated = {field.name: getattr(parsed, field.name) for field in fields(Options)}
     return EvaluationRequest(
         location=parsed.location,
         checkpoint=parsed.checkpoint,
         data=parsed.data,
         metrics=parsed.metrics,
-        options=options,
+        options=Options(**stated | {"temperature": first}),
         batch_size=parsed.batch_size,
         out=parsed.out,
         command=parsed.command,
+        more_temperatures=others,
     )
 
 
@@ -157,13 +162,16 @@ def check_arguments(parsed: argparse.Namespace) -> None:
     if parsed.images_seed is not None and parsed.images is None:
         raise ValueError(f"--images-seed {parsed.images_seed}: chooses among the images of --images N; give that, too")
     least = {"images": 1, "importance_samples": 0, "binarizations": 1, "batch_size": 1, "per_class": 1, "threads": 1}
-    least |= {"samples": 2, "kid_subsets": 1, "kid_subset_size": 2}
+    least |= {"readjust": 0, "samples": 2, "kid_subsets": 1, "kid_subset_size": 2}
     for name, minimum in least.items():
         value = getattr(parsed, name)
         if value is not None and value < minimum:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
-    if not 0 <= parsed.temperature < math.inf:
-        raise ValueError(f"--temperature {parsed.temperature}: must be a finite number of at least 0")
+    for temperature in parsed.temperature:
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"--temperature {temperature}: must be a finite number of at least 0")
+    if parsed.out is not None and len(parsed.temperature) > 1:
+        raise ValueError(f"--out {parsed.out}: one file is of one temperature; omit --out, or give one --temperature")
     if parsed.out is not None and parsed.out.is_dir():
         raise ValueError(f"--out {parsed.out}: is a folder; name a file")
 

@@ -3,7 +3,6 @@
 n samples, K columns of the condition.
 """
 
-import copy
 import json
 import logging
 import math
@@ -17,15 +16,14 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation.images import image_grid, to_uint8
-from pipeline.evaluation.sample_grids import readjust_batch_norm
 from pipeline.inference.folders import open_split
 from pipeline.inference.labels import Labels, labeled
-from pipeline.inference.latent_groups import TemperatureLike, listed, resolve_temperature
+from pipeline.inference.latent_groups import TemperatureLike, listed
 from pipeline.inference.parse_condition import check_attributes
-from pipeline.inference.passes import IMAGES_PER_PASS, images_per_pass
+from pipeline.inference.passes import images_per_pass
+from pipeline.inference.readjust import readjusted_model
 from pipeline.inference.trained import TrainedModel
 from pipeline.models.conditions import UNKNOWN, AttributeCondition, ClassCondition
-from pipeline.models.noise import draw_noise
 from pipeline.storage.atomic import atomic_file
 from pipeline.storage.pictures import save_png
 from shard_data.terminal import Progress, aligned, with_progress
@@ -161,22 +159,11 @@ def readjusted(
     trained: TrainedModel, plan: Plan, temperature: TemperatureLike, seed: int, iterations: int
 ) -> TrainedModel:
     """A copy of the model whose batch norm's running statistics were moved to those of samples at this temperature."""
-    model = copy.deepcopy(trained.model)
-    count = min(plan.count, IMAGES_PER_PASS)
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(plan.count, generator=generator)[:count]
-    condition = None if plan.condition is None else plan.condition[rows.to(plan.condition.device)]
 
-    progress = Progress("batch norm", iterations, "batches", write=log.info)
+    def condition_of(numbers: Tensor) -> Tensor | None:
+        return None if plan.condition is None else plan.condition[numbers.to(plan.condition.device)]
 
-    def noise(iteration: int) -> list[Tensor]:
-        progress.update()
-        positions = range(iteration * count, (iteration + 1) * count)
-        return draw_noise(model.groups, seed, "readjust", positions, trained.device, trained.dtype)
-
-    with progress:
-        readjust_batch_norm(model, noise, iterations, resolve_temperature(temperature, model.groups), condition)
-    return replace(trained, model=model)
+    return replace(trained, model=readjusted_model(trained, plan.count, condition_of, temperature, seed, iterations))
 
 
 def picture(plan: Plan, images: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 written."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +65,8 @@ class EvaluationRequest:
     """One file for all metrics; None: files in MODEL/evaluations."""
     command: Sequence[str]
     """The command line, for the report."""
+    more_temperatures: Sequence[float] = ()
+    """At which the metrics of samples are measured, too, after `options.temperature`."""
 
 
 def evaluate(request: EvaluationRequest, runtime: Runtime) -> list[Path]:
@@ -74,18 +76,40 @@ def evaluate(request: EvaluationRequest, runtime: Runtime) -> list[Path]:
     measurement = prepare(request, runtime)
     for line in first_lines(request, measurement):
         log.info("%s", line)
-    names, figures, files = list(dict.fromkeys(request.metrics)), {}, []
+    names = list(dict.fromkeys(request.metrics))
     with journals(names, measurement, request) as journal_of:
-        for name in names:
-            found = measure(name, measurement._replace(journal=journal_of.get(name)))
-            if request.out is None:
-                files.append(save(request, measurement, [name], found))
-            figures |= found
-        if request.out is not None:
-            files.append(save(request, measurement, names, figures))
+        figures, files = measure_all(names, measurement, request, journal_of)
     if runtime.is_main:
         print(table(figures))
+    of_samples = [name for name in names if "temperature" in METRICS[name].options]
+    for temperature in request.more_temperatures if of_samples else ():
+        measurement = at_temperature(measurement, temperature)
+        figures, more = measure_all(of_samples, measurement, request, {})
+        files += more
+        if runtime.is_main:
+            print(f"\ntemperature {temperature:g}\n{table(figures)}")
     return files
+
+
+def measure_all(
+    names: list[str], measurement: Measurement, request: EvaluationRequest, journal_of: Mapping[str, EvaluationJournal]
+) -> tuple[dict[str, float], list[Path]]:
+    """The figures of these metrics, and the files of their reports."""
+    figures, files = {}, []
+    for name in names:
+        found = measure(name, measurement._replace(journal=journal_of.get(name)))
+        if request.out is None:
+            files.append(save(request, measurement, [name], found))
+        figures |= found
+    if request.out is not None:
+        files.append(save(request, measurement, names, figures))
+    return figures, files
+
+
+def at_temperature(measurement: Measurement, temperature: float) -> Measurement:
+    """The measurement of samples at another temperature."""
+    options = replace(measurement.options, temperature=temperature)
+    return measurement._replace(options=options, sets=measurement.sets and measurement.sets.at(options))
 
 
 @contextmanager
@@ -184,7 +208,8 @@ def load_all(
 def describe_question(name: str, measurement: Measurement) -> str:
     """One line that says what is measured."""
     trained, options, data = measurement.trained, measurement.options, measurement.data
-    values = {option: getattr(options, option) for option in METRICS[name].options}
+    used = [option for option in METRICS[name].options if option != "readjust" or options.readjust]
+    values = {option: getattr(options, option) for option in used}
     shown = [f"{option.replace('_', ' ')} {value}" for option, value in values.items() if value is not None]
     where = f" on {data.recipe.data.root}{describe_binarization(data.recipe)}" if METRICS[name].reads_images else ""
     return f"{name} of {trained.recipe.model.name} at step {trained.step}{where}: {', '.join(shown)}"

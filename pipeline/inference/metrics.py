@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pipeline.config import build
@@ -16,7 +17,8 @@ from pipeline.evaluation.class_recognition import recognition
 from pipeline.evaluation.edit_metric import edit_figures, held_out_faces, hidden_by
 from pipeline.evaluation.likelihood_bounds import Evaluator, Journal
 from pipeline.inference.folders import load_manifest
-from pipeline.inference.sample_metrics import SampleOptions, SampleSets
+from pipeline.inference.readjust import check_batch_norm
+from pipeline.inference.sample_metrics import SampleOptions, SampleSets, sampled_model
 from pipeline.inference.trained import TrainedModel
 from pipeline.models.classifier import Classifier
 from pipeline.models.conditions import AttributeCondition, ClassCondition
@@ -124,23 +126,29 @@ def edit_measurement(measurement: Measurement) -> dict[str, float]:
 
 def recognition_measurement(measurement: Measurement) -> dict[str, float]:
     """See pipeline.evaluation.class_recognition."""
-    options, runtime = measurement.options, measurement.runtime
+    options, runtime, judge = measurement.options, measurement.runtime, measurement.judge
     ranks = runtime.rank, runtime.world_size, sum_after_barrier(runtime)
-    model, judge = measurement.trained.model, measurement.judge
+    trained, classes = measurement.trained, torch.eye(measurement.trained.model.condition_size)
+
+    def condition_of(numbers: Tensor) -> Tensor:
+        return classes[numbers // options.per_class].to(trained.device, trained.dtype)
 
     def shown(passes: Sequence[Tensor]) -> Iterable[Tensor]:
         return with_progress(passes, Progress("samples", len(passes), "batches", write=log.info, shown=runtime.is_main))
 
+    model = sampled_model(trained, options, len(classes) * options.per_class, condition_of)
     return recognition(model, judge, options.per_class, options.temperature, options.seed, *ranks, shown)
 
 
 IMAGES = ("split", "images", "images_seed")
-SAMPLES = (*IMAGES, "samples", "temperature", "decoder", "rounding", "resize")
+SAMPLES = (*IMAGES, "samples", "temperature", "readjust", "decoder", "rounding", "resize")
 SUBSETS = ("kid_subsets", "kid_subset_size")
 METRICS = {
     "elbo": Metric(bound_figures, (*IMAGES, "importance_samples", "binarizations"), resumes=True),
     "edit": Metric(edit_measurement, (*IMAGES, "classifier"), AttributeCondition),
-    "recognition": Metric(recognition_measurement, ("per_class", "temperature", "classifier"), ClassCondition),
+    "recognition": Metric(
+        recognition_measurement, ("per_class", "temperature", "readjust", "classifier"), ClassCondition
+    ),
     "fid": Metric(lambda measurement: measurement.sets.frechet(), SAMPLES),
     "kid": Metric(lambda measurement: measurement.sets.kernel(), (*SAMPLES, *SUBSETS)),
     "precision_recall": Metric(lambda measurement: measurement.sets.precision_recall(), SAMPLES),
@@ -151,7 +159,7 @@ TRAINED_WITH = {AttributeCondition: "attributes", ClassCondition: "classes"}
 
 
 def check_metrics(names: Sequence[str], trained: TrainedModel, options: Options) -> None:
-    """Raises ValueError for metrics that do not apply to the model, and for a judge that is missing."""
+    """Raises ValueError for metrics and options that do not apply to the model, and for a judge that is missing."""
     for name in names:
         metric = METRICS[name]
         if metric.condition and not isinstance(trained.recipe.condition, metric.condition):
@@ -161,6 +169,12 @@ def check_metrics(names: Sequence[str], trained: TrainedModel, options: Options)
             )
         if "classifier" in metric.options and options.classifier is None:
             raise ValueError(f"--metrics {name}: needs a judge: --classifier FOLDER, made by train_classifier.py")
+    if options.readjust:
+        of_samples = [name for name, metric in METRICS.items() if "readjust" in metric.options]
+        if not {*names} & {*of_samples}:
+            listed = " ".join(of_samples)
+            raise ValueError(f"--readjust {options.readjust}: is for samples; add one of --metrics {listed}")
+        check_batch_norm(trained.model, trained.recipe)
 
 
 def applicable_metrics(trained: TrainedModel) -> list[str]:

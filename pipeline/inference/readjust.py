@@ -5,17 +5,23 @@ have others, and pictures become better with the statistics of such samples (NVA
 """
 
 import argparse
+import copy
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.distributed import collectives
 from pipeline.evaluation.sample_grids import readjust_batch_norm
+from pipeline.inference.latent_groups import TemperatureLike, resolve_temperature
 from pipeline.inference.model_folder import ModelContent
+from pipeline.inference.passes import IMAGES_PER_PASS
+from pipeline.inference.trained import TrainedModel
+from pipeline.models.base import VAE
 from pipeline.models.conditions import ClassCondition
 from pipeline.models.noise import draw_noise
 from pipeline.nn.batch_norm import BatchNorm2d
@@ -85,8 +91,7 @@ def readjusted_content(content: ModelContent, how: Readjustment, device: torch.d
         raise ValueError("--readjust: its batch norm was re-estimated already; use the model that this one came from")
     with torch.random.fork_rng():  # the initial weights are replaced
         model = build_model(content.recipe)
-    if not any(isinstance(module, BatchNorm2d) for module in model.modules()):
-        raise ValueError(f"--readjust: model.name={content.recipe.model.name} has no batch norm with these settings")
+    check_batch_norm(model, content.recipe)
     dtype = next(iter(content.weights.values())).dtype
     model.to(dtype).load_state_dict(content.weights)
     model.to(device)
@@ -96,6 +101,7 @@ def readjusted_content(content: ModelContent, how: Readjustment, device: torch.d
 
     def noise(iteration: int) -> list[Tensor]:
         progress.update()
+        advance()
         positions = range(iteration * how.batch_size, (iteration + 1) * how.batch_size)
         return draw_noise(model.groups, how.seed, "readjust", positions, device, dtype)
 
@@ -104,6 +110,44 @@ def readjusted_content(content: ModelContent, how: Readjustment, device: torch.d
         readjust_batch_norm(model, noise, how.iterations, how.temperature, placed)
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     return replace(content, weights=weights, facts={**content.facts, "readjusted": asdict(how)})
+
+
+def readjusted_model(
+    trained: TrainedModel,
+    count: int,
+    condition_of: Callable[[Tensor], Tensor | None],
+    temperature: TemperatureLike,
+    seed: int,
+    iterations: int,
+) -> VAE:
+    """A copy of the model whose batch norm's running statistics were moved to those of samples at this temperature.
+
+    `count`: the number of samples to make later. `condition_of(numbers)`: the conditions (b, K) of these of them, or
+    None. The statistics are of a random choice of them, at most IMAGES_PER_PASS. Each process computes all of it, so
+    that the result does not depend on the number of processes. Raises ValueError for a model without batch norm.
+    """
+    check_batch_norm(trained.model, trained.recipe)
+    model = copy.deepcopy(trained.model)
+    numbers = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:IMAGES_PER_PASS]
+
+    progress = Progress("batch norm", iterations, "batches", write=log.info, shown=collectives.process_rank() == 0)
+
+    def noise(iteration: int) -> list[Tensor]:
+        progress.update()
+        advance()
+        positions = range(iteration * len(numbers), (iteration + 1) * len(numbers))
+        return draw_noise(model.groups, seed, "readjust", positions, trained.device, trained.dtype)
+
+    with progress, collectives.alone():
+        temperatures = resolve_temperature(temperature, model.groups)
+        readjust_batch_norm(model, noise, iterations, temperatures, condition_of(numbers))
+    return model
+
+
+def check_batch_norm(model: VAE, recipe: Recipe) -> None:
+    """Raises ValueError for a model without batch norm."""
+    if not any(isinstance(module, BatchNorm2d) for module in model.modules()):
+        raise ValueError(f"--readjust: model.name={recipe.model.name} has no batch norm with these settings")
 
 
 def temperature_of(facts: Mapping[str, Any]) -> float:

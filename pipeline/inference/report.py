@@ -33,8 +33,8 @@ UNFINISHED = "*.rank0.unfinished"
 MAX_BYTES = 4 * 2**20
 QUESTION = (
     "metrics", "step", "weights_sha256", "split", "images", "images_seed", "split_images", "fingerprint", "holdout",
-    "importance_samples", "binarize", "binarizations", "per_class", "temperature", "classifier_digest", "seed",
-    "precision",
+    "importance_samples", "binarize", "binarizations", "per_class", "temperature", "readjust", "classifier_digest",
+    "seed", "precision",
     "samples", "decoder", "rounding", "resize", "kid_subsets", "kid_subset_size", "feature_weights_sha256",
 )  # fmt: skip
 """The entries of a report, and of its `data`, that say what was measured: equal ones are one question."""
@@ -133,6 +133,8 @@ def file_stem(report: dict[str, Any], training_seed: int) -> str:
         words.append(f"per_class_{report['per_class']}_temperature_{report['temperature']:g}")
     if "samples" in report:
         words += sample_words(report)
+    if report.get("readjust"):
+        words.append(f"readjust_{report['readjust']}")
     if "classifier_digest" in report:
         words.append(f"classifier_{report['classifier_digest'][:8]}")
     if data and data["fingerprint"] != data["trained_on_fingerprint"]:
@@ -155,7 +157,7 @@ def sample_words(report: dict[str, Any]) -> list[str]:
 
 def question(report: dict[str, Any]) -> dict[str, Any]:
     """What was measured, without what came out."""
-    flat = flattened(report)
+    flat = {"readjust": 0} | flattened(report)  # which reports of earlier versions do not state
     return {name: flat.get(name) for name in QUESTION}
 
 

@@ -1,7 +1,8 @@
 """FID, KID, precision and recall: how near a model's samples are to real images, in the features of a network."""
 
+import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +21,9 @@ from pipeline.evaluation.kernel_distance import kernel_distance
 from pipeline.evaluation.precision_recall import precision_recall
 from pipeline.inference.feature_cache import FeatureCache
 from pipeline.inference.feature_weights import INCEPTION
+from pipeline.inference.readjust import readjusted_model
 from pipeline.inference.trained import TrainedModel
-from pipeline.models.base import without_border
+from pipeline.models.base import VAE, without_border
 from pipeline.models.likelihoods import SquaredErrorLikelihood
 from pipeline.models.noise import draw_noise
 from pipeline.models.pixel_samples import sample_pixels
@@ -42,6 +44,8 @@ class SampleOptions:
     """Of the latent noise; None: the run's, as in its validation."""
     temperature: float = 1.0
     """Scale of the priors' sigmas."""
+    readjust: int = 0
+    """Batches that re-estimate batch norm's statistics for these samples."""
     samples: int = 50_000
     decoder: Literal["mean", "sample"] = "mean"
     """Of p(x | z)."""
@@ -51,6 +55,15 @@ class SampleOptions:
     kid_subset_size: int = 1000
     feature_weights: Path | None = None
     """File of the feature network's weights; None: torch hub's."""
+
+
+def sampled_model(
+    trained: TrainedModel, options: SampleOptions, count: int, condition_of: Callable[[Tensor], Tensor | None]
+) -> VAE:
+    """The model, or a copy whose batch norm is re-estimated; see readjusted_model."""
+    if not options.readjust:
+        return trained.model
+    return readjusted_model(trained, count, condition_of, options.temperature, options.seed, options.readjust)
 
 
 class SampleSets:
@@ -76,6 +89,14 @@ class SampleSets:
         self.skipped: dict[str, float] = {}
         """The figure `skipped_samples`, where real images could not be read."""
         runtime.run_on_all(lambda: self._check(metrics))
+
+    def at(self, options: SampleOptions) -> "SampleSets":
+        """The same real images, and samples by other options."""
+        other = copy.copy(self)
+        other.options = options
+        for name in ("samples", "model"):
+            vars(other).pop(name, None)
+        return other
 
     def _check(self, metrics: Sequence[str]) -> None:
         if self.options.decoder == "sample" and isinstance(
@@ -150,6 +171,12 @@ class SampleSets:
             collector.add(self._sample(positions), positions)
         return collector.finish(self._total)
 
+    @cached_property
+    def model(self) -> VAE:
+        """The one that is sampled from."""
+        with self.runtime.autocast():
+            return sampled_model(self.trained, self.options, self.options.samples, self._condition)
+
     def _collector(self, count: int) -> FeatureCollector:
         runtime, options = self.runtime, self.options
         how = options.resize, options.rounding, self.keep_rows
@@ -158,21 +185,21 @@ class SampleSets:
     @torch.no_grad()
     def _sample(self, positions: range) -> Tensor:
         """Images (b, C, H, W) in [0, 1], without padding."""
-        runtime, options, model = self.runtime, self.options, self.trained.model
+        runtime, options, model = self.runtime, self.options, self.model
         noise = draw_noise(model.groups, options.seed, "sample", positions, runtime.device, runtime.dtype)
-        condition = self._condition(positions)
+        condition = self._condition(torch.tensor(positions))
         with runtime.autocast():
             images, latents = model.sample_with_latents(noise, options.temperature, condition)
             if options.decoder == "sample":
                 images = sample_pixels(model.pixel_distribution(latents, condition), options.seed, positions)
         return without_border(images.to(runtime.dtype), self.data.recipe.data.pad)
 
-    def _condition(self, positions: range) -> Tensor | None:
-        """(b, K): those of real images, in their order."""
+    def _condition(self, numbers: Tensor) -> Tensor | None:
+        """(b, K): those of real images, in their order, of the samples of these numbers."""
         condition, shards = self.trained.recipe.condition, self.data.held_out
         if condition is None:
             return None
-        indices = [position % self.num_real for position in positions]
+        indices = (numbers % self.num_real).tolist()
         labels, attributes = torch.from_numpy(shards.labels(indices)), torch.from_numpy(shards.attributes(indices))
         return condition.encode(labels, attributes, shards.attribute_names).to(self.runtime.device, self.runtime.dtype)
 

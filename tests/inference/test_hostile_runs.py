@@ -14,16 +14,10 @@ import pipeline
 from pipeline import edit, evaluate, sample
 from pipeline.storage.checkpoint import Checkpoints
 from tests.helpers.recipes import tiny_settings
-from tests.helpers.shard_sets import random_samples, write_set
 from tests.helpers.trained_runs import STEP, make_judge, make_run
 
 PARAMETER = "decoder_start"
 CHECKPOINT = f"checkpoints/step_{STEP:08d}"
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    return write_set(tmp_path_factory.mktemp("shards") / "set", {"test": random_samples(3, 16, 16, seed=2)}, [3])
 
 
 @pytest.fixture(scope="module")

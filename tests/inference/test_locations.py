@@ -13,15 +13,9 @@ from pipeline.inference.locations import find_model, results_folder
 from pipeline.inference.model_folder import content_of, write_model_folder
 from pipeline.storage.checkpoint import Checkpoints
 from tests.helpers.recipes import tiny_settings
-from tests.helpers.shard_sets import random_samples, write_set
 from tests.helpers.trained_runs import STEP, make_run
 
 CHECKPOINT = f"checkpoints/step_{STEP:08d}"
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return write_set(tmp_path_factory.mktemp("shards") / "set", {"test": random_samples(3, 16, 16, seed=2)}, [3])
 
 
 @pytest.fixture(scope="module")

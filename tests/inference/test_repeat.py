@@ -16,11 +16,6 @@ from tests.helpers.trained_runs import fast_settings, make_judge, make_run
 OLD = Path(__file__).parents[1] / "old_runs"
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    return write_set(tmp_path_factory.mktemp("shards") / "set", {"test": random_samples(6, 16, 16, seed=2)}, [6])
-
-
 @pytest.fixture
 def ask(make_runtime, capfd):
     """(words) -> the exit code, and what evaluate.py printed."""

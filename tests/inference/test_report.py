@@ -18,11 +18,6 @@ from tests.helpers.trained_runs import fast_settings, make_judge, make_run
 OLD = Path(__file__).parents[1] / "old_runs"
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    return write_set(tmp_path_factory.mktemp("shards") / "set", {"test": random_samples(6, 16, 16, seed=2)}, [6])
-
-
 @pytest.fixture
 def run(shards, tmp_path) -> Path:
     return make_run(tmp_path / "run", fast_settings(shards), fingerprint=TarShards(shards, "test").fingerprint)

@@ -19,6 +19,7 @@ from pipeline.inference import evaluate_run
 from pipeline.inference.repeat import load_report, repeat, request_of
 from pipeline.inference.sample_metrics import SampleSets
 from pipeline.inference.trained import load
+from pipeline.models.noise import draw_noise
 from tests.helpers.feature_networks import SmallNetwork
 from tests.helpers.launching import ROOT, launch
 from tests.helpers.recipes import merged, tiny_settings
@@ -99,6 +100,43 @@ def test_the_figures_are_those_computed_from_samples_and_images(run, shards, mea
     assert found.keys() == {"fid", *expected}
 
 
+def test_batch_norm_is_re_estimated_for_the_samples(run, shards, measure):
+    """By samples of the same temperature."""
+    words = ("--metrics", "fid", "--samples", "70", "--temperature", "0.7")
+    found = measure(*words, "--readjust", "2")
+    trained = load(run, dtype=torch.float64)
+    trained.model.train()
+    for batch in range(2):
+        positions = range(70 * batch, 70 * (batch + 1))
+        trained.model.sample(draw_noise(trained.model.groups, 1, "readjust", positions, "cpu", trained.dtype), 0.7)
+    trained.model.eval()
+    x, y = features(real_images(shards)), features(trained.sample(70, 0.7, seed=1))
+    assert found["figures"]["fid"] == pytest.approx(frechet(x, y), rel=1e-9)
+    assert found["readjust"] == 2
+    assert found["figures"] != measure(*words)["figures"]
+
+
+def test_several_temperatures_give_a_report_each(small_run, measure, make_runtime, monkeypatch):
+    """The real images are read once. A report of an earlier version, which states no `readjust`, is replaced."""
+    reads, plain = [], SampleSets._compute_real
+    monkeypatch.setattr(SampleSets, "_compute_real", lambda self: reads.append(0) or plain(self))
+    words = ["--metrics", "elbo", "fid", "--samples", "60", "--precision", "fp64"]
+    parsed = build_parser().parse_args([str(small_run), *words, "--temperature", "1", "0.5", "1"])
+    evaluate(build_request(parsed), make_runtime("fp64"))
+    assert reads == [0]
+    reports = {path.name: json.loads(path.read_text()) for path in (small_run / "evaluations").glob("*.json")}
+    stem = "test_step_00000007"
+    names = [f"fid_{stem}_samples_60_fp64.json", f"fid_{stem}_samples_60_temperature_0.5_fp64.json"]
+    assert reports.keys() == {f"elbo_{stem}_fp64.json", *names}
+    for name, temperature in zip(names, ("1", "0.5"), strict=True):
+        alone = measure("--metrics", "fid", "--samples", "60", "--temperature", temperature, of=small_run)
+        assert reports[name]["figures"] == alone["figures"]
+    earlier = small_run / "evaluations" / names[0]
+    earlier.write_text(json.dumps({key: value for key, value in reports[names[0]].items() if key != "readjust"}))
+    evaluate(build_request(parsed), make_runtime("fp64"))
+    assert {path.name for path in (small_run / "evaluations").glob("*.json")} == reports.keys()
+
+
 def test_a_set_compared_with_itself(measure, monkeypatch, shards):
     images = real_images(shards)
     monkeypatch.setattr(SampleSets, "_sample", lambda self, positions: images[positions.start : positions.stop])
@@ -130,6 +168,8 @@ def test_a_likelihood_that_cannot_be_sampled_is_refused(shards, measure, tmp_pat
     run = make_run(tmp_path / "run", tiny_settings(shards) | {"model": model, "regularizers": {"strength": 0.0}})
     with pytest.raises(ValueError, match="--decoder sample: likelihood squared_error"):
         measure("--metrics", "fid", "--decoder", "sample", of=run)
+    with pytest.raises(ValueError, match="--readjust: model.name=mlp_vae has no batch norm"):
+        measure("--metrics", "fid", "--readjust", "2", of=run)
 
 
 def test_a_conditional_model_samples_the_classes_of_the_images(shards, measure, tmp_path):
@@ -343,7 +383,7 @@ def test_processes_share_the_work_and_find_the_same(run, make_runtime, tmp_path,
     """In float32. Rows, and so KID, precision and recall, are equal to the bit; the sums behind FID are added in
     another order: 1e-12. The second time the real images come from the cache of the main process.
     """
-    script, words = tmp_path / "script.py", [str(run), *ALL, "--batch-size", "8", "--out"]
+    script, words = tmp_path / "script.py", [str(run), *ALL, "--batch-size", "8", "--readjust", "2", "--out"]
     script.write_text(ON_RANKS)
     outs = [str(tmp_path / name) for name in ("first.json", "cached.json", "alone.json")]
     lines = ["|".join([*words, out]) for out in outs[:2]]

@@ -252,9 +252,9 @@ def test_edits_and_recognition_are_measured_with_a_judge(tmp_path, make_runtime)
     settings = tiny_settings(data) | {"condition": {"name": "class", "num_classes": 10}}
     run = make_run(tmp_path / "digits", settings)
     words = ["--classifier", make_judge(tmp_path / "other", "classes", list("0123456789")), "--metrics", "recognition"]
-    report = measured(run, make_runtime, *words, "--per-class", "4", "--temperature", "0.5")
+    report = measured(run, make_runtime, *words, "--per-class", "4", "--temperature", "0.5", "--readjust", "1")
     shares = report["figures"]
-    assert (report["per_class"], report["temperature"]) == (4, 0.5)
+    assert (report["per_class"], report["temperature"], report["readjust"]) == (4, 0.5, 1)
     assert shares["recognized"] == pytest.approx(np.mean([shares[f"recognized/{i}"] for i in range(10)]))
     assert all(4 * share == int(4 * share) for name, share in shares.items() if "/" in name)
 
@@ -297,6 +297,14 @@ BAD = {
     "no threads": (["--threads", "0"], "--threads 0: must be at least 1"),
     "no samples of a class": (["--per-class", "0"], "--per-class 0: must be at least 1"),
     "an endless temperature": (["--temperature", "inf"], "--temperature inf: must be a finite number"),
+    "one file for two temperatures": (
+        ["--metrics", "fid", "--temperature", "1", "0.7", "--out", "a.json"],
+        "--out a.json: one file is of one temperature; omit --out, or give one --temperature",
+    ),
+    "samples readjusted for the bound": (
+        ["--readjust", "2"],
+        "--readjust 2: is for samples; add one of --metrics recognition fid kid precision_recall",
+    ),
     "a folder for the report": (["--out", "."], "--out .: is a folder; name a file"),
 }
 
