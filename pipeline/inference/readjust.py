@@ -26,6 +26,7 @@ from pipeline.models.conditions import ClassCondition
 from pipeline.models.noise import draw_noise
 from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.recipe import Recipe, build_model
+from shard_data.progress import advance
 from shard_data.terminal import Progress
 
 log = logging.getLogger("pipeline")
@@ -101,7 +102,6 @@ def readjusted_content(content: ModelContent, how: Readjustment, device: torch.d
 
     def noise(iteration: int) -> list[Tensor]:
         progress.update()
-        advance()
         positions = range(iteration * how.batch_size, (iteration + 1) * how.batch_size)
         return draw_noise(model.groups, how.seed, "readjust", positions, device, dtype)
 
@@ -129,7 +129,6 @@ def readjusted_model(
     check_batch_norm(trained.model, trained.recipe)
     model = copy.deepcopy(trained.model)
     numbers = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:IMAGES_PER_PASS]
-
     progress = Progress("batch norm", iterations, "batches", write=log.info, shown=collectives.process_rank() == 0)
 
     def noise(iteration: int) -> list[Tensor]:

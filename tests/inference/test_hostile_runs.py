@@ -51,6 +51,7 @@ def forge(honest: Path, folder: Path, facts: dict | None = None, ema: dict | Non
         section, _, key = path.partition(".")
         forged["settings"][section][key] = value
     tensors = found.tensors | {"ema": {**found.tensors["ema"], **(ema or {})}}
+    folder.mkdir(exist_ok=True)
     Checkpoints(folder / "checkpoints").save(STEP, tensors, forged)
     return folder
 

@@ -383,8 +383,9 @@ def test_processes_share_the_work_and_find_the_same(run, make_runtime, tmp_path,
     """In float32. Rows, and so KID, precision and recall, are equal to the bit; the sums behind FID are added in
     another order: 1e-12. The second time the real images come from the cache of the main process.
     """
-    script, words = tmp_path / "script.py", [str(run), *ALL, "--batch-size", "8", "--readjust", "2", "--out"]
+    script = tmp_path / "script.py"
     script.write_text(ON_RANKS)
+    words = [str(run), *ALL, "--batch-size", "8", "--readjust", "2", "--rounding", "float", "--out"]
     outs = [str(tmp_path / name) for name in ("first.json", "cached.json", "alone.json")]
     lines = ["|".join([*words, out]) for out in outs[:2]]
     result = launch(processes, script, *lines, PYTHONPATH=str(ROOT), NVAE_CACHE_DIR=str(tmp_path / "of_ranks"))
