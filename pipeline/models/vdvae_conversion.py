@@ -125,6 +125,10 @@ def options_for(config: VDVAEConfig) -> dict[str, Any]:
             f"model.likelihood.bin_rule={likelihood.bin_rule} with the pixel_mean of its data set {dataset}, which has "
             f"{'its overlapping rule of 5 bits' if dataset == FIVE_BITS else '8 bits'}"
         )
+    released = LogisticMixtureLikelihood(num_components=likelihood.num_components, bin_rule=likelihood.bin_rule)
+    for name, value in released:
+        if getattr(likelihood, name) != value:
+            raise ValueError(f"model.likelihood.{name}={getattr(likelihood, name)}; its code has {value}")
     return {
         "dataset": dataset,
         "enc_blocks": config.encoder_blocks,

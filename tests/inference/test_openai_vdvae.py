@@ -196,6 +196,14 @@ MIXTURE = {"name": "logistic_mixture", "num_components": 2}
             {"model": {"likelihood": MIXTURE | {"bin_rule": "vdvae_overlapping_5_bit"}}},
             "bin_rule=vdvae_overlapping_5_bit with the pixel_mean of its data set cifar10, which has 8 bits",
         ),
+        (
+            {"model": {"likelihood": MIXTURE | {"bin_rule": "vdvae", "scale": "softplus"}}},
+            "model.likelihood.scale=softplus; its code has exp",
+        ),
+        (
+            {"model": {"likelihood": MIXTURE | {"bin_rule": "vdvae", "min_log_scale": -5.0}}},
+            "model.likelihood.min_log_scale=-5.0; its code has -7.0",
+        ),
     ],
 )
 def test_what_the_release_has_no_option_for_is_refused_by_name(sections, message, tmp_path):
