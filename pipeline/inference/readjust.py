@@ -93,7 +93,7 @@ def readjusted_content(content: ModelContent, how: Readjustment, device: torch.d
     with torch.random.fork_rng():  # the initial weights are replaced
         model = build_model(content.recipe)
     check_batch_norm(model, content.recipe)
-    dtype = next(iter(content.weights.values())).dtype
+    dtype = next(tensor.dtype for tensor in content.weights.values() if tensor.is_floating_point())
     model.to(dtype).load_state_dict(content.weights)
     model.to(device)
     condition = _condition(content.recipe, how.batch_size)

@@ -28,7 +28,9 @@ def test_lines_are_appended_completely_or_not_at_all(tmp_path, limit_files):
 
 
 def test_the_first_fault_of_each_kind_is_logged(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("pipeline"), "propagate", True)
+    log = logging.getLogger("pipeline")
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(log, "handlers", [])  # pytest adds its own to a logger that does not propagate
     (tmp_path / "full").symlink_to("/dev/full")
     files = OptionalFiles()
     for kind in ("pictures", "pictures", "lines"):
