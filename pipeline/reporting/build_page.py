@@ -27,8 +27,8 @@ MAX_PICTURE_BYTES = 900_000
 MAX_SHEET_BYTES = 100_000
 MAX_RUNS = 12
 """In one page; more curves than that cannot be distinguished."""
-
-
+MAX_OPEN_SETTINGS = 15
+"""More settings that differ are folded, so that the curves are near."""
 REFRESH_SECONDS = 5
 
 
@@ -132,6 +132,7 @@ def render(views: list[RunView], charts: list[Chart], drawn: dict[str, Any], max
         script_hashes=[sha256_source(script) for script in scripts],
         drawn=json_for_html(drawn),
         max_ranges=max_ranges,
+        max_open_settings=MAX_OPEN_SETTINGS,
         made=moment(time.time()),
         has_groups=any(run["groups"]["kl"] for run in drawn["runs"]),
         has_clock=any(run["clock"] for run in drawn["runs"]),

@@ -217,6 +217,17 @@ def test_several_runs_are_compared(tmp_path):
     assert "train.seed" not in differing
 
 
+def test_many_settings_that_differ_are_folded(tmp_path):
+    for count, folded in ((15, False), (16, True)):
+        for name in ("a", "b"):
+            config = json.dumps({"model": {f"setting{number}": f"{name}{number}" for number in range(count)}})
+            make_run(tmp_path / str(count) / name, [{"step": 2, "time": 1, "val/bpd": 1.0}], None, config)
+        page = page_of(tmp_path / str(count) / "a", tmp_path / str(count) / "b")
+        differing = page[page.index("Settings that differ") : page.index('id="curves"')]
+        assert "model.setting14" in differing
+        assert (f"<details><summary>{count} settings</summary>" in differing) == folded
+
+
 def test_two_runs_of_one_name_are_told_apart(tmp_path):
     for parent in ("x", "y"):
         make_run(tmp_path / parent / "nvae", [{"step": 2, "time": 1, "val/bpd": 1.0}])
