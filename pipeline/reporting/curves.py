@@ -23,6 +23,11 @@ class Chart:
     """A few values may be far from the others, and are then outside of the axis at first."""
 
 
+def of_ranks(key: str) -> tuple[str, ...]:
+    """The series of the main process, and the smallest and the largest of all processes."""
+    return key, f"{key}_min", f"{key}_max"
+
+
 CHARTS = (
     Chart("Loss", "nats", ("train/loss",)),
     Chart("ELBO", "nats", ("train/elbo", "val/elbo")),
@@ -37,10 +42,11 @@ CHARTS = (
     Chart("Batch norm regularizer", "", ("train/batch_norm",), "Optimization"),
     Chart("Skipped steps", "", ("train/skipped_steps", "train/skipped_by_norm"), "Optimization"),
     Chart("Images per second", "", ("perf/images_per_second",), "Speed"),
-    Chart("Time per step", "ms", ("perf/step_ms",), "Speed"),
-    Chart("Share of time waiting for data", "", ("perf/data_wait",), "Speed"),
+    Chart("Time per step", "ms", of_ranks("perf/step_ms"), "Speed"),
+    Chart("Share of time waiting for data", "", of_ranks("perf/data_wait"), "Speed"),
     Chart("Checkpoint stall", "ms", ("perf/checkpoint_stall_ms",), "Speed", has_outliers=False),
-    Chart("GPU memory, peak", "GiB", ("perf/gpu_memory_gib",), "Speed"),
+    Chart("GPU memory, peak", "GiB", of_ranks("perf/gpu_memory_gib"), "Speed"),
+    Chart("Host memory, peak", "GiB", of_ranks("perf/host_memory_gib"), "Speed"),
     Chart("Model FLOPs utilization", "", ("perf/mfu",), "Speed"),
 )
 ONLY_IF_NOT_ZERO = ("train/skipped_steps", "train/skipped_samples")

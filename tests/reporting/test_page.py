@@ -15,6 +15,7 @@ from PIL import Image
 from pipeline import report
 from pipeline.reporting.build_page import build_page, json_for_html
 from pipeline.reporting.run_folder import RunReader
+from pipeline.tracking.meters import BY_RANK, extremes
 
 ROOT = Path(__file__).parents[2]
 OLD_RUNS = ROOT / "tests/old_runs"
@@ -215,6 +216,14 @@ def test_several_runs_are_compared(tmp_path):
     differing = page[page.index("Settings that differ") : page.index('id="curves"')]
     assert "optim.lr" in differing
     assert "train.seed" not in differing
+
+
+def test_figures_of_all_processes_are_in_the_charts_of_the_main_one(tmp_path):
+    found = dict.fromkeys(BY_RANK, 2.0)
+    record = found | extremes([found, dict.fromkeys(BY_RANK, 1.0)])
+    charts = drawn(page_of(make_run(tmp_path / "run", [{"step": 2, "time": 1} | record])))["charts"]
+    assert {tuple(chart["keys"]) for chart in charts} == {(name, f"{name}_min", f"{name}_max") for name in BY_RANK}
+    assert {chart["section"] for chart in charts} == {"Speed"}
 
 
 def test_many_settings_that_differ_are_folded(tmp_path):

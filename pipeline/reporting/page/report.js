@@ -80,6 +80,7 @@
   const splitOf = (key) => (key.startsWith("val/") ? "validation" : "training");
   const nameOf = (chart, key) => {
     const rest = key.slice(key.indexOf("/") + 1);
+    if (key.startsWith("perf/")) return key.endsWith("_min") ? "smallest" : key.endsWith("_max") ? "largest" : "main process";
     return chart.keys.filter((other) => splitOf(other) === splitOf(key)).length > 1 ? `${splitOf(key)} ${rest}` : splitOf(key);
   };
   const DASHES = { 0: [], 1: [7, 4], 2: [2, 3] };
