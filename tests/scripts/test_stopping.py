@@ -126,7 +126,7 @@ def test_a_refused_resume_changes_nothing_in_a_finished_run(uninterrupted, tmp_p
         assert contents(folder) == before
     again = train_again(folder)
     assert again.returncode == 0
-    assert "To train longer, set train.steps above 40" in again.stderr
+    assert "train.steps above 40 trains longer" in again.stderr
     changed = train_again(folder, "--resume", "changed", "optim.lr=0.005", "train.steps=41")
     assert changed.returncode == 0, changed.stderr
     assert "optim.lr: 0.01 -> 0.005" in (folder / "log.txt").read_text()
