@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+from tests.helpers.trackers import KEY
+from tests.helpers.wandb_server import WandbServer
+
 
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch, tmp_path):
@@ -16,3 +19,12 @@ def no_key(monkeypatch, tmp_path):
     yield
     if "wandb" in sys.modules:
         sys.modules["wandb"].teardown()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A stand-in for W&B's server, to which wandb sends with a key."""
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        yield server

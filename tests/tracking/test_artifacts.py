@@ -9,8 +9,6 @@ import torch
 from pipeline.storage.checkpoint_folder import snapshot, write_folder
 from pipeline.storage.metrics_file import MetricsFile
 from pipeline.tracking import upload
-from tests.helpers.trackers import KEY
-from tests.helpers.wandb_server import WandbServer
 
 RUN_ID = "0123456789abcdef" * 2
 
@@ -34,14 +32,6 @@ def run_dir(tmp_path):
     metrics.add(10, {"train/loss": 1.0})
     metrics.close()
     return folder
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with WandbServer() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        yield server
 
 
 def test_the_model_is_an_output_of_the_run_and_the_manifest_its_input(run_dir, server, tmp_path, capfd):

@@ -10,8 +10,6 @@ from pipeline.config import load_yaml
 from pipeline.evaluation.sample_grids import SamplesConfig
 from pipeline.recipe import RECIPES
 from pipeline.tracking import dashboard
-from tests.helpers.trackers import KEY
-from tests.helpers.wandb_server import WandbServer
 
 pytest.importorskip("wandb_workspaces", reason="the package wandb-workspaces is not installed")
 
@@ -67,7 +65,7 @@ def printed(capsys, *arguments: str) -> dict:
 
 
 def test_a_dry_run_prints_the_workspace_as_json(capsys, monkeypatch):
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens, and nobody is asked
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # no server, and none is needed
     view = printed(capsys, "--entity", "team")
     assert {key: view[key] for key in ("entity", "project", "name")} == {
         "entity": "team",
@@ -89,14 +87,6 @@ def test_galleries_name_the_temperatures_of_all_recipes():
     recipes = [load_yaml(path).get("samples", {}).get("temperatures", ()) for path in RECIPES.glob("*.yaml")]
     temperatures = {f"{value:g}" for values in [SamplesConfig().temperatures, *recipes] for value in values}
     assert temperatures <= set(dashboard.TEMPERATURES)
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with WandbServer() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        yield server
 
 
 def test_it_is_created_once_and_then_updated(server, capsys):

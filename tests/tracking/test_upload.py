@@ -16,7 +16,6 @@ from pipeline.storage.status import StatusFile
 from pipeline.tracking import upload
 from pipeline.tracking.history import read_history
 from tests.helpers.trackers import KEY, picture, tracker
-from tests.helpers.wandb_server import WandbServer
 
 CONFIG_FILE = "tracking: {wandb: disabled, project: digits, tags: [a, b], wandb_timeout: 30.0}\noptim: {lr: 0.01}\n"
 
@@ -41,14 +40,6 @@ def run_dir(tmp_path):
         write_picture(folder / f"reconstructions/step_{step:08d}.png", step + 1)
     write_picture(folder / "samples/mine.png", 0)
     return folder
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with WandbServer() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        yield server
 
 
 def run_upload(folder, *arguments):

@@ -9,8 +9,7 @@ import pytest
 from pipeline.distributed.preemption import StopRequest
 from pipeline.run.attempt import run_attempt
 from pipeline.training.trainer import Trainer
-from tests.helpers.trackers import KEY, history, read_metrics, read_wandb
-from tests.helpers.wandb_server import WandbServer
+from tests.helpers.trackers import history, read_metrics, read_wandb
 
 GROUPS = ("4x4_group00", "8x8_group00", "8x8_group01")
 """Of the tiny recipe."""
@@ -73,14 +72,6 @@ def test_offline_key_by_key(train, tiny_set):
     assert (facts["model"], facts["processes"], facts["device"], facts["precision"]) == ("nvae", 1, "CPU", "fp32")
     assert facts["data_fingerprint"] == json.loads((tiny_set / "manifest.json").read_text())["fingerprint"]
     assert len(facts["code"]) == 16
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with WandbServer() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        yield server
 
 
 def test_online_key_by_key(train, server):
