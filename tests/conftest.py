@@ -29,13 +29,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 @pytest.fixture(autouse=True)
-def _restore_logging():
-    """Commands that run inside the test process set up the package's logger."""
-    log = logging.getLogger("pipeline")
-    handlers, propagate, level = list(log.handlers), log.propagate, log.level
+def _fresh_logging():
+    """Commands that run inside the test process set up the package's logger; each test starts with a fresh one.
+
+    pytest adds a handler of its own to a logger that does not propagate, and would capture each record twice.
+    """
+    _reset_logging()
     yield
-    log.handlers[:], log.propagate = handlers, propagate
-    log.setLevel(level)
+    _reset_logging()
+
+
+def _reset_logging() -> None:
+    log = logging.getLogger("pipeline")
+    log.handlers.clear()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

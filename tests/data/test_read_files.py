@@ -107,7 +107,6 @@ def test_retries_wait_for_some_seconds_in_all(small, monkeypatch):
 
 def test_each_retry_is_logged(small, at_once, monkeypatch, caplog):
     caplog.set_level("WARNING", logger="pipeline")
-    monkeypatch.setattr("pipeline.distributed.logs.log.propagate", True)
     break_call(monkeypatch, "preadv", errno.EIO, range(2))
     TarShards(small[0], "train").images([0])
     messages = [record.getMessage() for record in caplog.records]

@@ -36,8 +36,7 @@ def test_lines_before_the_file_is_open_are_in_it(log, tmp_path):
     assert messages(tmp_path / "log.txt") == ["of an earlier attempt", "one", "two"]
 
 
-def test_a_full_disk_is_reported_once_and_costs_no_line(log, tmp_path, caplog, capfd, monkeypatch):
-    monkeypatch.setattr(log, "propagate", True)
+def test_a_full_disk_is_reported_once_and_costs_no_line(log, tmp_path, caplog, capfd):
     file, path = LogFile(), tmp_path / "log.txt"
     log.addHandler(file)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -56,8 +55,7 @@ def test_a_full_disk_is_reported_once_and_costs_no_line(log, tmp_path, caplog, c
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_file_that_cannot_be_opened_is_reported_once(log, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(log, "propagate", True)
+def test_a_file_that_cannot_be_opened_is_reported_once(log, tmp_path, caplog):
     file = LogFile()
     log.addHandler(file)
     (tmp_path / "log.txt").mkdir()

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from pipeline.storage import checkpoint, run_lock
+from pipeline.storage import checkpoint
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.storage.checkpoint_writer import CheckpointWriter
 from pipeline.storage.run_lock import RunFolderLost, RunLock
@@ -77,8 +77,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         RunLock(tmp_path)
 
 
-def test_a_restart_waits_for_the_dying(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(run_lock.log, "propagate", True)
+def test_a_restart_waits_for_the_dying(tmp_path, caplog):
     caplog.set_level("INFO", logger="pipeline")
     child = start_holder(tmp_path, lambda lock: time.sleep(60))
     killer = threading.Timer(0.3, lambda: (os.kill(child, signal.SIGKILL), os.waitpid(child, 0)))

@@ -1,7 +1,6 @@
 """status.json: the state that distinguishes stopped, finished and failed runs."""
 
 import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -91,8 +90,7 @@ def test_the_command_explains_itself_and_refuses_a_missing_folder(tmp_path, caps
     assert (printed.out, "nothing: no such folder; give the folder of a run" in printed.err) == ("", True)
 
 
-def test_a_disk_that_refuses_is_logged_and_tolerated(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("pipeline"), "propagate", True)
+def test_a_disk_that_refuses_is_logged_and_tolerated(tmp_path, caplog):
     (tmp_path / "run").write_text("a file where the folder should be")
     file = StatusFile(tmp_path / "run")
     assert file.begin(0, 10) == 1
