@@ -19,9 +19,11 @@ from pipeline.models.base import VAE, evaluating, without_border
 from pipeline.models.classifier import Classifier, columns_of, is_known
 from pipeline.models.conditions import AttributeCondition, find_name
 from pipeline.models.noise import draw_noise
-from pipeline.tracking.meters import Meter
 
 EDITS = {"set": 1.0, "clear": 0.0}
+COUNTED = ("share", "judge_accuracy", "reconstruction_accuracy", "set", "set_others", "clear", "clear_others")
+LEAST_SHARE = 0.05  # of the faces that have an attribute, and that lack it
+LEAST_ACCURACY = 0.85  # of the judge on real images
 
 
 class Faces(NamedTuple):
@@ -93,8 +95,10 @@ def edit_figures(
     For EDIT `set` (on faces that lack the attribute) and `clear` (on those that have it):
     `edit/EDIT/NAME` edits in which the judge sees the target, `edit/EDIT` their mean over the attributes,
     `edit/EDIT_minimum` the least of them; `edit/EDIT_others` other attributes that are as in the original, over all
-    such edits. For reference: `edit/judge_accuracy` of the judge on the real images, and `edit/reconstruction_accuracy`
-    of the judge on their reconstructions.
+    such edits. The same with `_reliable` at the end: over the attributes that at least 5 % of the faces have, at least
+    5 % lack, and the judge gets right on at least 85 % of the real images. For reference, over all of the judge's
+    attributes and of each that is edited (`/NAME`): `edit/judge_accuracy` of the judge on the real images,
+    `edit/reconstruction_accuracy` of the judge on their reconstructions, and `edit/share` of faces that have it.
 
     Not counted are attributes that are unknown or hidden in the original or, according to `hides` (see `hidden_by`),
     in the edit; and, among the others, the rivals of the edited attribute.
@@ -110,7 +114,7 @@ def edit_figures(
 
 
 class Edits:
-    """Sums and counts of the judge's predictions, batch by batch."""
+    """Counts of the judge's predictions, batch by batch."""
 
     def __init__(self, model: VAE, condition: AttributeCondition, judge: Classifier, seed: int, hides: Tensor):
         self.model = model
@@ -121,20 +125,17 @@ class Edits:
         self.border = border_around(model.image_shape, judge.image_shape)
         self.columns = columns_of(judge, condition.chosen)  # of the model's attributes, among the judge's
         self.hides = hides.to(reference.device)
-        self.meter = Meter(reference.device, self._names())
-
-    def _names(self) -> list[str]:
-        """All ranks reduce these names, including ranks without a face."""
-        names = [f"{edit}/{name}" for edit in EDITS for name in self.condition.chosen]
-        return [*names, *(f"{edit}_others" for edit in EDITS), "judge_accuracy", "reconstruction_accuracy"]
+        shape = (len(COUNTED), 2, len(judge.names))  # [1]: how many were as expected, of how many
+        self.counts = torch.zeros(shape, dtype=torch.float64, device=reference.device)
 
     def add(self, faces: Faces) -> None:
         noise = draw_noise(self.model.groups, self.seed, "edit", faces.positions, faces.x.device, faces.x.dtype)
         latents = self.model.encode(faces.x, noise, faces.condition)
         known = is_known(faces.truth)
-        self._compare("judge_accuracy", self._predict(faces.x), faces.truth, known)
+        self._count("share", faces.truth == 1, known)
+        self._count("judge_accuracy", self._predict(faces.x) == faces.truth, known)
         reconstruction = self.model.decode(latents, faces.condition)
-        self._compare("reconstruction_accuracy", self._predict(reconstruction), faces.truth, known)
+        self._count("reconstruction_accuracy", self._predict(reconstruction) == faces.truth, known)
         for edit, value in EDITS.items():
             for name, column in zip(self.condition.chosen, self.columns, strict=True):
                 rows = (faces.truth[:, column] == 1 - value).nonzero()[:, 0]
@@ -145,13 +146,16 @@ class Edits:
 
     def _add_edit(self, edit: str, name: str, column: int, predicted: Tensor, truth: Tensor) -> None:
         """`predicted`, `truth` (b, A): the judge's predictions for edits, and the originals' attributes."""
-        self.meter.add(f"{edit}/{name}", (predicted[:, column] == EDITS[edit]).sum(), len(predicted))
+        target = torch.zeros_like(self.hides[0, 0])
+        target[column] = True
+        self._count(edit, predicted == EDITS[edit], target.expand_as(predicted))
         others = is_known(truth) & ~self.hides[int(EDITS[edit]), column]
         others[:, [column, *(self.columns[rival] for rival in self.condition.rivals(name))]] = False
-        self._compare(f"{edit}_others", predicted, truth, others)
+        self._count(f"{edit}_others", predicted == truth, others)
 
-    def _compare(self, name: str, predicted: Tensor, truth: Tensor, counted: Tensor) -> None:
-        self.meter.add(name, ((predicted == truth) & counted).sum(), counted.sum())
+    def _count(self, name: str, as_expected: Tensor, counted: Tensor) -> None:
+        """Both (b, A) bool."""
+        self.counts[COUNTED.index(name)] += torch.stack([(as_expected & counted).sum(0), counted.sum(0)])
 
     def _predict(self, images: Tensor) -> Tensor:
         """(b, A) bool: the judge's predictions for images with the model's border."""
@@ -159,13 +163,38 @@ class Edits:
 
     def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The figures over all ranks."""
-        shares = self.meter.reduce(sum_over_ranks)
+        counts = dict(zip(COUNTED, sum_over_ranks(self.counts).cpu(), strict=True))
+        by_attribute = {name: right / count for name, (right, count) in counts.items()}  # (A,), NaN where count is 0
+        figures = {
+            f"{name}/{attribute}": by_attribute[name][column].item()
+            for name in ("judge_accuracy", "reconstruction_accuracy", "share", *EDITS)
+            for attribute, column in zip(self.condition.chosen, self.columns, strict=True)
+        }
+        every = torch.ones(len(self.judge.names), dtype=torch.bool)
+        reliable = is_reliable(by_attribute["share"], by_attribute["judge_accuracy"])
+        for name in ("judge_accuracy", "reconstruction_accuracy"):
+            figures[name] = _share(counts[name], every)
         for edit in EDITS:
-            by_attribute = [shares[f"{edit}/{name}"] for name in self.condition.chosen]
-            counted = [share for share in by_attribute if not math.isnan(share)]
-            shares[edit] = sum(counted) / len(counted) if counted else math.nan
-            shares[f"{edit}_minimum"] = min(counted, default=math.nan)
-        return {f"edit/{name}": share for name, share in sorted(shares.items())}
+            for ending, kept in {"": every, "_reliable": reliable}.items():
+                rates = by_attribute[edit][kept & (counts[edit][1] > 0)]
+                figures[f"{edit}{ending}"] = rates.mean().item()
+                figures[f"{edit}_minimum{ending}"] = rates.min().item() if len(rates) else math.nan
+                figures[f"{edit}_others{ending}"] = _share(counts[f"{edit}_others"], kept)
+        return {f"edit/{name}": figure for name, figure in sorted(figures.items())}
+
+
+def is_reliable(share: Tensor, judge_accuracy: Tensor) -> Tensor:
+    """(A,) bool: attributes that are neither too rare nor too hard for the judge, so that its verdict counts.
+
+    `share` of the faces that have it, and the judge's accuracy on real images: both (A,) in [0, 1].
+    """
+    return (share >= LEAST_SHARE) & (share <= 1 - LEAST_SHARE) & (judge_accuracy >= LEAST_ACCURACY)
+
+
+def _share(counts: Tensor, kept: Tensor) -> float:
+    """Over the attributes kept (A,), of counts (2, A)."""
+    right, count = counts[:, kept].sum(1).tolist()
+    return right / count if count else math.nan
 
 
 def border_around(model_shape: tuple[int, int, int], judge_shape: tuple[int, int, int]) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.data.loader import build_eval_loader
 from pipeline.data.preprocess import Preprocess, to_model_input
 from pipeline.data.shards import TarShards
-from pipeline.evaluation.edit_metric import Faces, border_around, edit_figures, held_out_faces, hidden_by
+from pipeline.evaluation.edit_metric import Faces, border_around, edit_figures, held_out_faces, hidden_by, is_reliable
 from pipeline.models.base import VAE, LatentGroup
 from pipeline.models.classifier import Classifier, ClassifierConfig
 from pipeline.models.conditions import AttributeCondition
@@ -111,11 +111,15 @@ def figures(paint, batches, judge=None, hides=NOTHING_HIDES, **options) -> dict[
 
 
 def test_a_perfect_editor_has_all():
-    found = figures(perfect, faces(some_attributes()))
+    attributes = some_attributes()
+    found = figures(perfect, faces(attributes))
+    for name in CHOSEN.chosen:
+        assert found.pop(f"edit/share/{name}") == attributes[:, NAMES.index(name)].double().mean()
     assert set(found.values()) == {1.0}
-    expected = {"judge_accuracy", "reconstruction_accuracy"}
-    for edit in ("set", "clear"):
-        expected |= {edit, f"{edit}_minimum", f"{edit}_others", *(f"{edit}/{name}" for name in CHOSEN.chosen)}
+    accuracies = ("judge_accuracy", "reconstruction_accuracy")
+    expected = {*accuracies, *(f"{key}/{name}" for key in (*accuracies, "set", "clear") for name in CHOSEN.chosen)}
+    for key in ("set", "set_minimum", "set_others", "clear", "clear_minimum", "clear_others"):
+        expected |= {key, f"{key}_reliable"}
     assert found.keys() == {f"edit/{name}" for name in expected}
 
 
@@ -191,10 +195,35 @@ def test_the_judge_s_own_accuracy_is_reported():
     assert found["edit/set"] == 1.0
 
 
+def test_attributes_that_are_rare_or_misjudged_do_not_count_as_reliable():
+    """Of 60 faces 2 have a hat, and the judge is wrong on each Blond: Black and Beard are left, of which only Black is
+    edited.
+    """
+    attributes = some_attributes()
+    attributes[:, 0] = torch.arange(60) < 2
+    found = figures(beard_wrecker, faces(attributes), judge=Reader(errs=("Blond",)))
+    assert found["edit/share/Hat"] == pytest.approx(2 / 60)
+    assert found["edit/judge_accuracy/Blond"] == found["edit/set/Blond"] == found["edit/set_minimum"] == 0.0
+    assert found["edit/set_reliable"] == found["edit/set_minimum_reliable"] == found["edit/set/Black"] == 1.0
+    assert found["edit/clear_reliable"] == 1.0
+    hats, black, blond = (attributes[:, column].sum().item() for column in (0, 1, 2))
+    black_kept = 60 - hats  # Black is another attribute only where a hat is set; where a hair color is, it is a rival
+    beards_wrecked = 60 - hats + 60 - black + 60 - blond
+    assert found["edit/set_others_reliable"] == pytest.approx(black_kept / (black_kept + beards_wrecked))
+
+
+@pytest.mark.parametrize(
+    ("share", "accuracy", "reliable"),
+    [(0.05, 0.85, True), (0.049, 0.9, False), (0.95, 0.85, True), (0.96, 0.99, False), (0.5, 0.84, False)],
+)
+def test_the_limits_of_what_is_reliable(share, accuracy, reliable):
+    assert is_reliable(torch.tensor([share]).double(), torch.tensor([accuracy]).double()).tolist() == [reliable]
+
+
 def test_a_border_is_no_part_of_the_face():
     model = Editor(perfect, border=2)
     found = edit_figures(model, CHOSEN, faces(some_attributes(), border=2), Reader(), 0, NOTHING_HIDES)
-    assert set(found.values()) == {1.0}
+    assert {found[f"edit/{name}"] for name in ("set", "clear", "set_others", "judge_accuracy")} == {1.0}
     assert border_around((3, 36, 34), (3, 32, 30)) == 2
     for judged in [(1, 32, 30), (3, 32, 31), (3, 33, 31), (3, 40, 38)]:
         with pytest.raises(ValueError, match="take different images"):
