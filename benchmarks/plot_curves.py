@@ -1,6 +1,7 @@
-"""Draws one figure of several runs over their steps, as an SVG file.
+"""Draws one figure of several runs over their steps, or over the minutes of training, as an SVG file.
 
 python -m benchmarks.plot_curves runs/a runs/b --key val/elbo --label "ELBO, nats" --out curve.svg
+python -m benchmarks.plot_curves nvae=runs/a nvae=runs/b vdvae=runs/c --over minutes --out curve.svg
 """
 
 import argparse
@@ -14,19 +15,21 @@ from pipeline.storage.metrics_file import read_records
 WIDTH, HEIGHT, MARGIN = 640, 360, 56
 COLORS = ("#2a6fbb", "#d1632b", "#3d8f4f", "#8a4fb0", "#b03a5b")
 
+OVER = {"step": ("step", 1), "minutes": ("perf/wall_clock_s", 60)}  # the x-axis: a figure, and what to divide it by
+
 Points = list[tuple[float, float]]
 
 
-def read_points(run: Path, key: str, sign: int) -> Points:
-    """(step, value) of every record in which the figure is finite. Raises ValueError where there are fewer than two."""
+def read_points(run: Path, key: str, sign: int, over: str = "step") -> Points:
+    """(x, value) of every record in which the figure is finite. Raises ValueError where there are fewer than two."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give run folders of pipeline/train.py")
-    names, points = set(), []
+    (axis, unit), names, points = OVER[over], set(), []
     for record in read_records(path):
         names |= record.keys() - {"step", "time"}
-        if math.isfinite(record.get(key, math.nan)):
-            points.append((record["step"], sign * record[key]))
+        if math.isfinite(record.get(key, math.nan)) and axis in record:
+            points.append((record[axis] / unit, sign * record[key]))
     if len(points) < 2:
         known = f"it has: {', '.join(sorted(names))}" if key not in names else f"it has {len(points)}"
         raise ValueError(f"--key {key}: a curve needs two values of it in {path}; {known}")
@@ -41,9 +44,9 @@ class Axes:
     """Data coordinates to picture coordinates."""
 
     def __init__(self, curves: list[Points]):
-        steps = [step for curve in curves for step, _ in curve]
+        steps = [x for curve in curves for x, _ in curve]
         values = [value for curve in curves for _, value in curve]
-        self.left, self.right = 0, max(*steps, 1)
+        self.left, self.right = 0, max(steps)
         pad = 0.05 * (max(values) - min(values)) or 1.0
         self.bottom, self.top = min(values) - pad, max(values) + pad
 
@@ -61,21 +64,24 @@ def level(axes: Axes, value: float) -> str:
     return f'<path d="M{MARGIN} {y:.1f}H{WIDTH - MARGIN / 2}" stroke="#ddd"/>{number}'
 
 
-def draw(curves: dict[str, Points], label: str) -> str:
-    """The SVG text: a line and its points for each run, a grid, and the runs' names."""
-    axes = Axes(list(curves.values()))
+def draw(curves: list[tuple[str, Points]], label: str, over: str) -> str:
+    """The SVG text: a line and its points for each curve, a grid, and the names. One color for each name."""
+    axes = Axes([points for _, points in curves])
     parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
     parts += [level(axes, value) for value in ticks(axes.bottom, axes.top)]
-    for step in ticks(axes.left, axes.right):
-        x = axes.x(step)
-        parts += [f'<text x="{x:.1f}" y="{HEIGHT - MARGIN + 18}" text-anchor="middle">{step:g}</text>']
-    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 14}" text-anchor="middle">step</text>')
+    for value in ticks(axes.left, axes.right):
+        x = axes.x(value)
+        parts += [f'<text x="{x:.1f}" y="{HEIGHT - MARGIN + 18}" text-anchor="middle">{value:.3g}</text>']
+    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 14}" text-anchor="middle">{over}</text>')
     parts.append(f'<text x="{MARGIN}" y="{MARGIN / 2 - 8}">{escape(label)}</text>')
-    for number, (name, points) in enumerate(curves.items()):
-        color = COLORS[number % len(COLORS)]
-        path = " ".join(f"{axes.x(step):.1f},{axes.y(value):.1f}" for step, value in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
-        parts += [f'<circle cx="{axes.x(s):.1f}" cy="{axes.y(v):.1f}" r="3" fill="{color}"/>' for s, v in points]
+    colors = {
+        name: COLORS[number % len(COLORS)] for number, name in enumerate(dict.fromkeys(name for name, _ in curves))
+    }
+    for name, points in curves:
+        path = " ".join(f"{axes.x(x):.1f},{axes.y(value):.1f}" for x, value in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colors[name]}" stroke-width="2"/>')
+        parts += [f'<circle cx="{axes.x(x):.1f}" cy="{axes.y(v):.1f}" r="3" fill="{colors[name]}"/>' for x, v in points]
+    for number, (name, color) in enumerate(colors.items()):
         place = f'x="{WIDTH - MARGIN / 2}" y="{MARGIN / 2 + 18 * number + 14}" text-anchor="end"'
         parts.append(f'<text {place} fill="{color}">{escape(name)}</text>')
     style = 'font-family="sans-serif" font-size="12"'
@@ -83,18 +89,28 @@ def draw(curves: dict[str, Points], label: str) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n' + "\n".join(parts) + "\n</svg>\n"
 
 
+def named(word: str) -> tuple[str, Path]:
+    """NAME=RUN, or RUN, whose name is its path."""
+    name, equals, run = word.partition("=")
+    return (name, Path(run)) if equals else (word, Path(word))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0; 2 for a run without such a figure, and for a file that cannot be written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot_curves", description=__doc__.partition("\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of pipeline/train.py")
+    parser.add_argument(
+        "runs", nargs="+", type=named, metavar="[NAME=]RUN", help="run folders; runs of one name have one color"
+    )
     parser.add_argument("--key", default="val/elbo", help="name of the figure in metrics.jsonl (default: val/elbo)")
+    parser.add_argument("--over", choices=OVER, default="step", help="the x-axis (default: step)")
     parser.add_argument("--negate", action="store_true", help="draw it with the other sign")
     parser.add_argument("--label", default="", help="text above the picture (default: the key)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the SVG file to write")
     parsed = parser.parse_args(arguments)
     try:
-        curves = {str(run): read_points(run, parsed.key, -1 if parsed.negate else 1) for run in parsed.runs}
-        parsed.out.write_text(draw(curves, parsed.label or parsed.key))
+        sign = -1 if parsed.negate else 1
+        curves = [(name, read_points(run, parsed.key, sign, parsed.over)) for name, run in parsed.runs]
+        parsed.out.write_text(draw(curves, parsed.label or parsed.key, parsed.over))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

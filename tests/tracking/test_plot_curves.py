@@ -32,6 +32,26 @@ def test_a_curve_has_the_finite_values(tmp_path, values):
     assert {text.text for text in picture.findall("{*}text")} >= {*map(str, runs), "val/elbo"}
 
 
+def test_runs_of_one_name_share_a_color_and_an_entry_over_minutes_of_training(tmp_path):
+    clocks = {"a": [60, 120, 240], "b": [60, 180, 300], "c": [30, 60, 120]}
+    for run, seconds in clocks.items():
+        (tmp_path / run).mkdir()
+        file = MetricsFile(tmp_path / run / "metrics.jsonl", -1)
+        for step, clock in enumerate(seconds):
+            file.add(step, {"val/elbo": float(step), "perf/wall_clock_s": clock})
+        file.close()
+    words = [f"nvae={tmp_path}/a", f"nvae={tmp_path}/b", f"vdvae={tmp_path}/c"]
+    assert main([*words, "--over", "minutes", "--out", str(tmp_path / "x.svg")]) == 0
+    picture = xml.etree.ElementTree.parse(tmp_path / "x.svg").getroot()
+    lines = picture.findall("{*}polyline")
+    assert [line.get("stroke") == lines[0].get("stroke") for line in lines] == [True, True, False]
+    texts = [text.text for text in picture.findall("{*}text")]
+    assert [texts.count(word) for word in ("nvae", "vdvae", "minutes", "5")] == [1, 1, 1, 1]
+    ends = [float(line.get("points").split()[-1].split(",")[0]) for line in lines]
+    left = float(picture.find("{*}path").get("d")[1:].split()[0])
+    assert [(end - left) / (ends[1] - left) for end in ends] == pytest.approx([4 / 5, 1, 2 / 5], abs=0.001)
+
+
 def test_wrong_input_is_explained_in_one_line(tmp_path, capsys):
     run = write_run(tmp_path / "run", [1.0])
     for words, message in (
