@@ -8,32 +8,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
-
 from pipeline.reporting.run_table import MAX_DEPTH, Row, RunList, Wanted, as_json, select
 from pipeline.reporting.text import moment
 from pipeline.reporting.text_table import note_lines, table_lines
-from shard_data.terminal import is_terminal, paint
-
-BAR_DELAY = 1.0
-"""Seconds of reading before a bar is shown."""
+from shard_data.terminal import BYTES, Progress, is_terminal, paint
 
 
 def show_runs(root: Path, wanted: Wanted, as_records: bool = False) -> None:
     """Prints the table, or JSON. Raises ValueError for a folder that does not exist."""
     runs = RunList(root)
-    rows = select(read_with_bar(runs), wanted)
+    rows = select(read_with_progress(runs), wanted)
     if as_records:
         print(json.dumps([as_json(row) for row in rows], indent=1))
     else:
         print("\n".join(lines_of(rows, runs)))
 
 
-def read_with_bar(runs: RunList) -> list[Row]:
-    """The rows, with a bar on a terminal where that takes long."""
+def read_with_progress(runs: RunList) -> list[Row]:
+    """The rows; shows how far it is where that takes long."""
     size = sum(path.stat().st_size for folder in runs.find() if (path := folder / "metrics.jsonl").is_file())
-    with tqdm(total=size, unit="B", unit_scale=True, delay=BAR_DELAY, desc="metrics", leave=False, disable=None) as bar:
-        return runs.read(bar.update)
+    with Progress("metrics", size, BYTES) as progress:
+        return runs.read(progress.update)
 
 
 def lines_of(rows: Sequence[Row], runs: RunList) -> list[str]:
@@ -60,7 +55,7 @@ def watch_runs(root: Path, wanted: Wanted, seconds: float) -> None:
     lines: list[str] = []
     with screen() as show:
         try:
-            rows = read_with_bar(runs)
+            rows = read_with_progress(runs)
             while True:
                 title = f"{root} at {moment(time.time())}, every {seconds:g} s; Ctrl-C ends"
                 lines = lines_of(select(rows, wanted), runs)
@@ -83,6 +78,7 @@ def screen() -> Iterator:
         yield lambda lines: print("\n".join([*lines, ""]), flush=True)
         return
     sys.stdout.write("\x1b[?1049h")
+    sys.stdout.flush()  # a bar is on the second screen too
     try:
         yield draw
     finally:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import report
+from pipeline import report, runs
 from pipeline.reporting.build_page import build_page, json_for_html
 from pipeline.reporting.run_folder import RunReader
 from pipeline.tracking.meters import BY_RANK, extremes
@@ -256,6 +256,18 @@ def test_the_command(tmp_path, capsys):
     assert "not a run folder, as it holds none of config.yaml, metrics.jsonl" in capsys.readouterr().err
     assert report.main([str(run), "--out", str(tmp_path)]) == 2
     assert "is a folder; name a file" in capsys.readouterr().err
+
+
+def test_long_reading_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
+    """A line per minute where there is no terminal, here after each record; what programs read stays as it is."""
+    run = make_run(tmp_path / "run", [{"step": step, "time": 1.0, "train/loss": 3.0} for step in range(1, 5)])
+    monkeypatch.setattr("shard_data.terminal.MINUTE", 0.0)
+    assert report.main([str(run)]) == 0
+    assert [line.split(" MB ")[1][:4] for line in capsys.readouterr().err.splitlines()[:-1]] == ["(25 ", "(50 ", "(75 "]
+    assert runs.main([str(tmp_path), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("metrics: 0.0 of 0.0 MB (") == 3
+    assert len(json.loads(shown.out)) == 1
 
 
 def test_a_report_needs_no_torch():
