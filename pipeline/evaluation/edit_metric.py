@@ -184,7 +184,7 @@ class Edits:
 
 
 def is_reliable(share: Tensor, judge_accuracy: Tensor) -> Tensor:
-    """(A,) bool: attributes that are neither too rare nor too hard for the judge, so that its verdict counts.
+    """(A,) bool: attributes that are neither too rare nor too hard for the judge, so that its answers count.
 
     `share` of the faces that have it, and the judge's accuracy on real images: both (A,) in [0, 1].
     """
