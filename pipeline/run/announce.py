@@ -11,6 +11,7 @@ from pipeline.storage.metrics_file import read_records
 from shard_data.terminal import aligned, duration
 
 WALL_CLOCK = "perf/wall_clock_s"
+NO_BEST = "none is kept, since validation.split=test; data.holdout=N validation.split=val keeps one"
 
 
 def first_lines(session: Session, facts: AttemptFacts) -> list[str]:
@@ -22,6 +23,7 @@ def first_lines(session: Session, facts: AttemptFacts) -> list[str]:
         {
             "model": f"{facts.parameters:,} parameters; {describe_groups(session)}",
             "data": describe_data(session, facts),
+            "best": "" if session.keeps_best or not recipe.validation.every else NO_BEST,
             "length": f"{facts.total_steps:,} steps of {recipe.train.batch_size:,} images, "
             f"{facts.total_steps * recipe.train.batch_size / facts.images:.3g} epochs; from step {facts.step:,}",
             "writes": f"{folder}: metrics every {recipe.tracking.log_every:,} steps"

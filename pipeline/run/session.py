@@ -86,11 +86,6 @@ class Session:
         if self.runtime.is_main:
             self._write_facts()
         recipe = self.recipe
-        if recipe.validation.every and not self.keeps_best:
-            log.info(
-                "no best checkpoint is kept, since validation.split is 'test'; use a validation split, or hold out "
-                "training images with data.holdout=N validation.split=val"
-            )
         self.runtime.run_on_main(
             lambda: self.data.unreadable.open(self.folder, self.trainer.step), f"reading {self.folder}"
         )
