@@ -6,6 +6,8 @@ The only module that imports wandb_workspaces.
 import argparse
 import json
 import sys
+from contextlib import suppress
+from importlib.metadata import version
 from typing import Any
 
 from pipeline.cli import CommandLine, run_tool
@@ -26,6 +28,11 @@ EXIT_CODES = "exit codes: 0 done; 2 an error that the message explains; 130 inte
 NAME = "NVAE pipeline"
 VIEW = "nvaepipelin"
 """W&B's id of the workspace within its project, eleven letters as W&B's own: the `nw=` of its address."""
+
+TESTED = "0.4.13"
+"""The version of wandb-workspaces that this was tested with. It has no public way to choose the id of a new workspace,
+nor to see what would be saved; its private names for both may change.
+"""
 
 TEMPERATURES = ("0", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1")
 """Of `samples/temperature_T`. W&B's panels of pictures name each key; those that a project lacks stay empty."""
@@ -72,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = CommandLine("python -m pipeline.tracking.dashboard", DESCRIPTION, EXIT_CODES)
     parser.add_argument("--project", required=True, help="the W&B project (tracking.project), which has a run")
-    parser.add_argument("--entity", help="the W&B user or team (default: that of the key)")
+    parser.add_argument("--entity", help="the W&B user or team (default: that of your W&B key)")
     parser.add_argument("--dry-run", action="store_true", help="print the workspace as JSON, and send nothing")
     return parser
 
@@ -120,9 +127,24 @@ def find_workspace(entity: str, project: str) -> Any:
         if not str(error).startswith("Workspace"):  # the project is missing
             raise
         workspace = new_workspace(entity, project)
-        workspace._internal_name = f"nw-{VIEW}-v"  # so that the next call finds it
+        set_view(workspace)
     workspace.sections = sections()
     return workspace
+
+
+def set_view(workspace: Any) -> None:
+    """Gives a new workspace the id VIEW, by which the next call finds it. Raises ValueError where it takes none."""
+    with suppress(AttributeError):
+        workspace._internal_name = f"nw-{VIEW}-v"
+        if workspace.url.endswith(f"?nw={VIEW}"):
+            return
+    raise unsupported_library("a new workspace does not take an id, so that each call would make another one")
+
+
+def unsupported_library(problem: str) -> ValueError:
+    """For a version of wandb-workspaces without the private names that are used here."""
+    found = version("wandb-workspaces")
+    return ValueError(f"wandb-workspaces {found}: {problem}; use {TESTED}: pip install wandb-workspaces=={TESTED}")
 
 
 def new_workspace(entity: str, project: str) -> Any:
@@ -180,7 +202,10 @@ def pictures() -> list[Any]:
 
 def as_json(entity: str, project: str) -> dict[str, Any]:
     """What would be sent, without the ids that each call draws at random."""
-    view = new_workspace(entity, project)._to_model()
+    try:
+        view = new_workspace(entity, project)._to_model()
+    except AttributeError:
+        raise unsupported_library("it cannot show a workspace without saving it, as --dry-run does") from None
     spec = json.loads(view.spec.model_dump_json(by_alias=True, exclude_none=True))
     return {"entity": entity, "project": project, "name": NAME, "view": VIEW, "spec": without_ids(spec)}
 

@@ -10,6 +10,7 @@ from pipeline.config import load_yaml
 from pipeline.evaluation.sample_grids import SamplesConfig
 from pipeline.recipe import RECIPES
 from pipeline.tracking import dashboard
+from tests.helpers.launching import ROOT
 
 pytest.importorskip("wandb_workspaces", reason="the package wandb-workspaces is not installed")
 
@@ -104,6 +105,26 @@ def test_it_is_created_once_and_then_updated(server, capsys):
     assert panels_of(json.loads(view["spec"])) == PANELS
     assert json.loads(view["spec"])["section"]["runSets"][0]["search"]["query"] == "seed"
     assert (server.saves, server.unknown) == (2, [])
+
+
+def test_a_library_that_takes_no_id_is_named_and_nothing_is_saved(server, capfd, monkeypatch):
+    """As when a later version renames the private field, or computes it: without an id, each call would make another
+    workspace.
+    """
+    workspaces = pytest.importorskip("wandb_workspaces.workspaces")
+    fixed = f"pip install wandb-workspaces=={dashboard.TESTED}"
+    ignored = property(lambda workspace: "", lambda workspace, name: None)
+    with monkeypatch.context() as changed:
+        changed.setattr(workspaces.Workspace, "_internal_name", ignored)
+        assert dashboard.main(["--project", "stand-in"]) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "a new workspace does not take an id, so that each call would make another one" in error
+    assert fixed in error
+    monkeypatch.delattr(workspaces.Workspace, "_to_model")
+    assert dashboard.main(["--project", "stand-in", "--dry-run"]) == 2
+    assert fixed in capfd.readouterr().err
+    assert (server.saves, server.views) == (0, {})
+    assert f"wandb-workspaces=={dashboard.TESTED}" in (ROOT / "constraints.txt").read_text().splitlines()
 
 
 def test_errors_name_the_cause(server, capfd, monkeypatch):
