@@ -8,6 +8,7 @@ import select
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +26,13 @@ INSTALLED = "nvae-"
 """How the names of the console commands begin; pyproject.toml lists them."""
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves words with hyphens whole: `hf-hub:OWNER/NAME` and `--dry-run` are typed as they stand."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class CommandLine(argparse.ArgumentParser):
     """The parser of a command that is a script of a checkout, `train.py`, and a console command, `nvae-train`.
 
@@ -37,7 +45,7 @@ class CommandLine(argparse.ArgumentParser):
             prog=called if called.startswith(INSTALLED) else name,
             description=description,
             epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
 

@@ -48,38 +48,74 @@ from pipeline.inference.report import list_reports  # noqa: E402
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = CommandLine("evaluate.py", __doc__)
-    add = parser.add_argument
-    add("location", metavar="MODEL", nargs="?", help=HELP)
+    parser.add_argument("location", metavar="MODEL", nargs="?", help=HELP)
+    add_choices(parser.add_argument_group("what is measured"))
+    add_likelihood_options(parser.add_argument_group("elbo and nll"))
+    add_sample_options(parser.add_argument_group("metrics of samples and edits"))
+    add_feature_options(parser.add_argument_group("fid, kid, precision_recall"))
+    add_run_options(parser.add_argument_group("computation and results"))
+    parser.set_defaults(command=sys.argv)
+    return parser
+
+
+def add_choices(options: argparse._ArgumentGroup) -> None:
+    """Which metrics of which checkpoint, on which images."""
+    add = options.add_argument
+    metrics = f"any of {', '.join(METRICS)} (default elbo)"
+    add("--metrics", metavar="METRIC", nargs="+", choices=METRICS, default=["elbo"], help=metrics)
+    add("--checkpoint", default="latest", help="latest (default), best by validation, a step, or a checkpoint's folder")
+    add("--data", metavar="DIR", help="shard set, a folder or an address (default: that of the training)")
+    add("--split", default="test", help="split of the shard set (default test)")
+    add("--images", metavar="N", type=int, help="only the first N images of the split (default: all)")
+    add("--images-seed", metavar="S", type=int, help="with --images: N images at random with this seed, not the first")
     add("--list", action="store_true", help="list the evaluations of MODEL and stop")
-    add("--repeat", metavar="FILE.json", type=Path, help="evaluate as in this report again, and compare")
-    add("--data", metavar="DIR", help="shard set, a folder or an address (default: the one that it was trained on)")
-    add("--split", default="test", help="split of the set (default: test)")
-    add("--metrics", nargs="+", choices=METRICS, default=["elbo"], help="what to measure (default elbo)")
-    add("--importance-samples", metavar="N", type=int, default=0, help="latent samples per image for nll (default 0)")
-    add("--binarizations", metavar="R", type=int, default=1, help="random binarizations for elbo and nll (default 1)")
-    add("--images", metavar="N", type=int, help="only the first N images of the split")
-    add("--images-seed", metavar="S", type=int, help="N images at random, with this seed, instead of the first N")
-    add("--batch-size", metavar="N", type=int, default=100, help="images in a pass over all processes (default 100)")
-    add("--classifier", metavar="FOLDER", type=Path, help="judge of edit and recognition, of train_classifier.py")
+    add("--repeat", metavar="FILE.json", type=Path, help="measure again what this report states, and compare")
+
+
+def add_likelihood_options(options: argparse._ArgumentGroup) -> None:
+    """Of elbo."""
+    add = options.add_argument
+    samples = "also nll, with N latent samples per image (default 0: the bound only)"
+    add("--importance-samples", metavar="N", type=int, default=0, help=samples)
+    binarizations = "random binarizations of each image, where the model's data are binarized at random (default 1)"
+    add("--binarizations", metavar="R", type=int, default=1, help=binarizations)
+
+
+def add_sample_options(options: argparse._ArgumentGroup) -> None:
+    """Of recognition and edit, and of the samples that others use as well."""
+    add = options.add_argument
+    add("--classifier", metavar="FOLDER", type=Path, help="for edit, recognition: what train_classifier.py wrote")
     add("--per-class", metavar="N", type=int, default=1000, help="samples of each class for recognition (default 1000)")
     temperature = "of the samples (default 1); several temperatures give a report each"
     add("--temperature", metavar="T", type=float, nargs="+", default=[1.0], help=temperature)
-    readjust = "batches that re-estimate batch norm for these samples first (default 0)"
+    readjust = "first re-estimate batch norm's statistics with N batches of such samples (default 0: do not)"
     add("--readjust", metavar="N", type=int, default=0, help=readjust)
-    add("--samples", metavar="N", type=int, default=50_000, help="samples for fid, kid, ... (default 50000)")
-    add("--decoder", choices=("mean", "sample"), default="mean", help="of p(x | z), for these samples (default mean)")
-    add("--rounding", choices=get_args(Rounding), default="uint8", help="of their pixels (default uint8)")
-    add("--resize", choices=get_args(Resize), default="pytorch-fid", help="to 299 x 299 (default pytorch-fid)")
+
+
+def add_feature_options(options: argparse._ArgumentGroup) -> None:
+    """Of the metrics in the features of the Inception network."""
+    add = options.add_argument
+    add("--samples", metavar="N", type=int, default=50_000, help="number of samples (default 50000)")
+    decoder = "a sample's image: the mean of p(x | z), or a sample of it (default mean)"
+    add("--decoder", choices=("mean", "sample"), default="mean", help=decoder)
+    rounding = "pixels that the network gets: rounded to 8 bits, or as they are (default uint8)"
+    add("--rounding", choices=get_args(Rounding), default="uint8", help=rounding)
+    resize = "whose resizing to the network's 299 x 299 pixels is used (default pytorch-fid)"
+    add("--resize", choices=get_args(Resize), default="pytorch-fid", help=resize)
     add("--kid-subsets", metavar="N", type=int, default=100, help="pairs of subsets for kid (default 100)")
     add("--kid-subset-size", metavar="N", type=int, default=1000, help="images in each of them (default 1000)")
-    add("--feature-weights", metavar="FILE", type=Path, help="the Inception weights (default: torch hub's, or fetched)")
-    add("--checkpoint", default="latest", help="latest (default), best by validation, a step, or a checkpoint's folder")
+    weights = "weights of the network (default: the file in torch hub's cache, downloaded where it is missing)"
+    add("--feature-weights", metavar="FILE", type=Path, help=weights)
+
+
+def add_run_options(options: argparse._ArgumentGroup) -> None:
+    """What changes no figure but by rounding, the seed, and the report's place."""
+    add = options.add_argument
+    add("--batch-size", metavar="N", type=int, default=100, help="images per pass over all processes (default 100)")
     add("--precision", choices=("fp32", "bf16", "fp64"), default="fp32", help="of the computation (default fp32)")
     add("--seed", type=int, help="of the latent noise (default: the run's, as in its validation)")
     add("--threads", metavar="N", type=int, help="CPU threads of each process (default: the cores, shared)")
     add("--out", metavar="FILE.json", type=Path, help="one file for all metrics (default: files in MODEL/evaluations)")
-    parser.set_defaults(command=sys.argv)
-    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,6 +19,9 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+DESCRIPTION = """Starts a command on several processes, as `accelerate launch` does and with its options, which follow.
+For instance: python pipeline/launch.py --config_file accelerate_configs/multi_gpu.yaml pipeline/train.py --model nvae.
+accelerate_configs/ has a file for each kind of machine. The exit code is that of the first process that failed."""
 USER_ERROR = 2  # the command has printed it
 PEER_FAILED = 81  # see pipeline/distributed/watchdog.py: ended because another process failed
 
@@ -32,7 +35,8 @@ def run_alone(options: Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done; the command's own; 128 + N after signal N."""
     parser = launch.launch_command_parser()
-    parser.prog = Path(sys.argv[0]).name
+    parser.prog, parser.description = Path(sys.argv[0]).name, DESCRIPTION
+    parser.usage = "%(prog)s [options] SCRIPT [arguments of SCRIPT]"
     options = parser.parse_args(arguments)
     launch.simple_launcher = run_alone
     torch_log = logging.getLogger("torch.distributed")  # the errors below say the same

@@ -283,7 +283,8 @@ def _defaults_of(path: str, variants: list[type[Section]]) -> dict[str, dict[str
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0; 2 for a recipe that does not exist."""
-    parser = argparse.ArgumentParser(description="Prints a recipe, or what every setting of a recipe means.")
+    about = "Prints a recipe, or without NAME what every setting of a recipe means (docs/settings.md)."
+    parser = argparse.ArgumentParser(description=about, epilog="example: python -m pipeline.recipe nvae_cifar10")
     parser.add_argument("name", metavar="NAME", nargs="?", help=f"print this recipe: {', '.join(shipped_recipes())}")
     parser.add_argument("--defaults", action="store_true", help="print the defaults of all settings as JSON")
     parsed = parser.parse_args(arguments)

@@ -5,9 +5,9 @@
     python -m pipeline.runs runs --name seed --watch
     python -m pipeline.runs runs --json
 
-`of` says what `newest` and `best` are: the ELBO in nats of binary images, bits per dimension of others; of the
-validation split, or of training where there was no validation. `age` is the time since the run wrote something, `left`
-an estimate from its last records. States are those of `python -m pipeline.status`, and
+The column `of` says what `newest` and `best` are: the ELBO in nats of binary images, bits per dimension of others; of
+the validation split, or of training where there was no validation. `age` is the time since the run wrote something,
+`left` an estimate from its last records. States are those of `python -m pipeline.status`, and
 
     killed      the run states that it is running, and no process of this machine trains in its folder
     running?    it wrote nothing for long, and its process is not on this machine: it may have been killed
@@ -35,20 +35,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("root", metavar="DIR", nargs="?", type=Path, default=Path("runs"), help="where the runs are (default: runs)")
     orders = f"the best, fastest or newest first, by one of {', '.join(ORDERS)} (default: age)"
     add("--sort", choices=ORDERS, default="age", metavar="COLUMN", help=orders)
-    add("--reverse", action="store_true", help="the other way around")
+    add("--reverse", action="store_true", help="reverse the order")
     add("--state", nargs="+", choices=STATES, default=[], metavar="STATE", help=f"only these: {', '.join(STATES)}")
-    add("--name", default="", metavar="TEXT", help="only runs whose name holds TEXT, in which * and ? stand for any")
-    add("--model", default="", metavar="TEXT", help="only runs of models whose name holds TEXT")
-    add("--data", default="", metavar="TEXT", help="only runs on shard sets whose place holds TEXT")
+    name = "only runs whose name contains TEXT; * stands for any letters, ? for one"
+    add("--name", default="", metavar="TEXT", help=name)
+    add("--model", default="", metavar="TEXT", help="only runs of models whose name contains TEXT")
+    add("--data", default="", metavar="TEXT", help="only runs on shard sets whose folder or address contains TEXT")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="everything that is known, for programs")
+    how.add_argument("--json", action="store_true", help="print everything that is known as JSON, for programs")
     how.add_argument(
         "--watch",
         metavar="SECONDS",
         nargs="?",
         type=float,
         const=SECONDS,
-        help=f"again every so many seconds (default {SECONDS:g}), until Ctrl-C",
+        help=f"show the table again every so many seconds (default {SECONDS:g}), until Ctrl-C",
     )
     return parser
 

@@ -36,10 +36,11 @@ TEMPERATURE = (
     "scale of the priors' sigmas (default 1): a number, or by resolution or group, as 4x4=1.0,8x8=0.7, "
     "with 1 for those that are not named; several temperatures give several pictures"
 )
+READJUST = "first re-estimate batch norm's statistics with N batches of such samples (default 0: do not)"
 FIX_GROUPS = (
-    "what the first latent groups leave open: each row of the picture shares the latents of the first K groups, in the "
-    "order of sampling (lowest resolution first), and its images differ in the others. K: a number, a resolution (8x8: "
-    "all groups up to it), or a group's name"
+    "each row of the picture shares the latents of the first K groups, in the order of sampling (lowest resolution "
+    "first), and its images show what the others change. K: a number, a resolution (8x8: all groups up to it), or a "
+    "group's name (default: nothing is shared)"
 )
 
 
@@ -56,13 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--split", default="train", help="split of --data (default train)")
     add("--temperature", metavar="T", nargs="+", default=["1"], help=TEMPERATURE)
     add("--fix-groups", metavar="K", help=FIX_GROUPS)
-    add("--seed", type=int, default=0, help="of the latent noise (default 0)")
-    add("--readjust", metavar="N", type=int, default=0, help="batches that re-estimate batch norm first (default 0)")
+    add("--seed", type=int, default=0, help="of the latent noise (default 0); another seed gives other samples")
+    add("--readjust", metavar="N", type=int, default=0, help=READJUST)
     add("--checkpoint", default="latest", help="latest (default), best by validation, a step, or a checkpoint's folder")
     add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     add("--out", metavar="DIR", type=Path, help="folder for pictures and arrays (default MODEL/samples)")
-    add("--npz", action="store_true", help="also write images and labels as arrays")
-    add("--as-shards", metavar="DIR", help="write the samples, with their labels, as a shard set")
+    add("--npz", action="store_true", help="also write images and labels as arrays, in a .npz file")
+    add("--as-shards", metavar="DIR", help="write the samples, with their labels, as a new shard set")
     return parser
 
 

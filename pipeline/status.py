@@ -1,5 +1,8 @@
 """Prints a run's state as one word, for scripts: none, running, preempted, interrupted, finished or failed.
 
+    python -m pipeline.status runs/nvae
+    python -m pipeline.status runs/nvae --long
+
 With --long, for a reader: how far the run is, the time left, its best figures, where it was started, its checkpoints,
 its last warnings, and what is missing in its folder. `python -m pipeline.runs` compares several runs.
 """

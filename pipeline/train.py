@@ -1,9 +1,11 @@
-"""Trains a model.
+"""Trains a model as a recipe says, on one process or several.
 
     accelerate launch pipeline/train.py --model nvae
+    accelerate launch pipeline/train.py --model nvae --dry-run
     accelerate launch pipeline/train.py --config my_recipe.yaml --data data/celeba64 train.batch_size=64 optim.lr=5e-3
 
-Run the same command again to continue an interrupted run.
+Without --data, the recipe's own data set is used; a synthetic one is made where it is missing. To resume an interrupted
+run, run the same command again.
 """
 
 import argparse
@@ -24,15 +26,22 @@ from pipeline.run.build import build_runtime  # noqa: E402
 from pipeline.run.dry_run import describe  # noqa: E402
 from pipeline.run.run_folder import default_folder  # noqa: E402
 
+EPILOG = """Every setting of a recipe can be overridden, for instance: train.steps=500 train.micro_batch=16
+train.precision=bf16 data.workers=4 checkpoint.every=1000 tracking.wandb=offline. --dry-run-all prints
+all settings with their values; docs/settings.md explains them.
+
+exit codes: 0 finished, or stopped by SIGTERM or SIGUSR1 with a checkpoint; 1 the training diverged;
+2 an error that the message explains; 80 to 83 a process failed or hung, see docs/reliability.md;
+130 interrupted by Ctrl-C
+"""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; overrides of settings are written `section.key=value`."""
     parser = CommandLine(
         "train.py",
         __doc__,
-        "Every setting of a recipe can be overridden, for instance: train.steps=500 train.micro_batch=16 "
-        "train.precision=bf16 data.workers=4 checkpoint.every=1000 tracking.wandb=offline. --dry-run-all prints them "
-        "with their values; docs/settings.md explains them.",
+        EPILOG,
     )
     names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
     what = parser.add_mutually_exclusive_group()
@@ -53,9 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume",
         metavar="auto|changed|never|PATH",
         default="auto",
-        help="auto (default): continue the run's last checkpoint with the same settings. changed: also with other "
-        "settings. never: refuse to continue. PATH: start from a checkpoint folder, or from the last checkpoint of a "
-        "run folder",
+        help="auto (default): resume from the run's last checkpoint, with the same settings. changed: also with "
+        "other settings. never: refuse to resume. PATH: start from a checkpoint folder, or from the last checkpoint "
+        "of a run folder",
     )
     parser.add_argument(
         "--init",

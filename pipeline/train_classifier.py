@@ -25,11 +25,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the classifier")
     add("--epochs", type=float, default=5.0, metavar="N", help="passes over the training split (default %(default)s)")
     add("--batch-size", type=int, default=128, metavar="N", help="images per step (default %(default)s)")
-    add("--width", type=int, default=32, metavar="N", help="channels of the first stage (default %(default)s)")
-    add("--seed", type=int, default=1, metavar="N", help="of weights and order (default %(default)s)")
-    add("--threads", type=int, metavar="N", help="on CPU (default: all cores)")
-    add("--split", default="train", help="what to train on (default %(default)s)")
-    add("--held-out", default="test", metavar="SPLIT", help="what to measure on (default %(default)s)")
+    add("--width", type=int, default=32, metavar="N", help="channels of the first layers (default %(default)s)")
+    add("--seed", type=int, default=1, metavar="N", help="of weights and order of images (default %(default)s)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    add("--split", default="train", help="split to train on (default %(default)s)")
+    add("--held-out", default="test", metavar="SPLIT", help="split that accuracy is measured on (default %(default)s)")
     return parser
 
 

@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser, source: str) -> None:
     parser.add_argument("--source", type=Path, required=True, metavar="DIR", help=source)
     download = "first fetch the files that are not in --source yet, and check their md5"
     parser.add_argument("--download", action="store_true", help=download)
-    mirror = "with --download: fetch ADDRESS/NAME of every file instead of where it is published"
+    mirror = "with --download: fetch every file NAME from ADDRESS/NAME, not from where it is published"
     parser.add_argument("--mirror", metavar="ADDRESS", help=mirror)
 
 

@@ -5,8 +5,19 @@ import time
 
 import pytest
 
-from pipeline.cli import run_python
+from pipeline.cli import CommandLine, run_python
 from shard_data import progress
+
+
+@pytest.mark.parametrize("columns", range(40, 100, 7))
+def test_help_breaks_no_word_at_its_hyphen(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    parser = CommandLine("x.py", "About.")
+    parser.add_argument("model", help="a run folder, or hf-hub:OWNER/NAME; `x.py --dry-run` writes\n nothing")
+    text = parser.format_help()
+    assert {"hf-hub:OWNER/NAME;", "--dry-run`"} <= set(text.split())
+    assert "writes nothing" in " ".join(text.split())
+
 
 STANDS_STILL = """
 import subprocess, sys, time

@@ -60,7 +60,8 @@ class Readjustment:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a tool that writes a model folder."""
     add = parser.add_argument
-    add("--readjust", metavar="N", type=int, help="re-estimate batch norm's statistics with N batches of samples")
+    statistics = "re-estimate batch norm's statistics with N batches of samples (default: keep those of the training)"
+    add("--readjust", metavar="N", type=int, help=statistics)
     add("--temperature", metavar="T", type=float, help="with --readjust: of these samples, and of those to make later")
     add("--batch-size", metavar="B", type=int, help=f"with --readjust: of these samples (default {BATCH_SIZE})")
     add("--seed", type=int, help="with --readjust: of these samples (default 0)")

@@ -1,12 +1,14 @@
-"""MNIST as binarized once and for all by Larochelle and Murray (2011): 50,000 images to train, 10,000 to validate and
-10,000 to test, 28 x 28 pixels of 0 or 255, without labels.
+"""MNIST with fixed binary pixels, as Larochelle and Murray (2011) published it; 28 x 28 pixels, without labels.
 
   python -m shard_data binarized_mnist --source ~/binarized_mnist --out data/binarized_mnist
+
+It has 50,000 images to train, 10,000 to validate and 10,000 to test, whose pixels are 0 or 255.
 
 The folder holds binarized_mnist_train, binarized_mnist_valid and binarized_mnist_test, each as published (.amat: a line
 of 784 zeros and ones for each image; http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/) or as a
 MATLAB file (.mat of version 5 to 7: one matrix of images x 784 or 784 x images). The 784 values are the rows of the
 image, one after the other.
+
 Larochelle and Murray, The Neural Autoregressive Distribution Estimator, AISTATS 2011."""
 
 import argparse

@@ -163,7 +163,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     crop = "box148 (left 15, top 40), center108, center140, center178 or LEFT,TOP,RIGHT,BOTTOM (default %(default)s)"
     parser.add_argument("--crop", default="box148", metavar="BOX", help=crop)
     parser.add_argument(
-        "--filter", choices=FILTERS, default="bilinear", help="of Pillow's resize (default %(default)s)"
+        "--filter", choices=FILTERS, default="bilinear", help="of the resize, as Pillow names it (default %(default)s)"
     )
 
 

@@ -202,9 +202,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit = "resize the shorter side to --size and crop the center, or crop first (default %(default)s)"
     parser.add_argument("--fit", choices=FITS, default="resize-crop", help=fit)
     parser.add_argument(
-        "--filter", choices=FILTERS, default="bilinear", help="of Pillow's resize (default %(default)s)"
+        "--filter", choices=FILTERS, default="bilinear", help="of the resize, as Pillow names it (default %(default)s)"
     )
-    parser.add_argument("--no-classes", action="store_true", help="subfolders are not classes")
+    parser.add_argument("--no-classes", action="store_true", help="do not take subfolders as classes")
     hash_split.add_arguments(parser, ", if there are no split folders")
     parser.add_argument("--name", default="folder", help="name of the set in its manifest (default %(default)s)")
     parser.set_defaults(shuffle=0)  # folders are sorted by class
