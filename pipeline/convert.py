@@ -1,11 +1,11 @@
 """A checkpoint of another implementation of NVAE or VDVAE becomes a model folder, and the other way round.
 
-python pipeline/convert.py --from nvlabs checkpoint.pt --out models/cifar10
-python pipeline/convert.py --from nvlabs checkpoint.pt --out models/celeba64_t0.6 --readjust 500 --temperature 0.6
-python pipeline/convert.py --to nvlabs runs/nvae_mnist --out nvae_mnist.pt
-python pipeline/convert.py --from openai-vdvae model-ema.th --out models/vdvae_cifar10
-python pipeline/convert.py --from openai-vdvae mine.th --recipe mine.yaml --out models/mine
-python pipeline/convert.py --to openai-vdvae runs/vdvae_cifar10 --weights average --out model-ema.th
+    python pipeline/convert.py --from nvlabs checkpoint.pt --out models/cifar10
+    python pipeline/convert.py --from nvlabs checkpoint.pt --out models/celeba64_t0.6 --readjust 500 --temperature 0.6
+    python pipeline/convert.py --to nvlabs runs/nvae_mnist --out nvae_mnist.pt
+    python pipeline/convert.py --from openai-vdvae model-ema.th --out models/vdvae_cifar10
+    python pipeline/convert.py --from openai-vdvae mine.th --recipe mine.yaml --out models/mine
+    python pipeline/convert.py --to openai-vdvae runs/vdvae_cifar10 --weights average --out model-ema.th
 
 `nvlabs` is NVIDIA's release of NVAE, github.com/NVlabs/NVAE. Its checkpoints for MNIST, CIFAR-10, CelebA 64,
 CelebA-HQ 256 and FFHQ 256 are in a download folder that the README of that repository links to. Their license allows
@@ -36,8 +36,10 @@ from pathlib import Path
 if not __package__:  # run as a script, whose own folder comes first on the path; `pipeline` is found in its parent
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.cli import CommandLine, run_tool  # noqa: E402
-from pipeline.inference import model_card, nvlabs_export, nvlabs_import, openai_vdvae  # noqa: E402
+import torch  # noqa: E402
+
+from pipeline.cli import CommandLine, log_lines, run_tool  # noqa: E402
+from pipeline.inference import announce, model_card, nvlabs_export, nvlabs_import, openai_vdvae  # noqa: E402
 from pipeline.inference.export_run import shows_real_faces  # noqa: E402
 from pipeline.inference.locations import LOCATIONS, find_model  # noqa: E402
 from pipeline.inference.model_folder import ModelContent, write_model_folder  # noqa: E402
@@ -47,6 +49,7 @@ from pipeline.inference.trained import find_device  # noqa: E402
 from pipeline.storage.new_folder import check_new  # noqa: E402
 
 log = logging.getLogger("pipeline")
+RECIPE = "with --from openai-vdvae: a recipe of pipeline/configs, or a YAML file (default: found by the tensors)"
 WRITERS = {"nvlabs": nvlabs_export.write_release, "openai-vdvae": openai_vdvae.write_release}
 
 
@@ -59,9 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
     direction.add_argument("--to", dest="target", choices=WRITERS, help="read a model of this project, write a file")
     add("input", metavar="INPUT", help=f"with --from the file; with --to {LOCATIONS}")
     add("--out", metavar="PATH", type=Path, required=True, help="new folder (--from) or new file (--to)")
-    add("--recipe", metavar="NAME", help="with --from openai-vdvae: of pipeline/configs, or a YAML file")
+    add("--recipe", metavar="NAME", help=RECIPE)
     add_arguments(parser)
-    add("--device", help="where samples are made: cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    add("--device", help="with --readjust: cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     add("--checkpoint", default="latest", help="with --to, of a run: latest (default), best, a step, or a folder")
     add(
         "--weights",
@@ -84,14 +87,32 @@ def import_file(parsed: argparse.Namespace) -> None:
     how = parse_arguments(parsed)
     check_new(parsed.out)
     content = read_file(parsed)
-    count = sum(tensor.numel() for tensor in content.weights.values())
-    log.info("%s: %s numbers%s", parsed.input, f"{count:,}", f", of step {content.step}" if content.step else "")
+    device = find_device(parsed.device) if how else None
+    log_lines(first_lines(parsed, content, device))
     if how is not None:
-        content = readjusted_content(content, how, find_device(parsed.device))
+        content = readjusted_content(content, how, device)
     name, is_real = parsed.out.resolve().name, shows_real_faces(content.recipe, None)
     about = model_card.About(name, location=name, license=license_of(content.facts), real_faces=is_real)
     write_model_folder(parsed.out, content, model_card.render(content, about))
-    log.info("written to %s", parsed.out)
+    log.info("%s", announce.written_to(parsed.out))
+
+
+def first_lines(parsed: argparse.Namespace, content: ModelContent, device: torch.device | None) -> list[str]:
+    """Which model is read from which file, and where it is written."""
+    count = sum(tensor.numel() for tensor in content.weights.values())
+    return announce.first_lines(
+        "model folder",
+        content.recipe.model.name,
+        content.step,
+        device,
+        {
+            "reads": f"{parsed.input}, {parsed.source}: {count:,} numbers",
+            "readjust": f"{parsed.readjust:,} batches of samples at temperature {parsed.temperature:g}"
+            if device
+            else "",
+            "writes": str(parsed.out),
+        },
+    )
 
 
 def read_file(parsed: argparse.Namespace) -> ModelContent:
@@ -111,9 +132,8 @@ def export_file(parsed: argparse.Namespace) -> None:
         raise ValueError("--recipe: applies to --from openai-vdvae; a model of this project has its own")
     if parsed.out.exists():
         raise ValueError(f"--out {parsed.out}: is there; name a new file")
-    found, place = find_model(parsed.input, parsed.checkpoint)
-    WRITERS[parsed.target](parsed.out, found, parsed.weights)
-    log.info("written to %s: %s", parsed.out, place)
+    WRITERS[parsed.target](parsed.out, find_model(parsed.input, parsed.checkpoint).checkpoint, parsed.weights)
+    log.info("written to %s", parsed.out)
 
 
 if __name__ == "__main__":

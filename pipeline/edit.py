@@ -30,8 +30,8 @@ if not __package__:  # run as a script, whose own folder comes first on the path
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from pipeline.cli import CommandLine, run_tool  # noqa: E402
-from pipeline.inference.edit_picture import EditRequest, write_edits  # noqa: E402
+from pipeline.cli import CommandLine, log_lines, run_tool  # noqa: E402
+from pipeline.inference.edit_picture import EditRequest, first_lines, write_edits  # noqa: E402
 from pipeline.inference.folders import output_folder  # noqa: E402
 from pipeline.inference.latent_groups import parse_temperature  # noqa: E402
 from pipeline.inference.locations import HELP, results_folder  # noqa: E402
@@ -61,7 +61,7 @@ def add_pictures(options: argparse._ArgumentGroup) -> None:
     data = "shard set: of --key, of the mean differences of --set, and of the directions of --traverse"
     add("--data", metavar="DIR", help=data)
     add("--split", default="test", help="split of --data (default test)")
-    images = "of --data, for the mean differences and the directions (default 2000)"
+    images = "images of --data that are read for the mean differences and the directions (default 2000)"
     add("--images", metavar="N", type=int, default=2000, help=images)
     add("--checkpoint", default="latest", help="latest (default), best by validation, a step, or a checkpoint's folder")
     add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
@@ -72,7 +72,8 @@ def add_edits(options: argparse._ArgumentGroup) -> None:
     """Of --set; --strength and --steps are of --traverse too."""
     add = options.add_argument
     add("--set", metavar="NAME=1|CLASS", action="append", default=[], help="attribute (1 or 0), or class, to change to")
-    strength = "how much of the edit: a number, 0,0.5,1 or 0..1 (default 1; of --traverse -3..3)"
+    strength = "of the edit: a number, several as 0,0.5,1 or a range as 0..1 (default 1); with --traverse in standard "
+    strength += "deviations (default -3..3)"
     add("--strength", metavar="S", help=strength)
     add("--steps", metavar="N", type=int, default=7, help="of a range of strengths, or of --interpolate (default 7)")
 
@@ -80,10 +81,12 @@ def add_edits(options: argparse._ArgumentGroup) -> None:
 def add_interpolation(options: argparse._ArgumentGroup) -> None:
     """Of --interpolate."""
     add = options.add_argument
-    add("--interpolate", action="store_true", help="between two pictures: linear above, spherical below")
-    add("--gif", action="store_true", help="also write the spherical interpolation as a GIF, forth and back")
+    rows = "between two pictures: linearly in the upper row, spherically in the lower one"
+    add("--interpolate", action="store_true", help=rows)
+    add("--gif", action="store_true", help="also write the spherical interpolation as a GIF, back and forth")
     add("--webp", action="store_true", help="the same as a lossless WebP; --out FILE.gif or FILE.webp means it too")
-    add("--frames", metavar="N", type=int, default=25, help="of the animation, from one end to the other (default 25)")
+    frames = "frames of the animation, from one end to the other (default 25)"
+    add("--frames", metavar="N", type=int, default=25, help=frames)
 
 
 def add_latent_groups(options: argparse._ArgumentGroup) -> None:
@@ -94,9 +97,9 @@ def add_latent_groups(options: argparse._ArgumentGroup) -> None:
     moved = "latent group to move, such as 8x8_group03: the GROUP of the metrics' kl/GROUP"
     add("--traverse", metavar="GROUP", help=moved)
     add("--directions", metavar="D", type=int, default=4, help="principal directions of --traverse (default 4)")
-    temperature = "of groups that follow from their priors: a number, or by resolution as 4x4=1.0,8x8=0.7 (default: 0 "
+    temperature = "of groups that follow from their priors: a number, or by resolution as 4x4=1.0,8x8=0.7 (default 0 "
     add("--temperature", metavar="T", help=temperature + "with --keep-groups, 1 with --traverse)")
-    add("--seed", type=int, default=0, help="of the noise of --keep-groups (default 0)")
+    add("--seed", type=int, default=0, help="of the noise of the groups that --keep-groups does not keep (default 0)")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -128,8 +131,9 @@ def edit(parsed: argparse.Namespace) -> None:
     trained = load(parsed.location, parsed.checkpoint, parsed.device)
     folder = results_folder(parsed.location)
     folder = folder if parsed.out else output_folder(folder, "edited")
+    log_lines(first_lines(trained, request, parsed.out or folder))
     for path in write_edits(trained, request, picture_path(parsed.out), folder, animations(parsed)):
-        log.info("%s", path)
+        log.info("written to %s", path)
 
 
 def animations(parsed: argparse.Namespace) -> list[str]:

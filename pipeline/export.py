@@ -46,13 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", metavar="DIR", type=Path, help="the folder to write, new or empty")
     add("--format", choices=FORMATS, default="model-folder", help="what to write (default model-folder)")
     add("--checkpoint", default="latest", help="latest (default), best by validation, a step, or a checkpoint's folder")
-    add("--push", metavar="OWNER/NAME", help="push the folder to this repository of the Hub, which is made if needed")
-    add("--private", action="store_true", help="make a new repository private")
+    add("--push", metavar="OWNER/NAME", help="push the folder to this repository of the Hub, new or not")
+    add("--private", action="store_true", help="with --push: a repository that is created is private")
     add("--license", metavar="ID", help="of the weights, as the Hub spells it: apache-2.0, cc-by-nc-4.0, other ...")
-    add("--license-name", metavar="NAME", help="of a license that is `other`")
-    add("--license-link", metavar="URL", help="of a license that is `other`")
+    add("--license-name", metavar="NAME", help="with --license other: its name")
+    add("--license-link", metavar="URL", help="with --license other: the address of its text")
     add("--data-name", metavar="ID", nargs="+", default=[], help="ids on the Hub of the data sets it was trained on")
-    picture = "of samples: yes, no, or auto (default): unless the data set is known to show real people"
+    picture = "with a picture of samples: yes, no, or auto (default), which is no for data sets of real people"
     add("--picture", choices=("auto", "yes", "no"), default="auto", help=picture)
     add_arguments(parser)
     add("--device", help="for the samples: cpu, cuda, cuda:1 ... (default: a GPU where there is one)")

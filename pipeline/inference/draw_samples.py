@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation.images import image_grid, to_uint8
+from pipeline.inference import announce
 from pipeline.inference.folders import open_split
 from pipeline.inference.labels import Labels, labeled
 from pipeline.inference.latent_groups import TemperatureLike, listed
@@ -26,7 +27,7 @@ from pipeline.inference.trained import TrainedModel
 from pipeline.models.conditions import UNKNOWN, AttributeCondition, ClassCondition
 from pipeline.storage.atomic import atomic_file
 from pipeline.storage.pictures import save_png
-from shard_data.terminal import Progress, aligned, with_progress
+from shard_data.terminal import Progress, with_progress
 
 log = logging.getLogger("pipeline")
 
@@ -128,13 +129,17 @@ def first_lines(
     trained: TrainedModel, plan: Plan, temperatures: Sequence[str], places: Sequence[Path | str | None]
 ) -> list[str]:
     """What is sampled, and where it is written."""
-    facts = {
-        "model": f"{trained.place}{', the moving average of the weights' if trained.averaged else ''}",
-        "temperature": ", ".join(temperatures),
-        "writes": [str(place) for place in places if place],
-    }
-    title = f"{plan.count:,} samples of {trained.recipe.model.name} at step {trained.step:,} on {trained.device}"
-    return [title, *aligned(facts)]
+    return announce.first_lines(
+        f"{plan.count:,} samples",
+        trained.recipe.model.name,
+        trained.step,
+        trained.device,
+        {
+            "model": announce.weights_of(trained.place, trained.averaged),
+            "temperature": ", ".join(temperatures),
+            "writes": [str(place) for place in places if place],
+        },
+    )
 
 
 def sample_images(trained: TrainedModel, plan: Plan, temperature: TemperatureLike, seed: int) -> np.ndarray:

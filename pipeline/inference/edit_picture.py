@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.data.shards import TarShards
 from pipeline.evaluation.images import enlarged, to_uint8
-from pipeline.inference import editing
+from pipeline.inference import announce, editing
 from pipeline.inference.editing import Subject
 from pipeline.inference.folders import open_split
 from pipeline.inference.group_pictures import find_directions, first_groups_picture, traversal_picture
@@ -20,6 +20,7 @@ from pipeline.inference.labels import LabeledImages, Labels
 from pipeline.inference.latent_groups import find_group
 from pipeline.inference.parse_condition import parse_settings
 from pipeline.inference.read_image import open_picture
+from pipeline.inference.text import printable
 from pipeline.inference.trained import TrainedModel
 from pipeline.storage.pictures import check_animation, save_animation, save_png
 
@@ -64,6 +65,39 @@ class EditRequest(NamedTuple):
     """Images of the animation of an interpolation, from one end to the other."""
     num_images: int
     """Images of `data` for the mean differences, and for the principal directions."""
+
+
+def first_lines(trained: TrainedModel, request: EditRequest, writes: Path) -> list[str]:
+    """What is made of which images, by which model, and where it is written."""
+    what, edit = _describe_edit(request)
+    read = f"{request.data}, split {request.split}" if request.data else ""
+    if request.traversed is not None or (request.edits and trained.recipe.condition is None):
+        read += f"; {request.num_images:,} images at most for the directions"
+    return announce.first_lines(
+        what,
+        trained.recipe.model.name,
+        trained.step,
+        trained.device,
+        {
+            "model": announce.weights_of(trained.place, trained.averaged),
+            "images": announce.some_of([*map(str, request.files), *request.keys]),
+            "data": read,
+            "edit": printable(edit),
+            "writes": str(writes),
+        },
+    )
+
+
+def _describe_edit(request: EditRequest) -> tuple[str, str]:
+    """What is made, and how."""
+    strengths = ", ".join(f"{strength:.3g}" for strength in request.strengths.tolist())
+    if request.edits:
+        return "edits", f"{', '.join(request.edits)}; strength {strengths}"
+    if request.kept is not None:
+        return "reconstructions", f"from the first latent groups: {', '.join(request.kept) or 'each number of them'}"
+    if request.traversed is not None:
+        return "edits", f"{request.traversed} along {request.directions} principal directions; strength {strengths}"
+    return "interpolation", f"linear and spherical, {request.steps} images each"
 
 
 def write_edits(

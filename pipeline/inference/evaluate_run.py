@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.data.remote import is_address
 from pipeline.distributed.agreement import code_version
 from pipeline.distributed.runtime import Runtime
+from pipeline.inference import announce
 from pipeline.inference.feature_weights import load_feature_network
 from pipeline.inference.folders import check_at_hand, check_split, check_writable, output_folder
 from pipeline.inference.locations import find_model, results_folder
@@ -42,7 +43,6 @@ from pipeline.recipe import Recipe
 from pipeline.run.classifier_folder import load_classifier
 from pipeline.run.data import RunData
 from pipeline.storage.evaluation_journal import EvaluationJournal
-from shard_data.terminal import aligned
 
 log = logging.getLogger("pipeline")
 
@@ -74,8 +74,7 @@ def evaluate(request: EvaluationRequest, runtime: Runtime) -> list[Path]:
     if request.out is None:
         runtime.run_on_all(lambda: check_writable(output_folder(results_folder(request.location), FOLDER)))
     measurement = prepare(request, runtime)
-    for line in first_lines(request, measurement):
-        log.info("%s", line)
+    announce.log_lines(first_lines(request, measurement))
     names = list(dict.fromkeys(request.metrics))
     with journals(names, measurement, request) as journal_of:
         figures, files = measure_all(names, measurement, request, journal_of)
@@ -233,21 +232,24 @@ def describe(names: Sequence[str], measurement: Measurement, request: Evaluation
 def first_lines(request: EvaluationRequest, measurement: Measurement) -> list[str]:
     """What is measured, where it is written, and what a kill costs."""
     trained, data = measurement.trained, measurement.data
-    averaged = ", the moving average of the weights" if trained.averaged else ""
     images = ""
     if data is not None:
         count = min(data.recipe.validation.images or len(data.held_out), len(data.held_out))
         images = f"{data.recipe.data.root}, split {data.held_out.split}: {count:,} of {len(data.held_out):,} images"
     resumes = any(METRICS[name].resumes for name in request.metrics)
-    facts = {
-        "model": f"{trained.place}{averaged}",
-        "data": printable(images),
-        "metrics": ", ".join(dict.fromkeys(request.metrics)),
-        "writes": str(request.out or output_folder(results_folder(request.location), FOLDER)),
-        "stop": "Ctrl-C; the same command measures only what is missing" if resumes else "Ctrl-C",
-    }
-    title = f"{trained.recipe.model.name} at step {trained.step:,} on {measurement.runtime.describe()}"
-    return [title, *aligned(facts)]
+    return announce.first_lines(
+        "evaluation",
+        trained.recipe.model.name,
+        trained.step,
+        measurement.runtime.describe(),
+        {
+            "model": announce.weights_of(trained.place, trained.averaged),
+            "data": printable(images),
+            "metrics": ", ".join(dict.fromkeys(request.metrics)),
+            "writes": str(request.out or output_folder(results_folder(request.location), FOLDER)),
+            "stop": "Ctrl-C; the same command measures only what is missing" if resumes else "Ctrl-C",
+        },
+    )
 
 
 def save(request: EvaluationRequest, measurement: Measurement, names: list[str], figures: dict[str, float]) -> Path:

@@ -11,13 +11,14 @@ import numpy as np
 
 from pipeline.config import build
 from pipeline.data.remote import fetch_manifest, is_address
-from pipeline.inference import draw_samples, hub, model_card
+from pipeline.inference import announce, draw_samples, hub, model_card
 from pipeline.inference.locations import HUB, find_model, results_folder
 from pipeline.inference.model_folder import (
     ModelContent,
     content_of,
     is_averaged,
     read_model_folder,
+    read_recipe,
     weights_stem,
     write_model_folder,
 )
@@ -68,6 +69,7 @@ def export_model_folder(request: ExportRequest) -> None:
     check_new(request.out)
     found, place = find_model(request.location, request.checkpoint)
     content, digest = content_of(found), found.sha256[weights_stem(found)]
+    announce.log_lines(first_lines(request, found, place))
     reports = reports_of(results_folder(request.location), digest)
     manifest = find_manifest(content)
     about = model_card.About(
@@ -88,12 +90,30 @@ def export_model_folder(request: ExportRequest) -> None:
     elif request.picture == "auto":
         log.info("no picture of samples, because the data set shows real people; --picture yes adds it")
     write_model_folder(request.out, described, model_card.render(described, about, reports), picture)
-    log.info("written to %s; evaluations of these weights in its card: %d", request.out, len(reports))
+    log.info("%s; evaluations of these weights in its card: %d", announce.written_to(request.out), len(reports))
+
+
+def first_lines(request: ExportRequest, found: Checkpoint, place: str) -> list[str]:
+    """What is written of which model, and where it goes."""
+    how, repository = request.readjust, request.repository
+    return announce.first_lines(
+        "model folder",
+        read_recipe(found).model.name,
+        found.step,
+        find_device(request.device),
+        {
+            "model": announce.weights_of(place, is_averaged(found)),
+            "readjust": f"{how.iterations:,} batches of samples at temperature {how.temperature:g}" if how else "",
+            "writes": str(request.out),
+            "pushes": hub.address(repository) if repository else "",
+        },
+    )
 
 
 def push_folder(folder: Path, repository: hub.Repository, private: bool) -> None:
     """Verifies a model folder, and uploads it as it is. Raises ValueError, which says how to try again."""
     read_model_folder(folder)
+    log.info("%s is uploaded to %s", folder, hub.address(repository))
     try:
         commit = hub.push(folder, repository, private)
     except ValueError as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.config import build
 from pipeline.inference.model_folder import check_weights, read_recipe
 from pipeline.inference.nvlabs_import import KIND
-from pipeline.inference.releases import Weights, check_exportable, chosen_stem
+from pipeline.inference.releases import Weights, check_exportable, chosen_stem, log_start
 from pipeline.models.base import VAE
 from pipeline.models.nvae_conversion import UNUSED, state_dict_to_reference
 from pipeline.models.nvae_options import Network, ReleaseOptions, cell_operations, options_for
@@ -59,6 +59,7 @@ def write_release(path: Path, checkpoint: Checkpoint, weights: Weights | None = 
     if path.exists():
         raise ValueError(f"{path} is there; name a new file")
     content = release_content(checkpoint, weights)
+    log_start(KIND, path, checkpoint, weights)
     write_pickled(path, content)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.inference.model_folder import ModelContent, check_weights, read_recipe
-from pipeline.inference.releases import Weights, check_exportable, checked_tensors, chosen_stem, one_line
+from pipeline.inference.releases import Weights, check_exportable, checked_tensors, chosen_stem, log_start, one_line
 from pipeline.inference.text import printable
 from pipeline.models.vdvae_conversion import (
     keys_to_reference,
@@ -126,6 +126,7 @@ def write_release(path: Path, checkpoint: Checkpoint, weights: Weights | None = 
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: cannot be written in the release's format: {error}") from None
     check_weights(recipe, checkpoint.tensors[stem], str(checkpoint.path), stem)
+    log_start(KIND, path, checkpoint, weights)
     in_order = {name: checkpoint.tensors[stem][name] for name in meta_state(recipe)}
     write_pickled(path, OrderedDict(state_dict_to_reference(in_order)))
     given = " ".join(f"--{name} {value}" for name, value in options.items() if value != "")

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from pipeline.inference.model_folder import is_averaged
+from pipeline.inference import announce
+from pipeline.inference.model_folder import is_averaged, read_recipe
 from pipeline.inference.text import printable
 from pipeline.recipe import Recipe
 from pipeline.storage.checkpoint_folder import Checkpoint
@@ -94,3 +96,12 @@ def chosen_stem(checkpoint: Checkpoint, weights: Weights | None) -> str:
         held = "the average" if is_averaged(checkpoint) else "the last weights"
         raise ValueError(f"--weights {weights}: it holds {held} only")
     return "model"
+
+
+def log_start(kind: str, path: Path, checkpoint: Checkpoint, weights: Weights | None) -> None:
+    """Which weights of which model are written in the format `kind`, and where."""
+    stem = chosen_stem(checkpoint, weights)
+    averaged = stem == "ema" if "ema" in checkpoint.tensors else is_averaged(checkpoint)
+    facts = {"model": announce.weights_of(str(checkpoint.path), averaged), "writes": str(path)}
+    name = read_recipe(checkpoint).model.name
+    announce.log_lines(announce.first_lines(f"{kind} checkpoint", name, checkpoint.step, None, facts))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from pipeline.data.preprocess import to_model_input
 from pipeline.evaluation.images import to_uint8
-from pipeline.inference import check_programs
+from pipeline.inference import announce, check_programs
 from pipeline.inference.export_run import ExportRequest
 from pipeline.inference.trained import TrainedModel, load
 from pipeline.models.base import VAE, without_border
@@ -104,8 +104,13 @@ class Sampler(Decoder):
 def export_programs(request: ExportRequest) -> None:
     """`export.py --format torch-export`. Raises what `load` and `write_programs` raise."""
     check_new(request.out)
-    write_programs(request.out, load(request.location, request.checkpoint, device="cpu"))
-    log.info("written to %s; its programs give what the model gives, checked without this package", request.out)
+    trained = load(request.location, request.checkpoint, device="cpu")
+    weights = announce.weights_of(trained.place, trained.averaged)
+    facts = {"model": weights, "writes": str(request.out)}
+    announce.log_lines(announce.first_lines("programs", trained.recipe.model.name, trained.step, trained.device, facts))
+    write_programs(request.out, trained)
+    written = announce.written_to(request.out)
+    log.info("%s; the programs give what the model gives, checked without this package", written)
 
 
 def write_programs(folder: Path, trained: TrainedModel) -> None:

@@ -64,7 +64,7 @@ def test_every_question_has_a_file_of_its_own(run, ask):
 def test_what_is_measured_and_what_comes_next_is_said(run, shards, ask):
     _, printed = ask(run, "--images", "5")
     lines = printed.splitlines()
-    start = lines.index("mlp_vae at step 7 on 1 process on CPU, 1 thread each, fp32")
+    start = lines.index("evaluation of mlp_vae at step 7 on 1 process on CPU, 1 thread each, fp32")
     facts = shown_facts(lines[start + 1 :])
     assert facts["model"] == [f"{run}/checkpoints/step_00000007, the moving average of the weights"]
     assert facts["data"] == [f"{shards}, split test: 5 of 6 images"]

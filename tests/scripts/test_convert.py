@@ -14,6 +14,7 @@ from pipeline import convert, evaluate, export
 from pipeline.inference import export_run
 from pipeline.models.noise import draw_noise
 from tests.helpers import golden
+from tests.helpers.command_lines import shown_facts
 from tests.helpers.golden import close
 from tests.helpers.hostile_pickles import hostile
 from tests.helpers.release_files import TINY, release_content, release_state, write_release_file
@@ -39,6 +40,21 @@ def refused(capsys, *arguments: str) -> str:
     text = capsys.readouterr().err.strip()
     assert len(text.splitlines()) == 1, text
     return text
+
+
+def test_what_is_converted_and_what_was_written_is_said(file, folder, tmp_path, capsys):
+    model, pickled = str(tmp_path / "model"), str(tmp_path / "x.pt")
+    for words, what, origin in (
+        (["--from", "nvlabs", str(file), "--out", model], "model folder", "reads"),
+        (["--to", "nvlabs", str(folder), "--out", pickled], "nvlabs checkpoint", "model"),
+    ):
+        assert convert.main(words) == 0
+        title, *lines = capsys.readouterr().err.splitlines()
+        assert title == f"{what} of nvae at step 153"
+        facts = shown_facts(lines)
+        assert facts[origin][0].split(",")[0] == words[2]
+        assert facts["writes"] == [words[-1]]
+        assert lines[-1].startswith(f"written to {words[-1]}")
 
 
 def test_the_card_states_license_and_origin(folder):

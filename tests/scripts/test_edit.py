@@ -14,6 +14,7 @@ from pipeline.edit import main, parse_strengths
 from pipeline.evaluation.images import to_uint8
 from pipeline.inference.editing import Subject, edit_by_condition, find_direction, find_sample, interpolate
 from pipeline.inference.latents import spherical
+from tests.helpers.command_lines import shown_facts
 from tests.helpers.grids import near, pixels, tiles
 from tests.helpers.recipes import tiny_settings
 from tests.helpers.shard_sets import random_samples, write_set
@@ -83,6 +84,24 @@ def test_a_class_is_changed_for_another(runs, faces, tmp_path):
     trained = pipeline.load(runs["classes"])
     latents = trained.encode(pixels(faces[0]), 2, seed=None)
     near(tiles(out, 3)[0, 2], to_uint8(trained.decode(latents, 7))[0])
+
+
+def test_what_is_edited_and_what_was_written_is_said(runs, shards, faces, tmp_path, capfd):
+    out = tmp_path / "out.gif"
+    assert main([str(runs["plain"]), "--image", *faces, "--interpolate", "--steps", "2", "--out", str(out)]) == 0
+    title, *lines = capfd.readouterr().err.splitlines()
+    assert title == "interpolation of nvae at step 7 on cpu"
+    facts = shown_facts(lines)
+    assert facts["model"] == [f"{runs['plain']}/checkpoints/step_00000007, the moving average of the weights"]
+    assert (facts["images"], facts["writes"]) == ([", ".join(faces)], [str(out)])
+    assert [line.split()[2] for line in lines if line.startswith("written to ")] == [f"{tmp_path}/out.png", str(out)]
+    keys = ["--data", str(shards), "--key", "1", "2", "3", "4", "--images", "9", "--out", str(out.with_suffix(".png"))]
+    assert main([str(runs["plain"]), *keys, "--set", "Attribute_1=0", "--strength", "0,0.5"]) == 0
+    title, *lines = capfd.readouterr().err.splitlines()
+    facts = shown_facts(lines)
+    assert title == "edits of nvae at step 7 on cpu"
+    assert (facts["images"], facts["edit"]) == (["1, 2, 3 and 1 more"], ["Attribute_1=0; strength 0, 0.5"])
+    assert facts["data"] == [f"{shards}, split test; 9 images at most for the directions"]
 
 
 @pytest.mark.parametrize("value", [1, 0])

@@ -20,6 +20,7 @@ from pipeline.config import build
 from pipeline.inference.export_run import publishable, shows_real_faces
 from pipeline.recipe import Recipe
 from pipeline.storage.checkpoint import Checkpoints
+from tests.helpers.command_lines import shown_facts
 from tests.helpers.launching import ROOT
 from tests.helpers.recipes import tiny_settings
 from tests.helpers.shard_sets import random_samples, write_set
@@ -60,6 +61,17 @@ def test_an_exported_run_is_loaded_by_the_code_of_its_card(run, here):
     assert (given["model"].averaged, given["model"].step) == (True, STEP)
     assert given["model"].weights_sha256 == original.weights_sha256
     assert Image.open("flowers/samples.png").size > (128, 128)
+
+
+def test_what_is_exported_and_what_was_written_is_said(run, here, capfd):
+    assert export.main([str(run), "--out", "flowers"]) == 0
+    title, *lines = capfd.readouterr().err.splitlines()
+    assert title == f"model folder of nvae at step {STEP} on cpu"
+    facts = shown_facts(lines)
+    assert facts["model"] == [f"{run}/checkpoints/step_{STEP:08d}, the moving average of the weights"]
+    assert facts["writes"] == ["flowers"]
+    written = ", ".join(names(here / "flowers"))
+    assert lines[-1] == f"written to flowers: {written}; evaluations of these weights in its card: 0"
 
 
 def test_equal_exports_are_equal_to_the_byte(run, here):
