@@ -73,9 +73,9 @@ def describe_memory(recipe: Recipe, model: VAE, weights: int) -> list[str]:
     if found is None:
         return [*lines, "  a step's memory has not been counted for these settings (python -m benchmarks.step_memory)"]
     averaged = ", moving average" if recipe.train.ema_decay else ""
-    parts = (
-        f"weights, optimizer{averaged} {readable(found.state)}, gradients and temporary weights {readable(found.fixed)}"
-    )
+    fixed = found.fixed + found.gradients * found.accumulates
+    others = f"gradients and temporary weights {readable(fixed)}" if fixed >= 2**20 else "no gradients at that moment"
+    parts = f"weights, optimizer{averaged} {readable(found.state)}, {others}"
     lines += [f"  a step's peak, estimated: {parts}, and {readable(found.per_image)} for each image"]
     if recipe.train.micro_batch == "auto":
         return [*lines, "  train.micro_batch=auto: the largest that fits is found when the run starts"]

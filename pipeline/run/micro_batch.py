@@ -92,7 +92,7 @@ def check_found(number: int, recipe: Recipe, runtime: Runtime) -> None:
 def fits(recipe: Recipe, runtime: Runtime, images: int) -> bool:
     """Whether a step with this number of images on this process fits on its device."""
     if runtime.device.type != "cuda":
-        expected = estimate(recipe)
+        expected = estimate(with_micro_batch(recipe, images * runtime.world_size))
         return expected is None or expected.peak(images, runtime.world_size) < USABLE * available_bytes()
     torch.cuda.set_per_process_memory_fraction(USABLE, runtime.device)
     try:
@@ -111,7 +111,9 @@ def take_trial_step(recipe: Recipe, runtime: Runtime, images: int) -> None:
     train, device = recipe.train, runtime.device
     folder = recipe.model.classifier_folder
     model = build_training_model(recipe, runtime, load_frozen_classifier(folder) if folder else None)
-    buckets = [torch.empty_like(p) for p in model.parameters()] if runtime.world_size > 1 else []  # as DDP has them
+    accumulates = images * runtime.world_size < train.batch_size
+    # DDP has the gradients in buckets all the time; without it, those of the micro-batches before are there.
+    gradients = [torch.empty_like(p) for p in model.parameters()] if runtime.world_size > 1 or accumulates else []
     ema = EMA(model, train.ema_decay) if train.ema_decay else None
     regularizers = Regularizers(recipe.regularizers, model, train.seed)
     state = TrainingState(model, build_optimizer(model, recipe.optim), regularizers, ema)
@@ -126,7 +128,7 @@ def take_trial_step(recipe: Recipe, runtime: Runtime, images: int) -> None:
         loss = (out.kl.float().sum(1) - out.log_px + sum(out.penalties.values())).mean() + state.regularizers(1.0)[0]
         loss.backward()
     state.apply_update(0)
-    del buckets
+    del gradients
 
 
 def available_bytes() -> int:

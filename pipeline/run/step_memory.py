@@ -26,16 +26,25 @@ class StepMemory(NamedTuple):
 
     state: int
     """Weights, the optimizer's moments and the moving average."""
-    buckets: int
-    """What DDP adds to that with several processes: its buckets, which hold the gradients."""
+    gradients: int
+    """All gradients. With several processes (in DDP's buckets) or several micro-batches they are there during every
+    pass; else each is made in the backward pass, while activations are freed.
+    """
     fixed: int
-    """What a step adds whatever the number of images: gradients, normalized weights, temporary copies."""
+    """What else a pass adds at its peak whatever the number of images: normalized weights, temporary copies, gradients
+    that are there by then. Nothing for VDVAE in float32: it uses the weights as they are, and its peak is at the end of
+    the forward pass, before the first gradient.
+    """
     per_image: int
-    """What a step adds for each image: activations."""
+    """What a pass adds for each image: activations."""
+    accumulates: bool = False
+    """Whether a step has several micro-batches."""
 
     def peak(self, images: int, processes: int = 1) -> int:
         """Of a step with this number of images per forward pass on this device."""
-        return self.state + (self.buckets if processes > 1 else 0) + self.fixed + images * self.per_image
+        held = self.gradients if processes > 1 or self.accumulates else 0
+        # Few images may take less than the gradients, which are all there at the end of the backward pass.
+        return self.state + max(held + self.fixed + images * self.per_image, self.gradients)
 
 
 def estimate(recipe: Recipe, model: VAE | None = None) -> StepMemory | None:
@@ -51,12 +60,12 @@ def estimate(recipe: Recipe, model: VAE | None = None) -> StepMemory | None:
     state = weights * (3 + bool(recipe.train.ema_decay))
     counted = counted_figures().get(key_of(recipe, model))
     if counted is not None:
-        return StepMemory(state, weights, counted["fixed"], counted["per_image"])
+        return StepMemory(state, weights, counted["fixed"], counted["per_image"], recipe.train.micro_batches > 1)
     if len(list(model.parameters())) > MAX_TENSORS or recipe.model.classifier_folder is not None:
         return None
     recompute_activations(model, recipe.train.recompute)
     fixed, per_image = count_saved(model, {"bf16": 0.5, "fp32": 1, "fp64": 2}[recipe.train.precision])
-    return StepMemory(state, weights, weights + fixed, per_image)
+    return StepMemory(state, weights, weights + fixed, per_image)  # all gradients are in it, also those that accumulate
 
 
 def meta_model(recipe: Recipe) -> VAE:

@@ -8,13 +8,14 @@ import torch
 import yaml
 
 from benchmarks.fake_step import fake_processes
+from benchmarks.step_counter import StepCounter
 from pipeline.distributed import collectives
 from pipeline.distributed.preemption import StopRequest
 from pipeline.run import micro_batch
 from pipeline.run.attempt import FAILURES, run_attempt
 from pipeline.run.micro_batch import fits, largest_that_fits, resolve_micro_batch, take_trial_step
 from pipeline.run.out_of_memory import OutOfMemory
-from pipeline.run.step_memory import estimate
+from pipeline.run.step_memory import estimate, meta_model
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.storage.status import read_status
 from pipeline.training.trainer import Trainer
@@ -112,6 +113,17 @@ def test_a_trial_step_reaches_no_other_process_and_changes_nothing(make_recipe, 
         take_trial_step(recipe, runtime, 3)
         assert collectives.num_processes() == 8
     assert len(steps) == 1
+
+
+def test_a_trial_step_has_room_for_gradients_that_accumulate(make_recipe, make_runtime):
+    def peak(batch_size: int) -> int:
+        recipe = make_recipe(f"train.batch_size={batch_size}")
+        with StepCounter() as counter:
+            take_trial_step(recipe, make_runtime(), 4)
+        return counter.memory.peak
+
+    gradients = 4 * sum(parameter.numel() for parameter in meta_model(make_recipe()).parameters())
+    assert peak(8) - peak(4) == pytest.approx(gradients, rel=0.01)
 
 
 def test_a_trial_step_keeps_what_the_runs_steps_will_keep(make_recipe, make_runtime):

@@ -1,13 +1,15 @@
 """The estimate of a step's memory."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.counts import IMAGES_PER_GPU, count_step
+from benchmarks.counts import IMAGES_PER_GPU, count_step, read_recipe
 from pipeline.recipe import load_recipe, recipe_path
 from pipeline.run.dry_run import describe_memory
-from pipeline.run.step_memory import count_saved, counted_figures, estimate, key_of, meta_model
+from pipeline.run.step_memory import StepMemory, count_saved, counted_figures, estimate, key_of, meta_model
 from tests.helpers.vdvae_table import VDVAE
 
 
@@ -83,6 +85,39 @@ def test_several_processes_keep_the_gradients_in_buckets(make_recipe):
     found = estimate(recipe)
     assert found.state == 4 * weights  # two moments and the moving average
     assert found.peak(1, processes=2) == found.peak(1) + weights
+
+
+def test_gradients_that_accumulate_are_there_during_every_pass():
+    found = StepMemory(state=1000, gradients=500, fixed=4, per_image=300)
+    assert (found.peak(2), found.peak(2, processes=2)) == (1604, 2104)
+    assert found.peak(1) == 1500  # one image takes less than the gradients at the end
+    accumulating = found._replace(accumulates=True)
+    assert accumulating.peak(2) == accumulating.peak(2, processes=2) == 2104  # in DDP's buckets, not beside them
+
+
+@pytest.mark.slow
+def test_vdvae_has_no_gradients_at_its_peak_unless_they_accumulate():
+    """Counted operator by operator: without them, images alone make the peak."""
+
+    def count(images: int, micro_batch: int) -> int:
+        words = ["train.precision=fp32", f"train.batch_size={images}", f"train.micro_batch={micro_batch}"]
+        return count_step(read_recipe("vdvae_mnist_small", 1, words), 1).memory.peak
+
+    one_pass, half = count(8, 8), count(4, 4)
+    recipe = load_recipe(recipe_path("vdvae_mnist_small"), [])
+    gradients = 4 * sum(parameter.numel() for parameter in meta_model(recipe).parameters())
+    assert 2 * half - one_pass < 1000
+    found = StepMemory(0, gradients, 2 * half - one_pass, (one_pass - half) // 4, accumulates=True)
+    assert found.peak(4) == pytest.approx(count(8, 4), rel=1e-3)
+
+
+def test_a_dry_run_says_whether_there_are_gradients_at_the_peak():
+    recipe = load_recipe(recipe_path("vdvae_cifar10"), [])
+    model = meta_model(recipe)
+    halves = load_recipe(recipe_path("vdvae_cifar10"), ["train.micro_batch=16"])
+    whole, half = (describe_memory(one, model, 1)[1] for one in (recipe, halves))
+    assert re.search(r"moving average [\d.]+ MiB, no gradients at that moment, and 633\.0 MiB for each image", whole)
+    assert re.search(r"gradients and temporary weights 149\.3 MiB, and 633\.0 MiB for each image", half)
 
 
 def test_a_dry_run_states_the_peak_by_the_number_of_processes(make_recipe, monkeypatch):
