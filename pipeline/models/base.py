@@ -93,9 +93,11 @@ class VAE(nn.Module, ABC):
     condition (B, condition_size), encoded by `models.conditions`; other models take None.
 
     Constructor: `image_shape` (C, H, W) of the padded input, `border` pixels of padding on every side, `bits` of color
-    depth. The likelihood and `num_dimensions` leave out the border. A subclass sets `groups`.
+    depth. `bound` and `num_dimensions` leave out the border. A subclass sets `config` and `groups`.
     """
 
+    config: Any
+    """Its section, with a likelihood."""
     groups: tuple[LatentGroup, ...]
     """In the order of sampling."""
     image_shape: tuple[int, int, int]
@@ -179,6 +181,15 @@ class VAE(nn.Module, ABC):
     def reconstruct(self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [0, 1]: the mean of p(x | z) for a posterior sample of each x."""
         return self.decode(self.encode(x, noise, condition), condition)
+
+    def likelihood(self, outputs: Tensor) -> PixelDistribution:
+        """p(x | z) from raw decoder outputs (B, num_outputs, H, W), with or without the border."""
+        return self.config.likelihood.build(outputs, self.bits)
+
+    def _log_px(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """(B,) log p(x | z) without the border, nats, for images x and raw decoder outputs with it."""
+        likelihood = self.likelihood(without_border(outputs, self.border))
+        return likelihood.log_prob(without_border(x, self.border)).flatten(1).sum(1)
 
     def compilable_cells(self) -> Iterator[nn.Module]:
         """The submodules that `train.compile` compiles, and `train.recompute=cells` recomputes, each on its own; none

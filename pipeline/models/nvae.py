@@ -17,17 +17,9 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pipeline.models.base import (
-    VAE,
-    ModelConfig,
-    Temperature,
-    VAEOutput,
-    check_condition,
-    group_temperatures,
-    without_border,
-)
+from pipeline.models.base import ModelConfig, Temperature, VAEOutput, check_condition, group_temperatures
 from pipeline.models.conditions import Condition
-from pipeline.models.latent_terms import LatentTerms, latent_terms, runs_of_one_shape, vae_output
+from pipeline.models.hierarchical import HierarchicalVAE, LatentTerms, latent_terms
 from pipeline.models.likelihoods import Likelihood, LogisticMixtureLikelihood, PixelDistribution
 from pipeline.models.nvae_parts import (
     build_decoder,
@@ -135,7 +127,7 @@ class InferredLatent(NamedTuple):
         return JointClampedNormal(self.raw_prior)
 
 
-class NVAE(VAE):
+class NVAE(HierarchicalVAE):
     """The model described at the top of this file.
 
     `border`: pixels on every side that are padding. They are part of the network's input, but not of the likelihood
@@ -202,24 +194,10 @@ class NVAE(VAE):
         with self._one_pass():
             return self._bound(x, features, noise, condition)
 
-    def encode(self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> list[Tensor]:
-        _, latents = self.infer(x, noise, condition)
-        return [latent.z for latent in latents]
-
     def pixel_distribution(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> PixelDistribution:
         check_condition(self, condition)
         with self._one_pass():
             return self.likelihood(self._decode(lambda k, h: latents[k], condition))
-
-    def sample_with_latents(
-        self,
-        noise: Sequence[Tensor],
-        temperature: Temperature = 1.0,
-        condition: Tensor | None = None,
-        given: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, list[Tensor]]:
-        outputs, latents = self.generate(noise, temperature, condition, given)
-        return self.likelihood(outputs).mean, latents
 
     def prior_noise(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> list[Tensor]:
         check_condition(self, condition)
@@ -242,7 +220,6 @@ class NVAE(VAE):
     def infer(
         self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None
     ) -> tuple[Tensor, list[InferredLatent]]:
-        """Raw decoder outputs (B, C_out, H, W) and each group's latent, for images x (B, C, H, W) in [0, 1]."""
         with self._one_pass():
             return self._infer(self._features(x, condition), noise, condition)
 
@@ -253,10 +230,7 @@ class NVAE(VAE):
         condition: Tensor | None = None,
         given: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[Tensor]]:
-        """Raw decoder outputs (B, C_out, H, W), and the latents, as `sample_with_latents` describes them.
-
-        Flows are not used: they belong to the posteriors.
-        """
+        """Flows are not used: they belong to the posteriors."""
         check_condition(self, condition)
         temperatures, latents = group_temperatures(temperature, self.groups), list(given)
 
@@ -268,10 +242,6 @@ class NVAE(VAE):
 
         with self._one_pass():
             return self._decode(sample_group, condition), latents
-
-    def likelihood(self, outputs: Tensor) -> PixelDistribution:
-        """p(x | z) of whole images, border included, from raw decoder outputs."""
-        return self.config.likelihood.build(outputs, self.bits)
 
     # ---- the parts; their callers have entered _one_pass -----------------------------------------------------
 
@@ -292,13 +262,9 @@ class NVAE(VAE):
         return features[::-1]
 
     def _bound(self, x: Tensor, features: list[Tensor], noise: Sequence[Tensor], condition: Tensor | None) -> VAEOutput:
-        outputs, latents = self._infer(features, noise, condition)
-        likelihood = self.config.likelihood.build(without_border(outputs, self.border), self.bits)
-        log_px = likelihood.log_prob(without_border(x, self.border)).flatten(1).sum(1)  # (B,)
-        return vae_output(log_px, [self._terms(latents[run]) for run in runs_of_one_shape(self.groups)])
+        return self._vae_output(x, *self._infer(features, noise, condition))
 
     def _terms(self, latents: Sequence[InferredLatent]) -> LatentTerms:
-        """Of groups of one shape."""
         *others, z = zip(*latents, strict=True)
         mean, sigma, raw_prior, base = (stack_with_format(tensors, like=z[-1]) for tensors in others)
         posterior, prior = NormalOfSigma(mean, sigma), JointClampedNormal(raw_prior)

@@ -14,16 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.base import (
-    VAE,
-    LatentGroup,
-    Temperature,
-    VAEOutput,
-    check_condition,
-    group_temperatures,
-    without_border,
-)
-from pipeline.models.latent_terms import LatentTerms, latent_terms, runs_of_one_shape, vae_output
+from pipeline.models.base import LatentGroup, Temperature, VAEOutput, check_condition, group_temperatures
+from pipeline.models.hierarchical import HierarchicalVAE, LatentTerms, latent_terms
 from pipeline.models.likelihoods import PixelDistribution
 from pipeline.nn.conditioning import Conditioning
 from pipeline.nn.distributions import at_least_float32
@@ -102,15 +94,13 @@ class InferredLatent(NamedTuple):
     """(B, C, R, R)."""
 
 
-class TopDownVAE(VAE):
+class TopDownVAE(HierarchicalVAE):
     """The interface of `VAE` for an encoder and a decoder of this kind.
 
     A subclass sets, at its end of construction, `groups`, `encoder`, `decoder` and `normals`, and implements
     `network_input`. It calls `add_conditioning` last.
     """
 
-    config: Any
-    """Its section, with a likelihood."""
     encoder: nn.Module
     """Network inputs to a dict or list of features."""
     decoder: TopDownDecoder
@@ -133,27 +123,10 @@ class TopDownVAE(VAE):
         return self.encoder(self.network_input(x))
 
     def bound(self, x: Tensor, features: Any, noise: Sequence[Tensor], condition: Tensor | None = None) -> VAEOutput:
-        outputs, latents = self._infer(features, noise, condition)
-        likelihood = self.likelihood(without_border(outputs, self.border))
-        log_px = likelihood.log_prob(without_border(x, self.border)).flatten(1).sum(1)  # (B,)
-        return vae_output(log_px, [self._terms(latents[run]) for run in runs_of_one_shape(self.groups)])
-
-    def encode(self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> list[Tensor]:
-        _, latents = self.infer(x, noise, condition)
-        return [latent.z for latent in latents]
+        return self._vae_output(x, *self._infer(features, noise, condition))
 
     def pixel_distribution(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> PixelDistribution:
         return self.likelihood(self._decode(lambda k, raw_prior: latents[k], latents[0].shape[0], condition))
-
-    def sample_with_latents(
-        self,
-        noise: Sequence[Tensor],
-        temperature: Temperature = 1.0,
-        condition: Tensor | None = None,
-        given: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, list[Tensor]]:
-        outputs, latents = self.generate(noise, temperature, condition, given)
-        return self.likelihood(outputs).mean, latents
 
     def prior_noise(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> list[Tensor]:
         noise = []
@@ -175,7 +148,6 @@ class TopDownVAE(VAE):
     def infer(
         self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None
     ) -> tuple[Tensor, list[InferredLatent]]:
-        """Raw decoder outputs (B, C_out, H, W) and each group's latent, for images x (B, C, H, W) in [0, 1]."""
         return self._infer(self.features(x, condition), noise, condition)
 
     def generate(
@@ -185,7 +157,6 @@ class TopDownVAE(VAE):
         condition: Tensor | None = None,
         given: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[Tensor]]:
-        """Raw decoder outputs (B, C_out, H, W), and the latents, as `sample_with_latents` describes them."""
         temperatures, latents = group_temperatures(temperature, self.groups), list(given)
 
         def sample_group(k: int, raw_prior: Tensor) -> Tensor:
@@ -194,10 +165,6 @@ class TopDownVAE(VAE):
             return latents[k]
 
         return self._decode(sample_group, (given[0] if given else noise[0]).shape[0], condition), latents
-
-    def likelihood(self, outputs: Tensor) -> PixelDistribution:
-        """p(x | z) of raw decoder outputs."""
-        return self.config.likelihood.build(outputs, self.bits)
 
     # ---- the two ways through the decoder ---------------------------------------------------------------------------
 
@@ -234,7 +201,6 @@ class TopDownVAE(VAE):
         return self.conditioning.start(condition), [embed(condition) for embed in self.conditioning.priors]
 
     def _terms(self, latents: Sequence[InferredLatent]) -> LatentTerms:
-        """Of groups of one shape."""
         stacks = (stack_with_format(tensors, like=latents[-1].z) for tensors in zip(*latents, strict=True))
         raw_posterior, raw_prior, z = stacks
         return latent_terms(self.normals.posterior(raw_posterior, raw_prior), self.normals.prior(raw_prior), z)

@@ -18,7 +18,6 @@ from pipeline.models.base import (
     VAEOutput,
     check_condition,
     group_temperatures,
-    without_border,
 )
 from pipeline.models.likelihoods import BernoulliLikelihood, Likelihood, PixelDistribution
 from pipeline.nn.posterior import Posterior, PosteriorSample
@@ -82,10 +81,8 @@ class VectorVAE(VAE):
 
     def bound(self, x: Tensor, features: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> VAEOutput:
         latent = self.posterior(features, noise[0].flatten(1))
-        outputs = self._decode(latent.z, condition)
-        likelihood = self.likelihood(without_border(outputs, self.border))
         return VAEOutput(
-            log_px=likelihood.log_prob(without_border(x, self.border)).flatten(1).sum(1),
+            log_px=self._log_px(x, self._decode(latent.z, condition)),
             kl=latent.kl.sum(1, keepdim=True),
             log_qz=latent.log_qz.sum(1),
             log_pz=latent.log_pz.sum(1),
@@ -116,10 +113,6 @@ class VectorVAE(VAE):
         """The latent itself: its prior is the standard normal."""
         check_condition(self, condition)
         return list(latents)
-
-    def likelihood(self, outputs: Tensor) -> PixelDistribution:
-        """p(x | z) from raw decoder outputs, with or without the border."""
-        return self.config.likelihood.build(outputs, self.bits)
 
 
 def concatenated(values: Tensor, condition: Tensor | None) -> Tensor:
