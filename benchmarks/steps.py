@@ -126,8 +126,8 @@ def train(trainer: Trainer, count: int, after: Callable[[], None] = lambda: None
     """Takes steps from the trainer's step on. `after` is called after each. Returns how many were skipped."""
     stream, skipped = iter(trainer.data.batches(trainer.step)), trainer.progress.skipped_steps
     for _ in range(count):
-        taken = trainer.train_step(trainer.step, list(islice(stream, trainer.config.micro_batches)))
-        trainer.progress.count_step(None if taken else trainer.gradients.skip_reason(), count + 1)
+        reason = trainer.train_step(trainer.step, list(islice(stream, trainer.config.micro_batches)))
+        trainer.progress.count_step(reason, count + 1)
         after()
     return trainer.progress.skipped_steps - skipped
 

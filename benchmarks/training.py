@@ -134,7 +134,7 @@ def build_ours(case: str, **train) -> Callable[[int], None]:
     trainer = new_trainer(recipe, images=random_images(case, batch_size))
 
     def step(number: int) -> None:
-        assert trainer.train_step(number, [next(trainer.data.batches(number))])
+        assert trainer.train_step(number, [next(trainer.data.batches(number))]) is None
 
     return step
 

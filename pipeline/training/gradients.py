@@ -18,7 +18,6 @@ class GradientRules:
         self.divisor = num_dimensions if config.gradient_unit == "nats_per_dimension" else 1
         self.largest_norm = config.clip
         self.skip_threshold = config.skip_threshold
-        self._norm = torch.zeros(())
 
     def in_unit(self, loss: Tensor) -> Tensor:
         """The loss whose gradients are taken, from one in nats per image."""
@@ -27,10 +26,10 @@ class GradientRules:
     def clip(self, model: nn.Module) -> Tensor:
         """Clips the gradients of `model`. Returns their global norm before that, a scalar on the device."""
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        self._norm = nn.utils.get_total_norm(gradients, foreach=True)
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
         if self.largest_norm:
-            nn.utils.clip_grads_with_norm_(model.parameters(), self.largest_norm, self._norm, foreach=True)
-        return self._norm
+            nn.utils.clip_grads_with_norm_(model.parameters(), self.largest_norm, norm, foreach=True)
+        return norm
 
     def allow(self, norm: Tensor) -> Tensor:
         """Whether gradients of this norm may update the weights, a flag on the device. A NaN is not below any number.
@@ -39,8 +38,8 @@ class GradientRules:
         """
         return norm < self.skip_threshold if self.skip_threshold else torch.isfinite(norm)
 
-    def skip_reason(self) -> SkipReason:
-        """Why the step of the last norm was skipped. Reads the device."""
-        norm = self._norm.item()
-        exceeded = self.skip_threshold and self.skip_threshold <= norm < float("inf")
-        return SkipReason(norm, self.skip_threshold) if exceeded else SkipReason()
+    def skip_reason(self, norm: Tensor) -> SkipReason:
+        """Why a step with gradients of this norm was skipped. Reads the device."""
+        value = norm.item()
+        exceeded = self.skip_threshold and self.skip_threshold <= value < float("inf")
+        return SkipReason(value, self.skip_threshold) if exceeded else SkipReason()

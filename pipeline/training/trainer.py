@@ -24,7 +24,7 @@ from pipeline.tracking.meters import Throughput, bits_per_dimension, gpu_memory
 from pipeline.training.gradients import GradientRules
 from pipeline.training.objective import Objective
 from pipeline.training.optim import LearningRate
-from pipeline.training.progress import Progress
+from pipeline.training.progress import Progress, SkipReason
 from pipeline.training.state import Tensors, TrainingState
 from pipeline.training.step_statistics import StepStatistics
 from pipeline.training.train_config import TrainConfig
@@ -74,11 +74,11 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------- one step
 
-    def train_step(self, step: int, micro_batches: list[Batch]) -> bool:
-        """One optimizer step.
+    def train_step(self, step: int, micro_batches: list[Batch]) -> SkipReason | None:
+        """One optimizer step. Returns why it was skipped, None where it was not.
 
-        False where loss or gradient was not finite on some rank, or the gradient's norm too large. Then every rank
-        skips the step, which changes nothing.
+        Every rank skips a step where loss or gradient was not finite on some rank, or the gradient's norm too large.
+        Such a step changes nothing.
         """
         self._set_learning_rate(self.learning_rate(step))
         self.state.remember_buffers()
@@ -101,7 +101,7 @@ class Trainer:
         else:
             self.state.undo_forward()
         self.state.optimizer.zero_grad(set_to_none=True)
-        return taken
+        return None if taken else self.gradients.skip_reason(grad_norm)
 
     def _loss(self, step: int, batch: Batch) -> Tensor:
         x, condition = self.data.model_inputs(batch)
@@ -146,11 +146,10 @@ class Trainer:
                     return False
                 if not self._is_compiled:
                     self._compile(micro_batches[0])
-                taken = self.train_step(self.step, micro_batches)
+                skipped = self.train_step(self.step, micro_batches)
                 self.throughput.count(self.config.batch_size)
                 on_batches(self.step, micro_batches)
-                reason = None if taken else self.gradients.skip_reason()
-                self.progress.count_step(reason, self.config.max_skipped_steps)
+                self.progress.count_step(skipped, self.config.max_skipped_steps)
                 self._run_cadences(cadences)
                 bar.update()
         return True

@@ -130,7 +130,7 @@ def train_losses(recipe: Recipe, runtime, steps: int) -> list[float]:
     stream = iter(trainer.data.batches(0))
     losses = []
     for step in range(steps):
-        assert trainer.train_step(step, [next(stream)])
+        assert trainer.train_step(step, [next(stream)]) is None
         losses.append(trainer.interval_scalars()["train/loss"])
         trainer.progress.step += 1
     return losses

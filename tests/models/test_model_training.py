@@ -42,7 +42,7 @@ def runtime():
 def train_on(trainer: Trainer, batch, steps: int) -> dict[str, float]:
     """Trains on one batch, with new noise at every step. Returns the averages over the last step."""
     for step in range(trainer.progress.step, trainer.progress.step + steps):
-        assert trainer.train_step(step, [batch._replace(positions=batch.positions + 8 * step)])
+        assert trainer.train_step(step, [batch._replace(positions=batch.positions + 8 * step)]) is None
         scalars = trainer.interval_scalars()
         trainer.progress.step += 1
     return scalars

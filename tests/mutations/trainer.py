@@ -97,8 +97,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "gradients stay for the next step",
         "pipeline/training/trainer.py",
-        "self.state.optimizer.zero_grad(set_to_none=True)\n        return taken",
-        "return taken",
+        "self.state.optimizer.zero_grad(set_to_none=True)\n        return None",
+        "return None",
         ("tests/training/test_wiring.py",),
     ),
     Mutation(

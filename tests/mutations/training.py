@@ -209,8 +209,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the threshold is compared after clipping",
         "pipeline/training/gradients.py",
-        "        return self._norm\n",
-        "        return self._norm.clamp(max=self.largest_norm or None)\n",
+        "        return norm\n",
+        "        return norm.clamp(max=self.largest_norm or None)\n",
         ("tests/training/test_gradients.py",),
     ),
 )

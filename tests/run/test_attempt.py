@@ -43,7 +43,7 @@ def at_step(monkeypatch):
     train_step = Trainer.train_step
 
     def install(when: int, work) -> None:
-        def patched(trainer: Trainer, step: int, micro_batches: list) -> bool:
+        def patched(trainer: Trainer, step: int, micro_batches: list):
             if step == when:
                 work()
             return train_step(trainer, step, micro_batches)

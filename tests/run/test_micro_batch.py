@@ -40,7 +40,7 @@ def attempt(make_recipe, make_runtime, tmp_path):
 def test_the_number_that_is_found_is_the_runs_from_then_on(attempt, tmp_path, monkeypatch):
     seen, train_step = [], Trainer.train_step
 
-    def recorded(trainer: Trainer, step: int, batches: list) -> bool:
+    def recorded(trainer: Trainer, step: int, batches: list):
         seen.append([len(batch.images) for batch in batches])
         return train_step(trainer, step, batches)
 
@@ -147,7 +147,7 @@ def test_a_trial_step_keeps_what_the_runs_steps_will_keep(make_recipe, make_runt
 def test_a_step_out_of_memory_names_the_settings_that_help(attempt, tmp_path, monkeypatch, error):
     error = error or RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
 
-    def fail(trainer: Trainer, step: int, batches: list) -> bool:
+    def fail(trainer: Trainer, step: int, batches: list):
         raise error
 
     monkeypatch.setattr(Trainer, "train_step", fail)

@@ -51,11 +51,11 @@ def interrupt_after(trainer: Trainer, last: int) -> None:
     """As a kill would, between the update of step `last` and everything that follows a step."""
     train_step = trainer.train_step
 
-    def interrupted(step: int, micro_batches: list) -> bool:
-        finite = train_step(step, micro_batches)
+    def interrupted(step: int, micro_batches: list):
+        skipped = train_step(step, micro_batches)
         if step == last:
             raise Interrupted
-        return finite
+        return skipped
 
     trainer.train_step = interrupted
 

@@ -68,12 +68,12 @@ def train(trainer: Trainer) -> list[Step]:
     """By the trainer."""
     stream, steps = iter(trainer.data.batches(0)), []
     for step in range(STEPS):
-        taken = trainer.train_step(step, list(islice(stream, trainer.config.micro_batches)))
-        norm = trainer.interval_scalars()["train/grad_norm"] if taken else trainer.gradients.skip_reason().norm
-        trainer.progress.count_step(None if taken else trainer.gradients.skip_reason(), 3)
+        skipped = trainer.train_step(step, list(islice(stream, trainer.config.micro_batches)))
+        norm = skipped.norm if skipped else trainer.interval_scalars()["train/grad_norm"]
+        trainer.progress.count_step(skipped, 3)
         state = trainer.state
         tensors = named(dict(state.model.state_dict()), state.ema.state())
-        steps.append(Step(taken, state.optimizer.param_groups[0]["lr"], norm, tensors))
+        steps.append(Step(skipped is None, state.optimizer.param_groups[0]["lr"], norm, tensors))
     return steps
 
 
