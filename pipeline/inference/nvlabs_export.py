@@ -16,10 +16,11 @@ from torch import Tensor
 from pipeline.config import build
 from pipeline.inference.model_folder import check_weights, read_recipe
 from pipeline.inference.nvlabs_import import KIND
-from pipeline.inference.releases import Weights, check_exportable, chosen_stem, log_start
+from pipeline.inference.releases import Weights, chosen_stem, exportable_network, log_start
 from pipeline.models.base import VAE
 from pipeline.models.nvae_conversion import UNUSED, state_dict_to_reference
-from pipeline.models.nvae_options import Network, ReleaseOptions, cell_operations, options_for
+from pipeline.models.nvae_options import ReleaseOptions, cell_operations, options_for
+from pipeline.models.release_network import Network
 from pipeline.models.weights import problems_of
 from pipeline.recipe import Recipe, build_model
 from pipeline.storage.checkpoint_folder import Checkpoint
@@ -67,7 +68,7 @@ def release_content(checkpoint: Checkpoint, weights: Weights | None = None) -> d
     """The dictionary that a checkpoint of the release is. Raises ValueError as `write_release` does."""
     recipe = read_recipe(checkpoint)
     try:
-        network = _network(recipe)
+        network = exportable_network(recipe, "nvae", "NVAE")
         options = _release_options(recipe, network, _from_release(checkpoint))
         stem = chosen_stem(checkpoint, weights)
     except ValueError as error:
@@ -89,13 +90,6 @@ def release_content(checkpoint: Checkpoint, weights: Weights | None = None) -> d
         "scheduler": _scheduler(options),
         "grad_scalar": GRAD_SCALER,
     }
-
-
-def _network(recipe: Recipe) -> Network:
-    check_exportable(recipe, "nvae", "NVAE")
-    data = recipe.data
-    side = data.size + 2 * data.pad
-    return Network(recipe.model, (data.channels, side, side), data.pad, data.bits)
 
 
 def _from_release(checkpoint: Checkpoint) -> Mapping[str, Any]:

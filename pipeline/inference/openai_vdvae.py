@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.inference.model_folder import ModelContent, check_weights, read_recipe
-from pipeline.inference.releases import Weights, check_exportable, checked_tensors, chosen_stem, log_start, one_line
+from pipeline.inference.releases import Weights, checked_tensors, chosen_stem, exportable_network, log_start, one_line
 from pipeline.inference.text import printable
 from pipeline.models.vdvae_conversion import (
     keys_to_reference,
@@ -135,8 +135,4 @@ def write_release(path: Path, checkpoint: Checkpoint, weights: Weights | None = 
 
 def release_options(recipe: Recipe) -> dict[str, Any]:
     """By the release's names. Raises ValueError, naming the setting, for a model that its code does not have."""
-    check_exportable(recipe, "vdvae", "VDVAE")
-    for setting, value, only in (("bits", recipe.data.bits, 8), ("pad", recipe.data.pad, 0)):
-        if value != only:
-            raise ValueError(f"data.{setting}={value}; its models have {only}")
-    return options_for(recipe.model)
+    return options_for(exportable_network(recipe, "vdvae", "VDVAE"))

@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline.inference import announce
 from pipeline.inference.model_folder import is_averaged, read_recipe
 from pipeline.inference.text import printable
+from pipeline.models.release_network import Network
 from pipeline.recipe import Recipe
 from pipeline.storage.checkpoint_folder import Checkpoint
 from pipeline.storage.pickled_checkpoint import check_tensor
@@ -73,14 +74,17 @@ def checked_tensors(state: Mapping, file_size: int) -> dict[str, Tensor]:
     return tensors
 
 
-def check_exportable(recipe: Recipe, model_name: str, title: str) -> None:
-    """Raises ValueError, naming the setting, for a model that no release has a format for."""
+def exportable_network(recipe: Recipe, model_name: str, title: str) -> Network:
+    """The network of a recipe. Raises ValueError, naming the setting, for a model that no release has a format for."""
     if recipe.model.name != model_name:
         raise ValueError(f"model.name={recipe.model.name}; it has only {title}")
     if recipe.condition is not None:
         raise ValueError(f"condition.name={recipe.condition.name}; its models take no condition")
     if recipe.train.precision == "fp64":
         raise ValueError("train.precision=fp64; its weights are float32")
+    data = recipe.data
+    side = data.size + 2 * data.pad
+    return Network(recipe.model, (data.channels, side, side), data.pad, data.bits)
 
 
 def chosen_stem(checkpoint: Checkpoint, weights: Weights | None) -> str:

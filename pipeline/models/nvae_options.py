@@ -6,12 +6,13 @@ is built.
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from pipeline.models.likelihoods import BernoulliLikelihood, Likelihood, LogisticMixtureLikelihood, NormalLikelihood
 from pipeline.models.nvae import NVAEConfig
+from pipeline.models.release_network import Network, check_same
 from pipeline.nn.cells import CELLS
 from pipeline.schema import Count, Layers, Section
 
@@ -22,16 +23,6 @@ DATASET_OF_SIZE = {32: "cifar10", 64: "celeba_64", 128: "lsun_bedroom_128", 256:
 """A data set of the release for color images of a size; its name is how a checkpoint states the size."""
 
 Portion = Annotated[float, Field(ge=0, le=1)]
-
-
-class Network(NamedTuple):
-    """The arguments of `NVAE`."""
-
-    config: NVAEConfig
-    image_shape: tuple[int, int, int]
-    """(channels, height, width), border included."""
-    border: int
-    bits: int
 
 
 class ReleaseOptions(Section):
@@ -193,7 +184,7 @@ def options_for(network: Network, dataset: str | None = None) -> dict[str, Any]:
         "use_se": config.squeeze_excitation,
         "res_dist": config.residual_posterior,
     }
-    _check_same(network, ReleaseOptions(**options).network(), options["dataset"])
+    check_same(network, ReleaseOptions(**options).network(), options["dataset"])
     return options
 
 
@@ -224,20 +215,6 @@ def _dataset_for(network: Network) -> str:
         f"the model takes images of {size}x{size} with {channels} channels, padding included; the release has models "
         f"for 28x28 with one channel, padded to 32x32, and for color images of {known} pixels"
     )
-
-
-def _check_same(wanted: Network, described: Network, dataset: str) -> None:
-    """Raises ValueError, naming the settings, where the release's options describe another network."""
-    names = NVAEConfig.model_fields
-    problems = [f"model.{name}" for name in names if getattr(wanted.config, name) != getattr(described.config, name)]
-    problems += ["data.size, data.channels"] * (wanted.image_shape != described.image_shape)
-    problems += ["data.pad"] * (wanted.border != described.border)
-    problems += ["data.bits"] * (wanted.bits != described.bits)
-    if problems:
-        raise ValueError(
-            f"the release has no option for this value of {', '.join(problems)} with images like those of its data set "
-            f"{dataset}"
-        )
 
 
 # ---- what the release calls the parts of its cells ------------------------------------------------------------------

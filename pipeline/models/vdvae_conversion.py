@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.models.likelihoods import LogisticMixtureLikelihood
+from pipeline.models.release_network import Network, check_same
 from pipeline.models.vdvae import VDVAEConfig
 from pipeline.models.weights import problems_of
 
@@ -110,27 +111,14 @@ def config_from_reference(options: Mapping[str, Any]) -> VDVAEConfig:
     )
 
 
-def options_for(config: VDVAEConfig) -> dict[str, Any]:
-    """The options with which the reference release builds this network; the reverse of `config_from_reference`, whose
-    bin rule differs from an exact one too little to matter.
+def options_for(network: Network) -> dict[str, Any]:
+    """The options with which the reference release builds this network; the reverse of `config_from_reference`.
 
     Raises ValueError, naming the settings, for a network that no options describe.
     """
-    likelihood = config.likelihood
-    if not isinstance(likelihood, LogisticMixtureLikelihood):
-        raise ValueError(f"model.likelihood.name={likelihood.name}; its models have logistic_mixture")
-    dataset = _dataset_of(config)
-    if likelihood.makes_5_bits != (dataset == FIVE_BITS):
-        raise ValueError(
-            f"model.likelihood.bin_rule={likelihood.bin_rule} with the pixel_mean of its data set {dataset}, which has "
-            f"{'its overlapping rule of 5 bits' if dataset == FIVE_BITS else '8 bits'}"
-        )
-    released = LogisticMixtureLikelihood(num_components=likelihood.num_components, bin_rule=likelihood.bin_rule)
-    for name, value in released:
-        if getattr(likelihood, name) != value:
-            raise ValueError(f"model.likelihood.{name}={getattr(likelihood, name)}; its code has {value}")
-    return {
-        "dataset": dataset,
+    config = network.config
+    options = {
+        "dataset": _dataset_of(config),
         "enc_blocks": config.encoder_blocks,
         "dec_blocks": config.decoder_blocks,
         "width": config.width,
@@ -138,8 +126,23 @@ def options_for(config: VDVAEConfig) -> dict[str, Any]:
         "bottleneck_multiple": config.bottleneck,
         "zdim": config.latent_channels,
         "no_bias_above": config.start_tensors_up_to,
-        "num_mixtures": likelihood.num_components,
+        "num_mixtures": getattr(config.likelihood, "num_components", 10),
     }
+    described = Network(config_from_reference(options), (3, *network.image_shape[1:]), border=0, bits=8)
+    comparable = network._replace(config=_without_rounding(config, described.config))
+    check_same(comparable, described, options["dataset"])
+    return options
+
+
+def _without_rounding(config: VDVAEConfig, described: VDVAEConfig) -> VDVAEConfig:
+    """`config`, with the release's pixel_mean, pixel_std and bin rule. Bin rules for one number of bits differ by
+    rounding, or at the highest levels only.
+    """
+    pixels = {"pixel_mean": described.pixel_mean, "pixel_std": described.pixel_std}
+    likelihood = config.likelihood
+    if getattr(likelihood, "makes_5_bits", None) == described.likelihood.makes_5_bits:
+        likelihood = likelihood.model_copy(update={"bin_rule": described.likelihood.bin_rule})
+    return config.model_copy(update=pixels | {"likelihood": likelihood})
 
 
 def _dataset_of(config: VDVAEConfig) -> str:

@@ -10,8 +10,8 @@ from pipeline.config import build
 from pipeline.data.preprocess import to_model_input
 from pipeline.inference import openai_vdvae
 from pipeline.inference.model_folder import ModelContent, write_model_folder
-from pipeline.inference.openai_vdvae import read_release, write_release
-from pipeline.models.vdvae_conversion import config_from_reference, options_for, state_dict_to_reference
+from pipeline.inference.openai_vdvae import read_release, release_options, write_release
+from pipeline.models.vdvae_conversion import config_from_reference, state_dict_to_reference
 from pipeline.recipe import Recipe, build_model
 from pipeline.storage.checkpoint_folder import Checkpoint, read_folder
 from tests.helpers.golden import close, noise
@@ -69,7 +69,7 @@ def test_weights_of_the_release_both_ways(path, prefix, tmp_path):
         close(-out.elbo, expected["nelbo"])
     written = torch.load(tmp_path / "again.th", weights_only=True)
     assert same_tensors(case.file["state_dict"], written)
-    described = options_for(content.recipe.model)
+    described = release_options(content.recipe)
     assert described == {name: case.args[name] for name in described}
 
 
@@ -186,23 +186,23 @@ MIXTURE = {"name": "logistic_mixture", "num_components": 2}
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"data": {"bits": 5}}, "data.bits=5; its models have 8"),
-        ({"data": {"size": 12, "pad": 2}}, "data.pad=2; its models have 0"),
+        ({"data": {"bits": 5}}, r"data.bits=5 \(it has 8\)"),
+        ({"data": {"size": 12, "pad": 2}}, r"data.pad=2 \(it has 0\)"),
         ({"train": {"precision": "fp64"}}, "train.precision=fp64"),
         ({"condition": {"name": "class", "num_classes": 3}}, "condition.name=class"),
         ({"model": {"likelihood": {"name": "normal", "sigma": 0.5}}}, "model.likelihood.name=normal"),
         ({"model": {"pixel_mean": 127.5}}, r"model.pixel_mean=127.5, .* 120.638 and 64.1674 \(cifar10\)"),
         (
             {"model": {"likelihood": MIXTURE | {"bin_rule": "vdvae_overlapping_5_bit"}}},
-            "bin_rule=vdvae_overlapping_5_bit with the pixel_mean of its data set cifar10, which has 8 bits",
+            r"bin_rule=vdvae_overlapping_5_bit \(it has vdvae\) with images like those of its data set cifar10",
         ),
         (
             {"model": {"likelihood": MIXTURE | {"bin_rule": "vdvae", "scale": "softplus"}}},
-            "model.likelihood.scale=softplus; its code has exp",
+            r"model.likelihood.scale=softplus \(it has exp\)",
         ),
         (
             {"model": {"likelihood": MIXTURE | {"bin_rule": "vdvae", "min_log_scale": -5.0}}},
-            "model.likelihood.min_log_scale=-5.0; its code has -7.0",
+            r"model.likelihood.min_log_scale=-5.0 \(it has -7.0\)",
         ),
     ],
 )
@@ -222,8 +222,7 @@ def test_another_model_is_refused_by_name(tmp_path):
 
 def test_an_exact_rule_is_written_as_the_release_s_own(tmp_path):
     """At 8 bits they differ by rounding. The shapes are the table's, the names in its order."""
-    settings = tiny_vdvae_settings(model={"likelihood": MIXTURE | {"bin_rule": "exact"}})
-    model = build_model(build(Recipe, settings))
-    assert options_for(model.config)["dataset"] == "cifar10"
-    written = state_dict_to_reference(model.state_dict())
+    recipe = build(Recipe, tiny_vdvae_settings(model={"likelihood": MIXTURE | {"bin_rule": "exact"}}))
+    assert release_options(recipe)["dataset"] == "cifar10"
+    written = state_dict_to_reference(build_model(recipe).state_dict())
     assert [(name, tuple(tensor.shape)) for name, tensor in written.items()] == list(tiny_shapes().items())

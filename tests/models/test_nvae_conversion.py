@@ -13,7 +13,8 @@ from pipeline.models.nvae_conversion import (
     state_dict_from_reference,
     state_dict_to_reference,
 )
-from pipeline.models.nvae_options import DATASET_OF_SIZE, Network, ReleaseOptions, options_for
+from pipeline.models.nvae_options import DATASET_OF_SIZE, ReleaseOptions, options_for
+from pipeline.models.release_network import Network
 from pipeline.nn.cells import CELLS
 from pipeline.nn.layers import WNConv2d, find_convs
 from tests.helpers.nvae_cases import NVAE_VARIANTS, build_nvae
@@ -145,12 +146,15 @@ def test_a_network_is_described_by_options_that_make_it_again(args):
     ("changes", "message"),
     [
         ({"size": 16}, "16x16 with 3 channels"),
-        ({"channels": 1, "likelihood": NormalLikelihood()}, "model.likelihood, data.pad"),
+        ({"channels": 1, "likelihood": NormalLikelihood()}, r"model.likelihood.name=normal .*data.pad=0 \(it has 2\)"),
         ({"channels": 1, "border": 2, "likelihood": BernoulliLikelihood()}, None),
         ({"border": 2}, "data.pad"),
-        ({"likelihood": LogisticMixtureLikelihood(num_components=2, bin_rule="exact")}, "model.likelihood"),
-        ({"likelihood": LogisticMixtureLikelihood(num_components=1)}, "model.likelihood"),
-        ({"likelihood": NormalLikelihood(sigma=0.5)}, "model.likelihood"),
+        (
+            {"likelihood": LogisticMixtureLikelihood(num_components=2, bin_rule="exact")},
+            "model.likelihood.bin_rule=exact",
+        ),
+        ({"likelihood": LogisticMixtureLikelihood(num_components=1)}, "model.likelihood.name"),
+        ({"likelihood": NormalLikelihood(sigma=0.5)}, r"model.likelihood.sigma=0.5 \(it has null\)"),
         ({"groups_per_scale": (2, 1)}, None),
         ({"groups_per_scale": (1, 5)}, "model.groups_per_scale"),
         ({"groups_per_scale": (2, 2, 5)}, None),

@@ -178,4 +178,11 @@ MUTATIONS: tuple[Mutation, ...] = (
         "if True:",
         ("tests/inference/test_openai_vdvae.py",),
     ),
+    Mutation(
+        "convert: settings that a release has no option for are lost",
+        "pipeline/models/release_network.py",
+        "        elif value != other:",
+        "        elif False:",
+        ("tests/models/test_release_network.py",),
+    ),
 )
