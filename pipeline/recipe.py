@@ -210,37 +210,49 @@ def _describe_section(path: str, variants: list[type[Section]], used: dict[str, 
             nested += _describe_section(key, list(options), used, level + 1)
         elif name == "name" and isinstance(holders[0].model_fields[name].default, str):
             lines += [f"- `{key}`: one of"]
-            lines += [f"  - `{tag_of(one)}`: {_one_line(one.__doc__)}{_recipes(used, one, key)}" for one in holders]
+            lines += [f"  - `{tag_of(one)}`: {_one_line(one.__doc__)}{_set_by(used, key, [one])}" for one in holders]
         else:
-            lines.append(f"- `{key}` {_describe_setting(name, holders, len(variants))}{_list_of(used.get(key))}")
+            lines += _describe_setting(key, holders, len(variants), used)
     return lines + nested
 
 
-def _describe_setting(name: str, holders: list[type[Section]], num_variants: int) -> str:
-    """Defaults and meanings of one setting; by variant where they differ."""
-    fields = {tag_of(section): section.model_fields[name] for section in holders}
-    defaults = {
-        tag: "required" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
-        for tag, field in fields.items()
-    }
-    meanings = {tag: _one_line(field.description) for tag, field in fields.items()}
-    text = f"= {_by_variant({tag: f'`{value}`' for tag, value in defaults.items()})}: {_by_variant(meanings)}"
-    return text if num_variants == len(holders) else f"{text} *Of {', '.join(fields)}.*"
+def _describe_setting(
+    key: str, holders: list[type[Section]], num_variants: int, used: dict[str, list[str]]
+) -> list[str]:
+    """A line with default and meaning; or, for a setting with several meanings, one for each."""
+    path, _, name = key.rpartition(".")
+    by_meaning: dict[str, list[type[Section]]] = {}
+    for section in holders:
+        by_meaning.setdefault(_one_line(section.model_fields[name].description), []).append(section)
+    if len(by_meaning) > 1:
+        lines = [
+            f"  - {', '.join(f'`{tag_of(one)}` = {_default(one, name)}' for one in sections)}: {meaning}"
+            f"{_set_by(used, key, sections)}"
+            for meaning, sections in by_meaning.items()
+        ]
+        return [f"- `{key}`, by `{path}.name`:", *lines]
+    (meaning,) = by_meaning
+    of = "" if len(holders) == num_variants else f" *Of {', '.join(map(tag_of, holders))}.*"
+    return [f"- `{key}` = {_defaults_by_variant(name, holders)}: {meaning}{of}{_list_of(used.get(key))}"]
 
 
-def _by_variant(texts: dict[str, str]) -> str:
-    """The text, or each with those that it holds for where they differ."""
-    if len(set(texts.values())) == 1:
-        return next(iter(texts.values()))
-    tags = {text: [tag for tag, other in texts.items() if other == text] for text in texts.values()}
-    return "; ".join(f"{text} ({', '.join(names)})" for text, names in tags.items())
+def _default(section: type[Section], name: str) -> str:
+    field = section.model_fields[name]
+    return "`required`" if field.is_required() else f"`{json.dumps(field.get_default(call_default_factory=True))}`"
 
 
-def _recipes(used: dict[str, list[str]], section: type[Section], key: str) -> str:
-    """The recipes whose section of this name is of this kind."""
-    tag = tag_of(section)
-    named = [name for name in used.get(key, []) if flatten(load_yaml(RECIPES / f"{name}.yaml"))[key] == tag]
-    return _list_of(named)
+def _defaults_by_variant(name: str, holders: list[type[Section]]) -> str:
+    """The default, or each with the variants that have it where they differ."""
+    tags: dict[str, list[str]] = {}
+    for section in holders:
+        tags.setdefault(_default(section, name), []).append(tag_of(section))
+    return next(iter(tags)) if len(tags) == 1 else "; ".join(f"{one} ({', '.join(of)})" for one, of in tags.items())
+
+
+def _set_by(used: dict[str, list[str]], key: str, sections: list[type[Section]]) -> str:
+    """The recipes that set this key of a section of one of these kinds."""
+    kind, tags = f"{key.rpartition('.')[0]}.name", set(map(tag_of, sections))
+    return _list_of([name for name in used.get(key, []) if flatten(load_yaml(RECIPES / f"{name}.yaml"))[kind] in tags])
 
 
 def _list_of(recipes: list[str] | None) -> str:

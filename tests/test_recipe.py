@@ -1,12 +1,13 @@
 """Recipes: the shipped ones are valid, and checks of several sections name the setting to change."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from pipeline.config import ConfigError, build, dump, load_yaml, overlay, parse_yaml
+from pipeline.config import ConfigError, build, dump, load_yaml, overlay, parse_yaml, sections_in, tag_of
 from pipeline.data.loader import DataConfig
 from pipeline.recipe import RECIPES, Recipe, load_recipe, recipe_path, settings_page, total_steps
 from pipeline.run.resume import changed_settings
@@ -126,5 +127,25 @@ def test_the_page_of_settings_is_current_and_has_each_setting_once():
     assert (RECIPES.parents[1] / "docs" / "settings.md").read_text() == page, command
     settings = re.findall(r"^- `([\w.]+)`(?!: one of)", page, flags=re.MULTILINE)
     assert len(settings) == len(set(settings)) > 60
-    assert not re.search(r"^- `[\w.]+` = [^:]*: *(\*|$)", page, flags=re.MULTILINE), "a setting without a meaning"
+    assert not re.search(r"^ *- `[\w.]+` = [^:]*: *(\*|$)", page, flags=re.MULTILINE), "a setting without a meaning"
     assert all(f"\n## {name}\n" in page for name in re.findall(r"^- \[(\w+)\]", page, flags=re.MULTILINE))
+
+
+def test_the_page_of_settings_has_the_default_and_meaning_for_each_model():
+    """On one line, where models that share a name mean the same by it; else on a line of their own."""
+    entries = dict(re.findall(r"^- `model\.(\w+)`(.*(?:\n  - .*)*)", settings_page(), flags=re.MULTILINE))
+    count = 0
+    for section in sections_in(Recipe.model_fields["model"].annotation):
+        for name, field in section.model_fields.items():
+            if name == "name" or sections_in(field.annotation):
+                continue
+            head, *nested = entries[name].splitlines()
+            lines = [line for line in nested if f"`{tag_of(section)}` = " in line] if nested else [head]
+            assert len(lines) == 1, (section, name)
+            assert f"`{json.dumps(field.default)}`" in lines[0]
+            assert f": {' '.join(field.description.split())}" in lines[0]
+            setters = re.findall(r"\w+", " ".join(re.findall(r"\*Set by (.*)\.\*", lines[0]))) if nested else []
+            models = {load_yaml(recipe_path(setter))["model"]["name"] for setter in setters}
+            assert models <= set(re.findall(r"`(\w+)` = ", lines[0]))
+            count += len(nested)
+    assert count >= 12
