@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def load(
     location: Path | str, checkpoint: Path | str | int = "latest", device: "torch.device | str | None" = None
 ) -> "TrainedModel":
-    """The trained model of a run, a model folder or the Hugging Face Hub; see pipeline.inference.trained.load."""
-    from pipeline.inference.trained import load as load_trained  # importing torch takes seconds
+    """The trained model of a run, a model folder or the Hugging Face Hub; see pipeline.inference.load_model.load."""
+    from pipeline.inference.load_model import load as load_trained  # importing torch takes seconds
 
     return load_trained(location, checkpoint, device)

@@ -41,11 +41,11 @@ import torch  # noqa: E402
 from pipeline.cli import CommandLine, log_lines, run_tool  # noqa: E402
 from pipeline.inference import announce, model_card, nvlabs_export, nvlabs_import, openai_vdvae  # noqa: E402
 from pipeline.inference.export_run import shows_real_faces  # noqa: E402
+from pipeline.inference.load_model import find_device  # noqa: E402
 from pipeline.inference.locations import LOCATIONS, find_model  # noqa: E402
 from pipeline.inference.model_folder import ModelContent, write_model_folder  # noqa: E402
 from pipeline.inference.readjust import add_arguments, parse_arguments, readjusted_content  # noqa: E402
 from pipeline.inference.releases import license_of  # noqa: E402
-from pipeline.inference.trained import find_device  # noqa: E402
 from pipeline.storage.new_folder import check_new  # noqa: E402
 
 log = logging.getLogger("pipeline")

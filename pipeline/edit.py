@@ -34,8 +34,8 @@ from pipeline.cli import CommandLine, log_lines, run_tool  # noqa: E402
 from pipeline.inference.edit_picture import EditRequest, first_lines, write_edits  # noqa: E402
 from pipeline.inference.folders import output_folder  # noqa: E402
 from pipeline.inference.latent_groups import parse_temperature  # noqa: E402
+from pipeline.inference.load_model import load  # noqa: E402
 from pipeline.inference.locations import HELP, results_folder  # noqa: E402
-from pipeline.inference.trained import load  # noqa: E402
 
 log = logging.getLogger("pipeline")
 

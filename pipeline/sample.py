@@ -26,9 +26,10 @@ from pipeline.inference.latent_groups import (  # noqa: E402
     resolve_temperature,
     temperature_text,
 )
+from pipeline.inference.load_model import load  # noqa: E402
 from pipeline.inference.locations import HELP, results_folder  # noqa: E402
 from pipeline.inference.parse_condition import parse_classes, parse_settings  # noqa: E402
-from pipeline.inference.trained import TrainedModel, load  # noqa: E402
+from pipeline.inference.trained import TrainedModel  # noqa: E402
 
 log = logging.getLogger("pipeline")
 COUNT, PER_CLASS = 64, 10

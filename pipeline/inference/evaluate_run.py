@@ -14,6 +14,7 @@ from pipeline.distributed.runtime import Runtime
 from pipeline.inference import announce
 from pipeline.inference.feature_weights import load_feature_network
 from pipeline.inference.folders import check_at_hand, check_split, check_writable, output_folder
+from pipeline.inference.load_model import load
 from pipeline.inference.locations import find_model, results_folder
 from pipeline.inference.metrics import (
     METRICS,
@@ -37,7 +38,7 @@ from pipeline.inference.report import (
 )
 from pipeline.inference.sample_metrics import SampleSets
 from pipeline.inference.text import printable
-from pipeline.inference.trained import TrainedModel, load
+from pipeline.inference.trained import TrainedModel
 from pipeline.models.classifier import Classifier
 from pipeline.recipe import Recipe
 from pipeline.run.classifier_folder import load_classifier

@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.config import build
 from pipeline.data.remote import fetch_manifest, is_address
 from pipeline.inference import announce, draw_samples, hub, model_card
+from pipeline.inference.load_model import find_device, load
 from pipeline.inference.locations import HUB, find_model, results_folder
 from pipeline.inference.model_folder import (
     ModelContent,
@@ -25,7 +26,6 @@ from pipeline.inference.model_folder import (
 from pipeline.inference.readjust import Readjustment, readjusted_content, temperature_of
 from pipeline.inference.releases import license_of
 from pipeline.inference.report import reports_of
-from pipeline.inference.trained import find_device, load
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.recipe import Recipe
 from pipeline.storage.checkpoint_folder import Checkpoint

@@ -30,7 +30,8 @@ from pipeline.data.preprocess import to_model_input
 from pipeline.evaluation.images import to_uint8
 from pipeline.inference import announce, check_programs
 from pipeline.inference.export_run import ExportRequest
-from pipeline.inference.trained import TrainedModel, load
+from pipeline.inference.load_model import load
+from pipeline.inference.trained import TrainedModel
 from pipeline.models.base import VAE, without_border
 from pipeline.models.conditions import ClassCondition
 from pipeline.models.noise import draw_noise

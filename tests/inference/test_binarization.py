@@ -12,7 +12,7 @@ from pipeline.config import build, overlay
 from pipeline.data.preprocess import Preprocess
 from pipeline.data.shards import TarShards
 from pipeline.evaluate import main
-from pipeline.inference.trained import load
+from pipeline.inference.load_model import load
 from pipeline.models.noise import draw_noise
 from pipeline.recipe import Recipe
 from pipeline.run.data import RunData

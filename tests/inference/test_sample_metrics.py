@@ -16,9 +16,9 @@ from pipeline.evaluation.inception import network_input
 from pipeline.evaluation.kernel_distance import kernel_distance
 from pipeline.evaluation.precision_recall import precision_recall
 from pipeline.inference import evaluate_run
+from pipeline.inference.load_model import load
 from pipeline.inference.repeat import load_report, repeat, request_of
 from pipeline.inference.sample_metrics import SampleSets
-from pipeline.inference.trained import load
 from pipeline.models.noise import draw_noise
 from tests.helpers.feature_networks import SmallNetwork
 from tests.helpers.launching import ROOT, launch

@@ -12,7 +12,7 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 from pipeline.data.preprocess import to_model_input
 from pipeline.data.shards import TarShards
 from pipeline.evaluate import build_parser, build_request, evaluate, main
-from pipeline.inference.trained import load
+from pipeline.inference.load_model import load
 from pipeline.models.base import LatentGroup
 from pipeline.models.noise import draw_noise
 from pipeline.storage.checkpoint import Checkpoints
