@@ -1,4 +1,4 @@
-"""Show a shard set: a table of its splits, classes and attributes, and a contact sheet with labels.
+"""Shows a shard set: a table of its splits, classes and attributes, and a contact sheet with labels.
 
 Example: python -m shard_data info data/celeba64 --sheet faces.png"""
 
