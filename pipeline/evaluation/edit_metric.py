@@ -21,7 +21,8 @@ from pipeline.models.conditions import AttributeCondition, find_name
 from pipeline.models.noise import draw_noise
 
 EDITS = {"set": 1.0, "clear": 0.0}
-COUNTED = ("share", "judge_accuracy", "reconstruction_accuracy", "set", "set_others", "clear", "clear_others")
+ON_REAL_IMAGES = ("share", "judge_accuracy", "judge_sensitivity", "judge_specificity")
+COUNTED = (*ON_REAL_IMAGES, "reconstruction_accuracy", "set", "set_others", "clear", "clear_others")
 LEAST_SHARE = 0.05  # of the faces that have an attribute, and that lack it
 LEAST_ACCURACY = 0.85  # of the judge on real images
 
@@ -98,7 +99,9 @@ def edit_figures(
     such edits. The same with `_reliable` at the end: over the attributes that at least 5 % of the faces have, at least
     5 % lack, and the judge gets right on at least 85 % of the real images. For reference, over all of the judge's
     attributes and of each that is edited (`/NAME`): `edit/judge_accuracy` of the judge on the real images,
-    `edit/reconstruction_accuracy` of the judge on their reconstructions, and `edit/share` of faces that have it.
+    `edit/reconstruction_accuracy` of the judge on their reconstructions; of each that is edited, `edit/share/NAME` of
+    faces that have it, `edit/judge_sensitivity/NAME` of these in which the judge sees it, and
+    `edit/judge_specificity/NAME` of the others in which it does not. An edit cannot be expected to be seen more often.
 
     Not counted are attributes that are unknown or hidden in the original or, according to `hides` (see `hidden_by`),
     in the edit; and, among the others, the rivals of the edited attribute.
@@ -132,8 +135,11 @@ class Edits:
         noise = draw_noise(self.model.groups, self.seed, "edit", faces.positions, faces.x.device, faces.x.dtype)
         latents = self.model.encode(faces.x, noise, faces.condition)
         known = is_known(faces.truth)
+        right = self._predict(faces.x) == faces.truth
         self._count("share", faces.truth == 1, known)
-        self._count("judge_accuracy", self._predict(faces.x) == faces.truth, known)
+        self._count("judge_accuracy", right, known)
+        self._count("judge_sensitivity", right, faces.truth == 1)
+        self._count("judge_specificity", right, faces.truth == 0)
         reconstruction = self.model.decode(latents, faces.condition)
         self._count("reconstruction_accuracy", self._predict(reconstruction) == faces.truth, known)
         for edit, value in EDITS.items():
@@ -167,7 +173,7 @@ class Edits:
         by_attribute = {name: right / count for name, (right, count) in counts.items()}  # (A,), NaN where count is 0
         figures = {
             f"{name}/{attribute}": by_attribute[name][column].item()
-            for name in ("judge_accuracy", "reconstruction_accuracy", "share", *EDITS)
+            for name in (*ON_REAL_IMAGES, "reconstruction_accuracy", *EDITS)
             for attribute, column in zip(self.condition.chosen, self.columns, strict=True)
         }
         every = torch.ones(len(self.judge.names), dtype=torch.bool)

@@ -117,7 +117,8 @@ def test_a_perfect_editor_has_all():
         assert found.pop(f"edit/share/{name}") == attributes[:, NAMES.index(name)].double().mean()
     assert set(found.values()) == {1.0}
     accuracies = ("judge_accuracy", "reconstruction_accuracy")
-    expected = {*accuracies, *(f"{key}/{name}" for key in (*accuracies, "set", "clear") for name in CHOSEN.chosen)}
+    by_name = (*accuracies, "judge_sensitivity", "judge_specificity", "set", "clear")
+    expected = {*accuracies, *(f"{key}/{name}" for key in by_name for name in CHOSEN.chosen)}
     for key in ("set", "set_minimum", "set_others", "clear", "clear_minimum", "clear_others"):
         expected |= {key, f"{key}_reliable"}
     assert found.keys() == {f"edit/{name}" for name in expected}
@@ -193,6 +194,19 @@ def test_the_judge_s_own_accuracy_is_reported():
     found = figures(perfect, faces(some_attributes()), judge=Reader(errs=("Beard",)))
     assert found["edit/judge_accuracy"] == pytest.approx(0.75)
     assert found["edit/set"] == 1.0
+
+
+def test_how_often_the_judge_sees_what_is_there():
+    """This judge never sees a hat: it is wrong on those that have one, right on the others."""
+    judge = Reader()
+    judge.register_buffer("offset", torch.tensor([0.0, -9.0, 0.0, 0.0]))
+    judge.forward = lambda x: Reader.forward(judge, x) + judge.offset
+    attributes = some_attributes()
+    found = figures(perfect, faces(attributes), judge=judge)
+    assert (found["edit/judge_sensitivity/Hat"], found["edit/judge_specificity/Hat"]) == (0.0, 1.0)
+    assert (found["edit/judge_sensitivity/Blond"], found["edit/judge_specificity/Blond"]) == (1.0, 1.0)
+    assert found["edit/judge_accuracy/Hat"] == pytest.approx(1 - attributes[:, 0].double().mean())
+    assert (found["edit/set/Hat"], found["edit/clear/Hat"]) == (0.0, 1.0)
 
 
 def test_attributes_that_are_rare_or_misjudged_do_not_count_as_reliable():
