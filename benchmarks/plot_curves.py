@@ -20,15 +20,15 @@ OVER = {"step": ("step", 1), "minutes": ("perf/wall_clock_s", 60)}  # the x-axis
 Points = list[tuple[float, float]]
 
 
-def read_points(run: Path, key: str, sign: int, over: str = "step") -> Points:
-    """(x, value) of every record in which the figure is finite. Raises ValueError where there are fewer than two."""
+def read_points(run: Path, key: str, sign: int, over: str = "step", start: float = 0) -> Points:
+    """(x, value) of each record from `start` on where the figure is finite. Raises ValueError for fewer than two."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give run folders of pipeline/train.py")
     (axis, unit), names, points = OVER[over], set(), []
     for record in read_records(path):
         names |= record.keys() - {"step", "time"}
-        if math.isfinite(record.get(key, math.nan)) and axis in record:
+        if math.isfinite(record.get(key, math.nan)) and record.get(axis, -1) / unit >= start:
             points.append((record[axis] / unit, sign * record[key]))
     if len(points) < 2:
         known = f"it has: {', '.join(sorted(names))}" if key not in names else f"it has {len(points)}"
@@ -43,10 +43,10 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 class Axes:
     """Data coordinates to picture coordinates."""
 
-    def __init__(self, curves: list[Points]):
+    def __init__(self, curves: list[Points], start: float):
         steps = [x for curve in curves for x, _ in curve]
         values = [value for curve in curves for _, value in curve]
-        self.left, self.right = 0, max(steps)
+        self.left, self.right = start, max(steps)
         pad = 0.05 * (max(values) - min(values)) or 1.0
         self.bottom, self.top = min(values) - pad, max(values) + pad
 
@@ -64,9 +64,9 @@ def level(axes: Axes, value: float) -> str:
     return f'<path d="M{MARGIN} {y:.1f}H{WIDTH - MARGIN / 2}" stroke="#ddd"/>{number}'
 
 
-def draw(curves: list[tuple[str, Points]], label: str, over: str) -> str:
+def draw(curves: list[tuple[str, Points]], label: str, over: str, start: float) -> str:
     """The SVG text: a line and its points for each curve, a grid, and the names. One color for each name."""
-    axes = Axes([points for _, points in curves])
+    axes = Axes([points for _, points in curves], start)
     parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
     parts += [level(axes, value) for value in ticks(axes.bottom, axes.top)]
     for value in ticks(axes.left, axes.right):
@@ -103,14 +103,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--key", default="val/elbo", help="name of the figure in metrics.jsonl (default: val/elbo)")
     parser.add_argument("--over", choices=OVER, default="step", help="the x-axis (default: step)")
+    parser.add_argument("--start", type=float, default=0, metavar="X", help="leave out what is before X (default: 0)")
     parser.add_argument("--negate", action="store_true", help="draw it with the other sign")
     parser.add_argument("--label", default="", help="text above the picture (default: the key)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the SVG file to write")
     parsed = parser.parse_args(arguments)
     try:
         sign = -1 if parsed.negate else 1
-        curves = [(name, read_points(run, parsed.key, sign, parsed.over)) for name, run in parsed.runs]
-        parsed.out.write_text(draw(curves, parsed.label or parsed.key, parsed.over))
+        curves = [(name, read_points(run, parsed.key, sign, parsed.over, parsed.start)) for name, run in parsed.runs]
+        parsed.out.write_text(draw(curves, parsed.label or parsed.key, parsed.over, parsed.start))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

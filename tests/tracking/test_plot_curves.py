@@ -50,6 +50,10 @@ def test_runs_of_one_name_share_a_color_and_an_entry_over_minutes_of_training(tm
     ends = [float(line.get("points").split()[-1].split(",")[0]) for line in lines]
     left = float(picture.find("{*}path").get("d")[1:].split()[0])
     assert [(end - left) / (ends[1] - left) for end in ends] == pytest.approx([4 / 5, 1, 2 / 5], abs=0.001)
+    assert main([*words[:2], "--over", "minutes", "--start", "2", "--out", str(tmp_path / "x.svg")]) == 0
+    picture = xml.etree.ElementTree.parse(tmp_path / "x.svg").getroot()
+    first = [float(line.get("points").split()[0].split(",")[0]) for line in picture.findall("{*}polyline")]
+    assert [(x - left) / (ends[1] - left) for x in first] == pytest.approx([0, 1 / 3], abs=0.001)
 
 
 def test_wrong_input_is_explained_in_one_line(tmp_path, capsys):
