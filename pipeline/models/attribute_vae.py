@@ -202,27 +202,37 @@ class AttributeVAE(VectorVAE):
         """With classification, one more number per image, which chooses the attribute to change."""
         return self.groups + ((LatentGroup("edit", (1, 1, 1)),) if self.config.classification_weight else ())
 
-    def penalties(
+    def _decode_with_penalties(
         self, latent: PosteriorSample, noise: Sequence[Tensor], condition: Tensor | None
-    ) -> Mapping[str, Tensor]:
-        if not self.training:
-            return {}
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         config, z = self.config, latent.z
+        if not self.training:
+            return self._decode(z, condition), {}
+        outputs, classification = self._decode_with_edits(z, noise, condition)
         terms = {
-            "classification": (config.classification_weight, lambda: self._classification(z, noise[1], condition)),
+            "classification": (config.classification_weight, lambda: classification),
             "adversary": (config.adversary_weight, lambda: self._adversary(z, condition)),
             "independence": (config.independence_weight, lambda: self._independence(z)),
             "pull": (config.pull_weight, lambda: z.square().sum(1) / 2),
         }
-        return {name: weight * term() for name, (weight, term) in terms.items() if weight}
+        return outputs, {name: weight * term() for name, (weight, term) in terms.items() if weight}
 
-    def _classification(self, z: Tensor, noise: Tensor, condition: Tensor) -> Tensor:
-        """(B,) nats: cross-entropy of the classifier's prediction for the edited image against the edited condition."""
+    def _decode_with_edits(self, z: Tensor, noise: Sequence[Tensor], condition: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Raw decoder outputs, and (B,) nats: the cross-entropy of the classifier's prediction for the edited images
+        against their conditions; None without that term.
+
+        One pass decodes both, so that both are normalized by the same statistics of the batch, as in evaluation. With a
+        pass each, the running statistics are a mixture that neither was trained with.
+        """
+        if not self.config.classification_weight:
+            return self._decode(z, condition), None
         if self.edit_classifier is None:
             raise ValueError("attribute_vae: training with classification_weight needs a classifier: pass it to build")
-        changed = self.with_one_attribute_changed(condition, noise.flatten())
-        edited = without_border(self.likelihood(self._decode(z, changed)).mean, self.border)
-        return attribute_cross_entropy(self.edit_classifier.logits(edited, self.classifier_seen), changed).sum(1)
+        changed = self.with_one_attribute_changed(condition, noise[1].flatten())
+        outputs, edited = self._decode(torch.cat([z, z]), torch.cat([condition, changed])).chunk(2)
+        images = without_border(self.likelihood(edited).mean, self.border)
+        logits = self.edit_classifier.logits(images, self.classifier_seen)
+        return outputs, attribute_cross_entropy(logits, changed).sum(1)
 
     def with_one_attribute_changed(self, condition: Tensor, noise: Tensor) -> Tensor:
         """Conditions (B, A) with one attribute per row changed from 0 to 1 or from 1 to 0, and its rivals cleared.

@@ -67,11 +67,13 @@ class VectorVAE(VAE):
     def _decode(self, z: Tensor, condition: Tensor | None) -> Tensor:
         """Raw decoder outputs (B, num_outputs, H, W), border included, for latents (B, L)."""
 
-    def penalties(
+    def _decode_with_penalties(
         self, latent: PosteriorSample, noise: Sequence[Tensor], condition: Tensor | None
-    ) -> Mapping[str, Tensor]:
-        """Terms that the loss adds to the bound, (B,) each, already multiplied by their weights."""
-        return {}
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Raw decoder outputs (B, num_outputs, H, W) of a posterior sample, and the terms that the loss adds to the
+        bound: (B,) each, already multiplied by their weights.
+        """
+        return self._decode(latent.z, condition), {}
 
     # ---- the interface of VAE ---------------------------------------------------------------------------------------
 
@@ -81,13 +83,14 @@ class VectorVAE(VAE):
 
     def bound(self, x: Tensor, features: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> VAEOutput:
         latent = self.posterior(features, noise[0].flatten(1))
+        outputs, penalties = self._decode_with_penalties(latent, noise, condition)
         return VAEOutput(
-            log_px=self._log_px(x, self._decode(latent.z, condition)),
+            log_px=self._log_px(x, outputs),
             kl=latent.kl.sum(1, keepdim=True),
             log_qz=latent.log_qz.sum(1),
             log_pz=latent.log_pz.sum(1),
             kl_units=(latent.kl.mean(0),),
-            penalties=self.penalties(latent, noise, condition),
+            penalties=penalties,
         )
 
     def encode(self, x: Tensor, noise: Sequence[Tensor], condition: Tensor | None = None) -> list[Tensor]:

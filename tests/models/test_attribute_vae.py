@@ -18,6 +18,7 @@ from pipeline.models.base import evaluating
 from pipeline.models.classifier import Classifier, ClassifierConfig
 from pipeline.models.conditions import AttributeCondition, ClassCondition
 from pipeline.models.noise import draw_noise
+from pipeline.nn.batch_norm import BatchNorm2d
 from pipeline.nn.independence import cross_covariance
 from pipeline.recipe import Recipe
 from pipeline.run.classifier_folder import load_classifier, load_frozen_classifier, save_classifier
@@ -239,12 +240,33 @@ def test_the_classification_term_is_that_of_the_edited_image(classifier_folder):
     x, noise, condition = inputs(model)
     found = copy.deepcopy(model)(x, noise, condition).penalties["classification"]
     classifier = load_classifier(classifier_folder).double()
-    z = model.encode(x, noise, condition)  # moves the running statistics, which training mode does not read
+    (z,) = model.encode(x, noise, condition)  # moves the running statistics, which training mode does not read
     changed = model.with_one_attribute_changed(condition, noise[1].flatten())
-    logits = classifier(model.decode(z, changed)[:, :, 2:-2, 2:-2])
+    both = model.decode([torch.cat([z, z])], torch.cat([condition, changed]))
+    logits = classifier(both[len(x) :, :, 2:-2, 2:-2])
     columns = [classifier.names.index(name) for name in NAMES]
     expected = F.binary_cross_entropy_with_logits(logits[:, columns], changed, reduction="none").sum(1)
     torch.testing.assert_close(found, expected)
+
+
+def test_images_and_edits_are_normalized_as_in_evaluation(classifier_folder):
+    """With weights that do not change, running statistics become those of a batch; evaluation must then give the
+    reconstructions of training. They did not while edits had a pass of their own: a run whose images had log p(x | z)
+    of -3,400 nats with the statistics of the batch had -41,500 with the running ones.
+    """
+    model = make_model(classification_weight=1.0, classifier=str(classifier_folder))
+    x, noise, condition = inputs(model)
+    noise = [noise[0], torch.full_like(noise[1], 0.5)]  # one attribute is changed in all images
+    for name, module in model.named_modules():
+        if isinstance(module, BatchNorm2d):
+            module.momentum = 1.0
+        if name.endswith("modulation"):  # the condition matters, unlike in a new model
+            module.weight.data = random(*module.weight.shape, seed=len(name))
+    with torch.no_grad():
+        trained = model(x, noise, condition).log_px
+        model.eval()
+        # Biased and unbiased variances differ by 1 / (pixels of the batch - 1).
+        torch.testing.assert_close(model(x, noise, condition).log_px, trained, rtol=0.01, atol=0)
 
 
 def test_the_classifier_stays_frozen_and_outside_the_model(classifier_folder):

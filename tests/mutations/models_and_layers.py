@@ -11,6 +11,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("tests/models/test_nvae_restatement.py",),
     ),
     Mutation(
+        "images and their edits are decoded in two passes, so by two batches' statistics",
+        "pipeline/models/attribute_vae.py",
+        "self._decode(torch.cat([z, z]), torch.cat([condition, changed])).chunk(2)",
+        "(self._decode(z, condition), self._decode(z, changed))",
+        ("tests/models/test_attribute_vae.py",),
+    ),
+    Mutation(
         "latents that are given are not used",
         "pipeline/models/vector_vae.py",
         "latents = list(given) or [noise[0] * scale]",
