@@ -295,8 +295,7 @@ def _defaults_of(path: str, variants: list[type[Section]]) -> dict[str, dict[str
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0; 2 for a recipe that does not exist."""
-    about = "Prints a recipe, or without NAME what every setting of a recipe means (docs/settings.md)."
-    parser = argparse.ArgumentParser(description=about, epilog="example: python -m pipeline.recipe nvae_cifar10")
+    parser = argparse.ArgumentParser(description="Prints a recipe, or without NAME what every setting means.")
     parser.add_argument("name", metavar="NAME", nargs="?", help=f"print this recipe: {', '.join(shipped_recipes())}")
     parser.add_argument("--defaults", action="store_true", help="print the defaults of all settings as JSON")
     parsed = parser.parse_args(arguments)
