@@ -31,8 +31,7 @@ train.precision=bf16 data.workers=4 checkpoint.every=1000 tracking.wandb=offline
 all settings with their values; docs/settings.md explains them.
 
 exit codes: 0 finished, or stopped by SIGTERM or SIGUSR1 with a checkpoint; 1 the training diverged;
-2 an error that the message explains; 80 to 83 a process failed or hung, see docs/reliability.md;
-130 interrupted by Ctrl-C
+2 an error that the message explains; 80 to 83 a process failed or hung; 130 interrupted by Ctrl-C
 """
 
 
