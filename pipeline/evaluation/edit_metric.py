@@ -101,7 +101,7 @@ def edit_figures(
     attributes and of each that is edited (`/NAME`): `edit/judge_accuracy` of the judge on the real images,
     `edit/reconstruction_accuracy` of the judge on their reconstructions; of each that is edited, `edit/share/NAME` of
     faces that have it, `edit/judge_sensitivity/NAME` of these in which the judge sees it, and
-    `edit/judge_specificity/NAME` of the others in which it does not. An edit cannot be expected to be seen more often.
+    `edit/judge_specificity/NAME` of the others in which it does not.
 
     Not counted are attributes that are unknown or hidden in the original or, according to `hides` (see `hidden_by`),
     in the edit; and, among the others, the rivals of the edited attribute.
