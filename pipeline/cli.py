@@ -9,11 +9,11 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.distributed.logs import launched_rank, report_error, start_logging
+from pipeline.distributed.logs import launched_rank, log_lines, report_error, start_logging
 from shard_data import progress
 from shard_data.terminal import next_lines
 
@@ -87,12 +87,6 @@ def run_tool(work: Callable[[], int | None], interrupted: str = "", failures: Fa
         if interrupted and launched_rank() == 0:
             log.error("error: interrupted; %s", interrupted)
         return 130
-
-
-def log_lines(lines: Iterable[str]) -> None:
-    """A record for each line, so that a log file has a time before each."""
-    for line in lines:
-        log.info("%s", line)
 
 
 def log_next(commands: Sequence[str]) -> None:

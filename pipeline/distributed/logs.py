@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Iterable
 
 from tqdm import tqdm
 
@@ -30,6 +31,12 @@ class TerminalHandler(logging.StreamHandler):
             tqdm.write(paint(self.format(record), style, self.stream), file=self.stream)
         except Exception:
             self.handleError(record)
+
+
+def log_lines(lines: Iterable[str]) -> None:
+    """A record for each line, so that a log file has a time before each."""
+    for line in lines:
+        log.info("%s", line)
 
 
 def launched_rank() -> int:

@@ -1,6 +1,5 @@
 """The lines at the start of a command that uses a trained model, and the line at its end that names what it wrote."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,8 +7,6 @@ import torch
 
 from pipeline.inference.text import printable
 from shard_data.terminal import aligned
-
-log = logging.getLogger("pipeline")
 
 
 def first_lines(
@@ -22,12 +19,6 @@ def first_lines(
     """
     at, on = f" at step {step:,}" if step else "", f" on {device}" if device else ""
     return [f"{what} of {model}{at}{on}", *aligned(facts)]
-
-
-def log_lines(lines: Sequence[str]) -> None:
-    """A record for each line, so that a log file has a time before each."""
-    for line in lines:
-        log.info("%s", line)
 
 
 def weights_of(place: str, averaged: bool) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.data.remote import is_address
 from pipeline.distributed.agreement import code_version
+from pipeline.distributed.logs import log_lines
 from pipeline.distributed.runtime import Runtime
 from pipeline.inference import announce
 from pipeline.inference.feature_weights import load_feature_network
@@ -75,7 +76,7 @@ def evaluate(request: EvaluationRequest, runtime: Runtime) -> list[Path]:
     if request.out is None:
         runtime.run_on_all(lambda: check_writable(output_folder(results_folder(request.location), FOLDER)))
     measurement = prepare(request, runtime)
-    announce.log_lines(first_lines(request, measurement))
+    log_lines(first_lines(request, measurement))
     names = list(dict.fromkeys(request.metrics))
     with journals(names, measurement, request) as journal_of:
         figures, files = measure_all(names, measurement, request, journal_of)

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.config import build
 from pipeline.data.remote import fetch_manifest, is_address
+from pipeline.distributed.logs import log_lines
 from pipeline.inference import announce, draw_samples, hub, model_card
 from pipeline.inference.load_model import find_device, load
 from pipeline.inference.locations import HUB, find_model, results_folder
@@ -69,7 +70,7 @@ def export_model_folder(request: ExportRequest) -> None:
     check_new(request.out)
     found, place = find_model(request.location, request.checkpoint)
     content, digest = content_of(found), found.sha256[weights_stem(found)]
-    announce.log_lines(first_lines(request, found, place))
+    log_lines(first_lines(request, found, place))
     reports = reports_of(results_folder(request.location), digest)
     manifest = find_manifest(content)
     about = model_card.About(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from pipeline.distributed.logs import log_lines
 from pipeline.inference import announce
 from pipeline.inference.model_folder import is_averaged, read_recipe
 from pipeline.inference.text import printable
@@ -108,4 +109,4 @@ def log_start(kind: str, path: Path, checkpoint: Checkpoint, weights: Weights | 
     averaged = stem == "ema" if "ema" in checkpoint.tensors else is_averaged(checkpoint)
     facts = {"model": announce.weights_of(str(checkpoint.path), averaged), "writes": str(path)}
     name = read_recipe(checkpoint).model.name
-    announce.log_lines(announce.first_lines(f"{kind} checkpoint", name, checkpoint.step, None, facts))
+    log_lines(announce.first_lines(f"{kind} checkpoint", name, checkpoint.step, None, facts))

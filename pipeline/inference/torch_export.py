@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.data.preprocess import to_model_input
+from pipeline.distributed.logs import log_lines
 from pipeline.evaluation.images import to_uint8
 from pipeline.inference import announce, check_programs
 from pipeline.inference.export_run import ExportRequest
@@ -108,7 +109,7 @@ def export_programs(request: ExportRequest) -> None:
     trained = load(request.location, request.checkpoint, device="cpu")
     weights = announce.weights_of(trained.place, trained.averaged)
     facts = {"model": weights, "writes": str(request.out)}
-    announce.log_lines(announce.first_lines("programs", trained.recipe.model.name, trained.step, trained.device, facts))
+    log_lines(announce.first_lines("programs", trained.recipe.model.name, trained.step, trained.device, facts))
     write_programs(request.out, trained)
     written = announce.written_to(request.out)
     log.info("%s; the programs give what the model gives, checked without this package", written)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.cli import log_lines
 from pipeline.distributed.agreement import code_version
 from pipeline.distributed.log_file import LogFile
+from pipeline.distributed.logs import log_lines
 from pipeline.distributed.preemption import StopRequest
 from pipeline.distributed.runtime import Runtime
 from pipeline.recipe import Recipe

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.cli import log_lines, log_next
+from pipeline.cli import log_next
 from pipeline.data.loader import Batch, build_eval_loader, build_train_loader
 from pipeline.data.order import Order
 from pipeline.data.preprocess import Preprocess, to_model_input
 from pipeline.data.shards import TarShards
+from pipeline.distributed.logs import log_lines
 from pipeline.distributed.runtime import cores_per_process
 from pipeline.models.classifier import Classifier, ClassifierConfig
 from pipeline.run.classifier_folder import save_classifier
