@@ -34,11 +34,10 @@ from pipeline.inference.report import (
     question,
     save_in_run,
     save_report,
-    table,
     to_finite,
 )
 from pipeline.inference.sample_metrics import SampleSets
-from pipeline.inference.text import printable
+from pipeline.inference.text import figure_lines, printable
 from pipeline.inference.trained import TrainedModel
 from pipeline.models.classifier import Classifier
 from pipeline.recipe import Recipe
@@ -81,15 +80,20 @@ def evaluate(request: EvaluationRequest, runtime: Runtime) -> list[Path]:
     with journals(names, measurement, request) as journal_of:
         figures, files = measure_all(names, measurement, request, journal_of)
     if runtime.is_main:
-        print(table(figures))
+        print_figures(figures)
     of_samples = [name for name in names if "temperature" in METRICS[name].options]
     for temperature in request.more_temperatures if of_samples else ():
         measurement = at_temperature(measurement, temperature)
         figures, more = measure_all(of_samples, measurement, request, {})
         files += more
         if runtime.is_main:
-            print(f"\ntemperature {temperature:g}\n{table(figures)}")
+            print(f"\ntemperature {temperature:g}")
+            print_figures(figures)
     return files
+
+
+def print_figures(figures: Mapping[str, float]) -> None:
+    print("\n".join(figure_lines(figures)))
 
 
 def measure_all(

@@ -261,9 +261,3 @@ def headline(report: dict[str, Any]) -> str:
 def date_of(report: dict[str, Any]) -> str:
     """When it was written."""
     return printable(str(report.get("time"))[:25])
-
-
-def table(figures: dict[str, Any]) -> str:
-    """The figures as lines of text."""
-    width = max(map(len, figures))
-    return "\n".join(printable(f"{name:<{width}}  {value:12.4f}") for name, value in figures.items())
