@@ -34,10 +34,10 @@ MODELS = {
 
 
 def run(*command: str) -> str:
-    """The output of a command of this project. Raises RuntimeError with its errors if it fails."""
+    """The output of a command of this project. Ends this one with its errors if it fails."""
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
+        sys.exit(f"{' '.join(command)}\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
     return done.stdout
 
 

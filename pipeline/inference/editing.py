@@ -97,7 +97,7 @@ def find_direction(
     Raises ValueError for an attribute that the set does not have, and if all images have it or none.
     """
     names = shards.attribute_names
-    columns = {name: names.index(find_name(name, names, "attribute")) for name in settings}
+    columns = {name: names.index(find_name(name, names, f"attribute of {shards.root}")) for name in settings}
     differences = {name: MeanDifference() for name in settings}
     starts = range(0, min(images, len(shards)), IMAGES_PER_PASS)
     for start in with_progress(starts, Progress("mean latents", len(starts), "batches", write=log.info)):

@@ -109,4 +109,4 @@ def find_name(name: str, known: Sequence[str], what: str) -> str:
         return name
     close = get_close_matches(name, known, n=1)
     hint = f"; did you mean {close[0]}?" if close else "."
-    raise ValueError(f"{what}: {name} is not known{hint} Known: {', '.join(known)}")
+    raise ValueError(f"{what}: {name} is not known{hint} Known: {', '.join(known) or 'none'}")

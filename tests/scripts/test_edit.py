@@ -259,6 +259,12 @@ def test_wrong_arguments_get_one_line_and_exit_code_2(runs, faces, shards, tmp_p
     assert not (tmp_path / "out.png").exists()
 
 
+def test_a_set_without_attributes_is_named(runs, faces, tmp_path, capfd):
+    digits = write_set(tmp_path / "digits", {"test": random_samples(4, 16, 16, seed=4)}, [4])
+    assert main([str(runs["plain"]), "--image", faces[0], "--data", str(digits), "--set", "Smiling=1"]) == 2
+    assert f"attribute of {digits}: Smiling is not known. Known: none" in capfd.readouterr().err
+
+
 def test_strengths_as_users_write_them():
     assert parse_strengths("0..1", 3).tolist() == [0, 0.5, 1]
     assert parse_strengths("-1..1", 3).tolist() == [-1, 0, 1]
