@@ -22,7 +22,7 @@ from pipeline.models.noise import draw_noise
 
 EDITS = {"set": 1.0, "clear": 0.0}
 ON_REAL_IMAGES = ("share", "judge_accuracy", "judge_sensitivity", "judge_specificity")
-COUNTED = (*ON_REAL_IMAGES, "reconstruction_accuracy", "set", "set_others", "clear", "clear_others")
+COUNTED = (*ON_REAL_IMAGES, "reconstruction_accuracy", *EDITS)
 LEAST_SHARE = 0.05  # of the faces that have an attribute, and that lack it
 LEAST_ACCURACY = 0.85  # of the judge on real images
 
@@ -96,8 +96,8 @@ def edit_figures(
     For EDIT `set` (on faces that lack the attribute) and `clear` (on those that have it):
     `edit/EDIT/NAME` edits in which the judge sees the target, `edit/EDIT` their mean over the attributes,
     `edit/EDIT_minimum` the least of them; `edit/EDIT_others` other attributes that are as in the original, over all
-    such edits. The same with `_reliable` at the end: over the attributes that at least 5 % of the faces have, at least
-    5 % lack, and the judge gets right on at least 85 % of the real images. For reference, over all of the judge's
+    such edits. The same with `_reliable` at the end: edited and other attributes are those alone that at least 5 % of
+    the faces have, at least 5 % lack, and the judge gets right on at least 85 % of the real images. For reference, over all of the judge's
     attributes and of each that is edited (`/NAME`): `edit/judge_accuracy` of the judge on the real images,
     `edit/reconstruction_accuracy` of the judge on their reconstructions; of each that is edited, `edit/share/NAME` of
     faces that have it, `edit/judge_sensitivity/NAME` of these in which the judge sees it, and
@@ -130,6 +130,8 @@ class Edits:
         self.hides = hides.to(reference.device)
         shape = (len(COUNTED), 2, len(judge.names))  # [1]: how many were as expected, of how many
         self.counts = torch.zeros(shape, dtype=torch.float64, device=reference.device)
+        by_other = (len(EDITS), *shape[1:], len(judge.names))  # the same of other attributes, by the edited one
+        self.others = torch.zeros(by_other, dtype=torch.float64, device=reference.device)
 
     def add(self, faces: Faces) -> None:
         noise = draw_noise(self.model.groups, self.seed, "edit", faces.positions, faces.x.device, faces.x.dtype)
@@ -157,11 +159,11 @@ class Edits:
         self._count(edit, predicted == EDITS[edit], target.expand_as(predicted))
         others = is_known(truth) & ~self.hides[int(EDITS[edit]), column]
         others[:, [column, *(self.columns[rival] for rival in self.condition.rivals(name))]] = False
-        self._count(f"{edit}_others", predicted == truth, others)
+        self.others[list(EDITS).index(edit), :, column] += _right_and_all(predicted == truth, others)
 
     def _count(self, name: str, as_expected: Tensor, counted: Tensor) -> None:
         """Both (b, A) bool."""
-        self.counts[COUNTED.index(name)] += torch.stack([(as_expected & counted).sum(0), counted.sum(0)])
+        self.counts[COUNTED.index(name)] += _right_and_all(as_expected, counted)
 
     def _predict(self, images: Tensor) -> Tensor:
         """(b, A) bool: the judge's predictions for images with the model's border."""
@@ -170,6 +172,7 @@ class Edits:
     def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The figures over all ranks."""
         counts = dict(zip(COUNTED, sum_over_ranks(self.counts).cpu(), strict=True))
+        others = dict(zip(EDITS, sum_over_ranks(self.others).cpu(), strict=True))
         by_attribute = {name: right / count for name, (right, count) in counts.items()}  # (A,), NaN where count is 0
         figures = {
             f"{name}/{attribute}": by_attribute[name][column].item()
@@ -185,7 +188,7 @@ class Edits:
                 rates = by_attribute[edit][kept & (counts[edit][1] > 0)]
                 figures[f"{edit}{ending}"] = rates.mean().item()
                 figures[f"{edit}_minimum{ending}"] = rates.min().item() if len(rates) else math.nan
-                figures[f"{edit}_others{ending}"] = _share(counts[f"{edit}_others"], kept)
+                figures[f"{edit}_others{ending}"] = _share(others[edit][:, kept].sum(1), kept)
         return {f"edit/{name}": figure for name, figure in sorted(figures.items())}
 
 
@@ -195,6 +198,11 @@ def is_reliable(share: Tensor, judge_accuracy: Tensor) -> Tensor:
     `share` of the faces that have it, and the judge's accuracy on real images: both (A,) in [0, 1].
     """
     return (share >= LEAST_SHARE) & (share <= 1 - LEAST_SHARE) & (judge_accuracy >= LEAST_ACCURACY)
+
+
+def _right_and_all(as_expected: Tensor, counted: Tensor) -> Tensor:
+    """(2, A): how many are as expected, of how many that count. Both (b, A) bool."""
+    return torch.stack([(as_expected & counted).sum(0), counted.sum(0)])
 
 
 def _share(counts: Tensor, kept: Tensor) -> float:

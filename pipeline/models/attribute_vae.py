@@ -67,6 +67,9 @@ class AttributeVAEConfig(VectorVAEConfig):
     conditioning: Literal["join", "batch_norm"] = "batch_norm"
     """How the decoder is conditioned. `join`: the embedding is concatenated to the latent. `batch_norm`: it sets the
     scale and shift of every batch norm."""
+    upsampling: Literal["transposed", "nearest"] = "transposed"
+    """How a block of the decoder doubles the resolution. `transposed`: by a transposed convolution. `nearest`: by
+    repeating pixels before a 3x3 convolution, which draws no checkerboard (Odena et al. 2016)."""
     local_channels: Annotated[int, Field(ge=0)] = 0
     """Number of local latent channels. The last local_channels x H x W units of the latent are local: each is placed at
     one pixel of the feature map (H x W) of the lowest resolution. The other units are global. 0: all are global."""
@@ -163,7 +166,9 @@ class AttributeVAE(VectorVAE):
         if config.local_channels:
             self.local_start = nn.Conv2d(config.local_channels, top, 1, bias=False)
         self.start_norm = ConditionalBatchNorm2d(top, norm_size)
-        self.decoder = nn.ModuleList(UpBlock(*pair, norm_size) for pair in pairwise(widths[::-1]))
+        self.decoder = nn.ModuleList(
+            UpBlock(*pair, norm_size, config.upsampling) for pair in pairwise(widths[::-1])
+        )
         self.output = nn.Conv2d(widths[0], self.num_outputs, 3, padding=1)
         if config.adversary_weight:
             hidden, size = config.features, self.condition_size
@@ -292,11 +297,11 @@ class EditClassifier:
 
 
 class UpBlock(nn.Module):
-    """A transposed convolution that doubles the resolution, then a residual 3x3 convolution."""
+    """Doubles the resolution, then a residual 3x3 convolution. `upsampling`: that of the config."""
 
-    def __init__(self, in_channels: int, out_channels: int, condition_size: int):
+    def __init__(self, in_channels: int, out_channels: int, condition_size: int, upsampling: str):
         super().__init__()
-        self.up = nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1, bias=False)
+        self.up = _up(in_channels, out_channels, upsampling)
         self.up_norm = ConditionalBatchNorm2d(out_channels, condition_size)
         self.conv = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.conv_norm = ConditionalBatchNorm2d(out_channels, condition_size)
@@ -304,6 +309,13 @@ class UpBlock(nn.Module):
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
         h = F.relu(self.up_norm(self.up(h), condition))
         return F.relu(h + self.conv_norm(self.conv(h), condition))
+
+
+def _up(in_channels: int, out_channels: int, upsampling: str) -> nn.Module:
+    if upsampling == "transposed":
+        return nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1, bias=False)
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), conv)
 
 
 def _down(in_channels: int, out_channels: int) -> nn.Module:

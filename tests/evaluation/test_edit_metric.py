@@ -220,10 +220,26 @@ def test_attributes_that_are_rare_or_misjudged_do_not_count_as_reliable():
     assert found["edit/judge_accuracy/Blond"] == found["edit/set/Blond"] == found["edit/set_minimum"] == 0.0
     assert found["edit/set_reliable"] == found["edit/set_minimum_reliable"] == found["edit/set/Black"] == 1.0
     assert found["edit/clear_reliable"] == 1.0
-    hats, black, blond = (attributes[:, column].sum().item() for column in (0, 1, 2))
-    black_kept = 60 - hats  # Black is another attribute only where a hat is set; where a hair color is, it is a rival
-    beards_wrecked = 60 - hats + 60 - black + 60 - blond
-    assert found["edit/set_others_reliable"] == pytest.approx(black_kept / (black_kept + beards_wrecked))
+    assert found["edit/set_others_reliable"] == 0.0  # the beard alone, wrong in every edit of Black
+
+
+def test_others_that_are_reliable_are_counted_in_edits_of_reliable_attributes():
+    """As above; but beards are wrong in edits of hats alone, and hats in edits of Black alone. Neither counts."""
+
+    def painter(image: Tensor, condition: Tensor) -> Tensor:
+        edited = perfect(image.clone(), condition)
+        of_hats = edited[:, 0] != image[:, 0]
+        of_black = edited[:, 1] != image[:, 1]
+        edited[of_hats, 3] = 1 - edited[of_hats, 3]
+        edited[of_black, 0] = 1 - edited[of_black, 0]
+        return edited
+
+    attributes = some_attributes()
+    attributes[:, 0] = torch.arange(60) < 2
+    found = figures(painter, faces(attributes), judge=Reader(errs=("Blond",)))
+    assert found["edit/set_others"] < 1
+    assert found["edit/clear_others"] < 1
+    assert found["edit/set_others_reliable"] == found["edit/clear_others_reliable"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -279,7 +295,8 @@ def test_any_number_of_processes_finds_the_same(shares):
 
     batches = [faces(part) if len(part) else [] for part in attributes.split(shares)]
     figures(beard_wrecker, batches[0], sum_over_ranks=note)
-    second = figures(beard_wrecker, batches[1], sum_over_ranks=lambda totals: totals + brought[0])
+    second = figures(beard_wrecker, batches[1], sum_over_ranks=lambda totals: totals + brought.pop(0))
+    assert brought == []
     assert second == whole
 
 
