@@ -136,10 +136,18 @@ def test_a_local_unit_acts_at_its_place():
     assert changed.count_nonzero() == 1
 
 
+@pytest.mark.parametrize(("upsampling", "is_even"), [("transposed", False), ("nearest", True)])
+def test_nearest_draws_no_checkerboard(upsampling, is_even):
+    up = make_model(upsampling=upsampling).decoder[0].up
+    inside = up(torch.ones(1, 8, 4, 4).double())[..., 2:-2, 2:-2]
+    assert torch.allclose(inside, inside[..., :1, :1].expand_as(inside), atol=1e-6) == is_even
+
+
 OPTIONS = {
     "plain": {},
     "join": {"conditioning": "join"},
     "flows": {"flows": {"name": "iaf", "length": 2}},
+    "nearest": {"upsampling": "nearest"},
     "split": {"local_channels": 1},
     "classification": {"classification_weight": 1.0},
     "adversary": {"adversary_weight": 1.0},
