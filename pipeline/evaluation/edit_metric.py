@@ -96,12 +96,12 @@ def edit_figures(
     For EDIT `set` (on faces that lack the attribute) and `clear` (on those that have it):
     `edit/EDIT/NAME` edits in which the judge sees the target, `edit/EDIT` their mean over the attributes,
     `edit/EDIT_minimum` the least of them; `edit/EDIT_others` other attributes that are as in the original, over all
-    such edits. The same with `_reliable` at the end: edited and other attributes are those alone that at least 5 % of
-    the faces have, at least 5 % lack, and the judge gets right on at least 85 % of the real images. For reference, over all of the judge's
-    attributes and of each that is edited (`/NAME`): `edit/judge_accuracy` of the judge on the real images,
-    `edit/reconstruction_accuracy` of the judge on their reconstructions; of each that is edited, `edit/share/NAME` of
-    faces that have it, `edit/judge_sensitivity/NAME` of these in which the judge sees it, and
-    `edit/judge_specificity/NAME` of the others in which it does not.
+    such edits. The same with `_reliable` at the end: edited and other attributes are those of the model alone that at
+    least 5 % of the faces have, at least 5 % lack, and the judge gets right on at least 85 % of the real images. For
+    reference, over all of the judge's attributes and of each that is edited (`/NAME`): `edit/judge_accuracy` of the
+    judge on the real images, `edit/reconstruction_accuracy` of the judge on their reconstructions; of each that is
+    edited, `edit/share/NAME` of faces that have it, `edit/judge_sensitivity/NAME` of these in which the judge sees it,
+    and `edit/judge_specificity/NAME` of the others in which it does not.
 
     Not counted are attributes that are unknown or hidden in the original or, according to `hides` (see `hidden_by`),
     in the edit; and, among the others, the rivals of the edited attribute.
@@ -181,6 +181,7 @@ class Edits:
         }
         every = torch.ones(len(self.judge.names), dtype=torch.bool)
         reliable = is_reliable(by_attribute["share"], by_attribute["judge_accuracy"])
+        reliable &= torch.zeros_like(every).index_fill(0, torch.tensor(self.columns), True)
         for name in ("judge_accuracy", "reconstruction_accuracy"):
             figures[name] = _share(counts[name], every)
         for edit in EDITS:

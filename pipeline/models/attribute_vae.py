@@ -38,6 +38,7 @@ from pipeline.models.conditions import AttributeCondition, Condition
 from pipeline.models.likelihoods import DiscretizedLogisticLikelihood, Likelihood
 from pipeline.models.vector_vae import VectorVAE, VectorVAEConfig, concatenated
 from pipeline.nn.batch_norm import BatchNorm2d
+from pipeline.nn.blur import binomial_blur
 from pipeline.nn.conditional_norm import ConditionalBatchNorm2d
 from pipeline.nn.distributions import at_least_float32
 from pipeline.nn.gradient_reversal import reverse_gradient
@@ -67,14 +68,14 @@ class AttributeVAEConfig(VectorVAEConfig):
     conditioning: Literal["join", "batch_norm"] = "batch_norm"
     """How the decoder is conditioned. `join`: the embedding is concatenated to the latent. `batch_norm`: it sets the
     scale and shift of every batch norm."""
-    upsampling: Literal["transposed", "nearest"] = "transposed"
-    """How a block of the decoder doubles the resolution. `transposed`: by a transposed convolution. `nearest`: by
-    repeating pixels before a 3x3 convolution, which draws no checkerboard (Odena et al. 2016)."""
     local_channels: Annotated[int, Field(ge=0)] = 0
     """Number of local latent channels. The last local_channels x H x W units of the latent are local: each is placed at
     one pixel of the feature map (H x W) of the lowest resolution. The other units are global. 0: all are global."""
     classification_weight: Weight = 0.0
     """Weight of the frozen classifier's cross-entropy on edited images, summed over the attributes."""
+    classification_blur: bool = False
+    """Whether the classifier sees edited images through a blur. Without it, the decoder learns fine patterns that the
+    classifier takes for attributes."""
     classifier: str | None = None
     """Folder of the frozen classifier, made by pipeline/train_classifier.py. Only training needs it."""
     adversary_weight: Weight = 0.0
@@ -166,9 +167,7 @@ class AttributeVAE(VectorVAE):
         if config.local_channels:
             self.local_start = nn.Conv2d(config.local_channels, top, 1, bias=False)
         self.start_norm = ConditionalBatchNorm2d(top, norm_size)
-        self.decoder = nn.ModuleList(
-            UpBlock(*pair, norm_size, config.upsampling) for pair in pairwise(widths[::-1])
-        )
+        self.decoder = nn.ModuleList(UpBlock(*pair, norm_size) for pair in pairwise(widths[::-1]))
         self.output = nn.Conv2d(widths[0], self.num_outputs, 3, padding=1)
         if config.adversary_weight:
             hidden, size = config.features, self.condition_size
@@ -236,6 +235,7 @@ class AttributeVAE(VectorVAE):
         changed = self.with_one_attribute_changed(condition, noise[1].flatten())
         outputs, edited = self._decode(torch.cat([z, z]), torch.cat([condition, changed])).chunk(2)
         images = without_border(self.likelihood(edited).mean, self.border)
+        images = binomial_blur(images) if self.config.classification_blur else images
         logits = self.edit_classifier.logits(images, self.classifier_seen)
         return outputs, attribute_cross_entropy(logits, changed).sum(1)
 
@@ -297,11 +297,11 @@ class EditClassifier:
 
 
 class UpBlock(nn.Module):
-    """Doubles the resolution, then a residual 3x3 convolution. `upsampling`: that of the config."""
+    """A transposed convolution that doubles the resolution, then a residual 3x3 convolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, condition_size: int, upsampling: str):
+    def __init__(self, in_channels: int, out_channels: int, condition_size: int):
         super().__init__()
-        self.up = _up(in_channels, out_channels, upsampling)
+        self.up = nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1, bias=False)
         self.up_norm = ConditionalBatchNorm2d(out_channels, condition_size)
         self.conv = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.conv_norm = ConditionalBatchNorm2d(out_channels, condition_size)
@@ -309,13 +309,6 @@ class UpBlock(nn.Module):
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
         h = F.relu(self.up_norm(self.up(h), condition))
         return F.relu(h + self.conv_norm(self.conv(h), condition))
-
-
-def _up(in_channels: int, out_channels: int, upsampling: str) -> nn.Module:
-    if upsampling == "transposed":
-        return nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1, bias=False)
-    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-    return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), conv)
 
 
 def _down(in_channels: int, out_channels: int) -> nn.Module:

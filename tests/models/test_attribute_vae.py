@@ -136,18 +136,10 @@ def test_a_local_unit_acts_at_its_place():
     assert changed.count_nonzero() == 1
 
 
-@pytest.mark.parametrize(("upsampling", "is_even"), [("transposed", False), ("nearest", True)])
-def test_nearest_draws_no_checkerboard(upsampling, is_even):
-    up = make_model(upsampling=upsampling).decoder[0].up
-    inside = up(torch.ones(1, 8, 4, 4).double())[..., 2:-2, 2:-2]
-    assert torch.allclose(inside, inside[..., :1, :1].expand_as(inside), atol=1e-6) == is_even
-
-
 OPTIONS = {
     "plain": {},
     "join": {"conditioning": "join"},
     "flows": {"flows": {"name": "iaf", "length": 2}},
-    "nearest": {"upsampling": "nearest"},
     "split": {"local_channels": 1},
     "classification": {"classification_weight": 1.0},
     "adversary": {"adversary_weight": 1.0},
@@ -255,6 +247,18 @@ def test_the_classification_term_is_that_of_the_edited_image(classifier_folder):
     columns = [classifier.names.index(name) for name in NAMES]
     expected = F.binary_cross_entropy_with_logits(logits[:, columns], changed, reduction="none").sum(1)
     torch.testing.assert_close(found, expected)
+
+
+def test_the_classifier_sees_edits_through_the_blur(classifier_folder):
+    model = make_model(classification_weight=1.0, classifier=str(classifier_folder), classification_blur=True)
+    seen = []
+    for module in (model.output, model.edit_classifier.classifier):
+        module.register_forward_hook(lambda module, arguments, output: seen.append((arguments[0], output)))
+    model(*inputs(model))
+    images = model.likelihood(seen[0][1][6:]).mean
+    taps = torch.tensor([[1.0, 4, 6, 4, 1]]).double() / 16
+    expected = F.conv2d(images.flatten(0, 1)[:, None], (taps.T * taps)[None, None])[:, 0]
+    torch.testing.assert_close(seen[1][0][..., 2:-2, 2:-2].flatten(0, 1), expected)
 
 
 def test_images_and_edits_are_normalized_as_in_evaluation(classifier_folder):
