@@ -38,7 +38,6 @@ from pipeline.models.conditions import AttributeCondition, Condition
 from pipeline.models.likelihoods import DiscretizedLogisticLikelihood, Likelihood
 from pipeline.models.vector_vae import VectorVAE, VectorVAEConfig, concatenated
 from pipeline.nn.batch_norm import BatchNorm2d
-from pipeline.nn.blur import binomial_blur
 from pipeline.nn.conditional_norm import ConditionalBatchNorm2d
 from pipeline.nn.distributions import at_least_float32
 from pipeline.nn.gradient_reversal import reverse_gradient
@@ -73,9 +72,6 @@ class AttributeVAEConfig(VectorVAEConfig):
     one pixel of the feature map (H x W) of the lowest resolution. The other units are global. 0: all are global."""
     classification_weight: Weight = 0.0
     """Weight of the frozen classifier's cross-entropy on edited images, summed over the attributes."""
-    classification_blur: bool = False
-    """Whether the classifier sees edited images through a blur. Without it, the decoder learns fine patterns that the
-    classifier takes for attributes."""
     classifier: str | None = None
     """Folder of the frozen classifier, made by pipeline/train_classifier.py. Only training needs it."""
     adversary_weight: Weight = 0.0
@@ -235,7 +231,6 @@ class AttributeVAE(VectorVAE):
         changed = self.with_one_attribute_changed(condition, noise[1].flatten())
         outputs, edited = self._decode(torch.cat([z, z]), torch.cat([condition, changed])).chunk(2)
         images = without_border(self.likelihood(edited).mean, self.border)
-        images = binomial_blur(images) if self.config.classification_blur else images
         logits = self.edit_classifier.logits(images, self.classifier_seen)
         return outputs, attribute_cross_entropy(logits, changed).sum(1)
 

@@ -249,18 +249,6 @@ def test_the_classification_term_is_that_of_the_edited_image(classifier_folder):
     torch.testing.assert_close(found, expected)
 
 
-def test_the_classifier_sees_edits_through_the_blur(classifier_folder):
-    model = make_model(classification_weight=1.0, classifier=str(classifier_folder), classification_blur=True)
-    seen = []
-    for module in (model.output, model.edit_classifier.classifier):
-        module.register_forward_hook(lambda module, arguments, output: seen.append((arguments[0], output)))
-    model(*inputs(model))
-    images = model.likelihood(seen[0][1][6:]).mean
-    taps = torch.tensor([[1.0, 4, 6, 4, 1]]).double() / 16
-    expected = F.conv2d(images.flatten(0, 1)[:, None], (taps.T * taps)[None, None])[:, 0]
-    torch.testing.assert_close(seen[1][0][..., 2:-2, 2:-2].flatten(0, 1), expected)
-
-
 def test_images_and_edits_are_normalized_as_in_evaluation(classifier_folder):
     """With weights that do not change, running statistics become those of a batch; evaluation must then give the
     reconstructions of training. They did not while edits had a pass of their own: a run whose images had log p(x | z)

@@ -18,13 +18,6 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("tests/models/test_attribute_vae.py",),
     ),
     Mutation(
-        "the classifier sees edits without the blur",
-        "pipeline/models/attribute_vae.py",
-        "binomial_blur(images) if self.config.classification_blur else images",
-        "images",
-        ("tests/models/test_attribute_vae.py",),
-    ),
-    Mutation(
         "latents that are given are not used",
         "pipeline/models/vector_vae.py",
         "latents = list(given) or [noise[0] * scale]",
