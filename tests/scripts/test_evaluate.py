@@ -203,6 +203,7 @@ def test_several_processes_give_the_figures_of_one(run, make_runtime, tmp_path, 
     result = launch(processes, script, *lines, PYTHONPATH=str(ROOT))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("active_units") == 2
+    assert result.stdout.count("8x8_group01") == 2
     for name, words in questions.items():
         one, several = measured(run, make_runtime, *words), json.loads((tmp_path / name).read_text())
         undefined = {figure for figure, value in one["figures"].items() if value is None}
