@@ -26,10 +26,12 @@ def exit_codes(stderr: str) -> dict[int, int]:
 # ------------------------------------------------------------------------------------------------------------ hanging
 
 HANGS = """
+from pipeline.distributed.preemption import StopRequest
 def hang(step):
     if runtime.rank == 1:
         time.sleep(1000)
-train(hang)
+with StopRequest():  # the launcher ends the slower rank by SIGTERM, which is noted only
+    train(hang)
 """
 
 
@@ -83,6 +85,7 @@ def test_a_slow_rank_that_advances_is_not_missing(tmp_path):
 
 
 STALLS = """
+from pipeline.distributed.preemption import StopRequest
 from shard_data import progress
 def advance(pieces):
     for _ in range(pieces):
@@ -93,7 +96,8 @@ def hang():
     advance(6)
     (folder / "advanced").write_text("")
     time.sleep(1000)
-runtime.run_on_main(hang, "hashing the shards")
+with StopRequest():  # the launcher ends the slower rank by SIGTERM, which is noted only
+    runtime.run_on_main(hang, "hashing the shards")
 """
 
 
