@@ -50,6 +50,19 @@ def aligned(facts: Mapping[str, str | Sequence[str]], indent: str = "  ") -> lis
     return lines
 
 
+def padded(rows: Sequence[Sequence[str]], to_right: Sequence[bool]) -> list[list[str]]:
+    """The cells of a table's rows, each as wide as the widest of its column; moved to the right side in the columns
+    where `to_right` is true.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def cells(row: Sequence[str]) -> list[str]:
+        places = zip(row, widths, to_right, strict=True)
+        return [text.rjust(width) if right else text.ljust(width) for text, width, right in places]
+
+    return [cells(row) for row in rows]
+
+
 def next_lines(commands: Sequence[str]) -> list[str]:
     """The commands that come next; none where another program started this one."""
     return [] if is_watched() else aligned({"next": commands})

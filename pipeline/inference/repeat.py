@@ -14,7 +14,7 @@ from pipeline.inference.evaluate_run import EvaluationRequest, describe, measure
 from pipeline.inference.locations import is_hub, local_path
 from pipeline.inference.metrics import METRICS, Options
 from pipeline.inference.report import conditions, flattened, read_report, to_finite
-from pipeline.inference.text import printable
+from pipeline.inference.text import joined, printable
 from pipeline.storage.checkpoint_folder import META
 
 RELATIVE = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 1e-2}
@@ -199,10 +199,11 @@ def compare(before: dict[str, Any], now: dict[str, Any], changes: Sequence[str])
 
 def show(differences: Sequence[Difference], changes: Sequence[str]) -> None:
     """Prints a line for each figure, then whether all agree."""
-    width = max(len(difference.name) for difference in differences)
-    print(f"{'':<{width}}  {'before':>16}  {'now':>16}  {'difference':>11}  {'allowed':>9}")
-    for name, before, now, allowed in differences:
-        print(printable(f"{name:<{width}}  {before:16.8f}  {now:16.8f}  {now - before:11.2e}  {allowed:9.1e}"))
+    rows = [
+        [name, f"{before:16.8f}", f"{now:16.8f}", f"{now - before:11.2e}", f"{allowed:9.1e}"]
+        for name, before, now, allowed in differences
+    ]
+    print("\n".join(map(printable, joined([["", "before", "now", "difference", "allowed"], *rows]))))
     if changes:
         print(printable(f"not to the bit, since conditions changed: {'; '.join(changes)}"))
     disagreeing = [difference.name for difference in differences if not difference.agrees]

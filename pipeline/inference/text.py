@@ -2,10 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 
+from shard_data.terminal import padded
+
 
 def printable(text: str) -> str:
     """With `?` for control characters: names that come from files could control the terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def joined(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table: a name at the left of each row, and figures at the right of their columns."""
+    to_right = [number > 0 for row in rows[:1] for number in range(len(row))]
+    return ["  ".join(cells) for cells in padded(rows, to_right)]
 
 
 def figure_lines(figures: Mapping[str, float]) -> list[str]:
@@ -21,8 +29,7 @@ def figure_lines(figures: Mapping[str, float]) -> list[str]:
     tables = [columns for columns in kinds.values() if len(columns) > 1]
     in_tables = {kind for columns in tables for kind in columns}
     alone = {name: value for name, value in figures.items() if name.rpartition("/")[0] not in in_tables}
-    width = max(map(len, alone), default=0)
-    lines = [f"{name:<{width}}  {value:12.4f}" for name, value in alone.items()]
+    lines = joined([[name, f"{value:12.4f}"] for name, value in alone.items()])
     for columns in tables:
         lines += ["", *_table_lines(figures, parts[columns[0]], columns)]
     return [printable(line) for line in lines]
@@ -32,10 +39,5 @@ def _table_lines(figures: Mapping[str, float], parts: Sequence[str], kinds: Sequ
     """A column for each of the kinds. What all their names begin with, `edit/`, is the head of the first column."""
     prefix = kinds[0].rpartition("/")[0] + "/"
     prefix = prefix if all(kind.startswith(prefix) for kind in kinds) else ""
-    heads = [kind.removeprefix(prefix) for kind in kinds]
-    rows = {part: [f"{figures[f'{kind}/{part}']:.4f}" for kind in kinds] for part in parts}
-    first, widths = max(map(len, [prefix, *rows])), [max(len(head), 10) for head in heads]
-    return [
-        "  ".join([f"{part:<{first}}", *(f"{text:>{width}}" for text, width in zip(texts, widths, strict=True))])
-        for part, texts in [(prefix, heads), *rows.items()]
-    ]
+    head = [prefix, *(kind.removeprefix(prefix) for kind in kinds)]
+    return joined([head, *([part, *(f"{figures[f'{kind}/{part}']:10.4f}" for kind in kinds)] for part in parts)])

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from pipeline.reporting.run_table import Row
 from pipeline.reporting.text import number
-from shard_data.terminal import duration
+from shard_data.terminal import duration, padded
 
-GAP = 2
-"""Spaces between columns."""
+GAP = "  "
+"""Between columns."""
 MAX_NAME = 48
 MAX_NOTES = 8
 DASH = "\N{EN DASH}"
@@ -56,27 +56,24 @@ def table_lines(rows: Sequence[Row], width: int | None, paint: Callable[[str, st
     """The table, with a line for the columns that have no room. `width`: letters of a line; None: all columns.
     `paint` gives a text in a style of shard_data.terminal.
     """
-    columns = list(COLUMNS)
-    while width is not None and any(column.rank for column in columns) and _width(columns, rows) > width:
+    columns = COLUMNS
+    table = _cells(columns, rows)
+    while width is not None and len(GAP.join(table[0])) > width and any(column.rank for column in columns):
         largest = max(column.rank for column in columns)
         columns = [column for column in columns if column.rank < largest]
-    cells = [[column.head for column in columns], *([column.text(row) for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+        table = _cells(columns, rows)
     lines = []
-    for row, line in zip([None, *rows], cells, strict=True):
-        parts = []
-        for column, text, size in zip(columns, line, widths, strict=True):
-            padded = text.rjust(size) if column.numeric else text.ljust(size)
-            style = "bold" if row is None else STYLES[row.tone] if column.head == "state" else ""
-            parts.append(paint(padded, style))
-        lines.append((" " * GAP).join(parts).rstrip())
+    for row, cells in zip([None, *rows], table, strict=True):
+        styles = ["bold" if row is None else STYLES[row.tone] if column.head == "state" else "" for column in columns]
+        lines.append(GAP.join(map(paint, cells, styles)).rstrip())
     hidden = [column.head for column in COLUMNS if column not in columns]
     return lines + ([f"{width} letters wide, so without: {', '.join(hidden)}"] if hidden else [])
 
 
-def _width(columns: Sequence[Column], rows: Sequence[Row]) -> int:
-    widths = [max(len(column.head), *(len(column.text(row)) for row in rows)) for column in columns]
-    return sum(widths) + GAP * (len(columns) - 1)
+def _cells(columns: Sequence[Column], rows: Sequence[Row]) -> list[list[str]]:
+    """The texts of the columns' heads, then of each row, padded."""
+    texts = [[column.head for column in columns], *([column.text(row) for column in columns] for row in rows)]
+    return padded(texts, [column.numeric for column in columns])
 
 
 def note_lines(rows: Sequence[Row]) -> list[str]:
