@@ -55,8 +55,12 @@ class CommandLine(argparse.ArgumentParser):
 
 
 def as_called(text: str) -> str:
-    """A text that names commands, as they are called here: scripts of a checkout, or console commands."""
-    is_installed = Path(sys.argv[0]).name.startswith(INSTALLED) or not (ROOT / "pyproject.toml").is_file()
+    """A text that names commands, as they are called here: scripts of a checkout, or console commands.
+
+    A SLURM job runs a copy of a checkout's code, in the checkout.
+    """
+    in_checkout = (ROOT / "pyproject.toml").is_file() or Path("pipeline/cli.py").is_file()
+    is_installed = Path(sys.argv[0]).name.startswith(INSTALLED) or not in_checkout
     return with_installed_names(text) if is_installed else text
 
 

@@ -16,7 +16,8 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 
-recipe=${1:?name a recipe: slurm/baselines.sh mlp_vae}
+recipe=${1:-}
+[ -n "$recipe" ] || { echo "error: name a recipe, or a recipe file: slurm/baselines.sh conv_vae" >&2; exit 2; }
 shift
 # shellcheck source=slurm/launch.sh
 source "${FROZEN_CODE:-.}/slurm/launch.sh" || { echo "error: submit from the repository's root, and keep .slurm" >&2; exit 2; }

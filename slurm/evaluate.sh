@@ -11,6 +11,7 @@
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=8
 #SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append

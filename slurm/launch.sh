@@ -95,11 +95,13 @@ check_arguments() {
 find_recipe() {
     name=$(basename "$recipe" .yaml)
     case $recipe in
-        *.yaml) recipe=$FROZEN_CODE/recipes/$name.yaml ;;
+        *.yaml)
+            [ -f "$FROZEN_CODE/recipes/$name.yaml" ] || die "there is no file $recipe in $PWD"
+            recipe=$FROZEN_CODE/recipes/$name.yaml ;;
         *) recipe=$FROZEN_CODE/pipeline/configs/$name.yaml ;;
     esac
     [ -f "$recipe" ] || die "there is no recipe '$name'; those of the project: $(basename -s .yaml -a "$FROZEN_CODE"/pipeline/configs/*.yaml | paste -sd ' ')"
-    command -v "$PYTHON" > /dev/null || die "no python at $PYTHON: run \`make test\` once, or set PYTHON in slurm/site.sh"
+    command -v "$PYTHON" > /dev/null || die "no python at $PYTHON: run \`make install\` once, or set PYTHON in slurm/site.sh"
 }
 
 # -> `$data`: what DATA names, or the recipe. Checked before GPUs are in use.
@@ -179,7 +181,8 @@ run_step() {
 nine_tenths_of_the_time_left() {
     local now ends
     now=$(date +%s)
-    ends=$(date -d "$(squeue --noheader --format=%e --jobs="$job")" +%s 2> /dev/null) || ends=$((now + 3600)) # no limit
+    ends=$(squeue --noheader --format=%e --jobs="$job" | grep .) || ends="4 minutes" # no answer; --signal leaves five
+    ends=$(date -d "$ends" +%s 2> /dev/null) || ends=$((now + 3600)) # no limit
     echo $((now + (ends - now) * 9 / 10))
 }
 

@@ -14,10 +14,11 @@ while [ $# -gt 0 ] && [[ $1 != *.sh ]]; do
     shift
 done
 script=slurm/$(basename "${1:-}")
-if [ ! -f "$script" ] || [ $# = 0 ]; then
+if [ $# = 0 ]; then
     sed -n '2,4s/^# \{0,1\}//p' slurm/submit.sh >&2
     exit 2
 fi
+[ -f "$script" ] || { echo "error: there is no $script; slurm/baselines.sh RECIPE trains any recipe" >&2; exit 2; }
 shift
 
 source slurm/site.sh

@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from pipeline.cli import CommandLine, run_python
+from pipeline import cli
+from pipeline.cli import ROOT, CommandLine, run_python
 from shard_data import progress
 
 
@@ -67,3 +68,13 @@ def test_only_a_pipe_is_written_to(tmp_path, monkeypatch):
         assert progress._take_pipe() is None
     monkeypatch.setenv(progress.VARIABLE, "none")
     assert progress._take_pipe() is None
+
+
+def test_a_copy_of_the_code_names_the_scripts_of_the_checkout_that_it_runs_in(tmp_path, monkeypatch):
+    """As in a SLURM job, where console commands need not be in PATH."""
+    command = "python pipeline/report.py runs/nvae --serve"
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    monkeypatch.chdir(ROOT)
+    assert cli.as_called(command) == command
+    monkeypatch.chdir(tmp_path)
+    assert cli.as_called(command) == "nvae-report runs/nvae --serve"

@@ -31,12 +31,16 @@ def test_shellcheck():
 def test_the_papers_jobs_ask_for_the_papers_gpus():
     """One script for each recipe of the paper, and in all headers what the launcher relies on."""
     found = {}
-    for path in [*(ROOT / "slurm").glob("nvae_*.sh"), *(ROOT / "slurm").glob("vdvae_*.sh")]:
+    for path in (ROOT / "slurm").glob("*.sh"):
         text = path.read_text()
         options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)", text, re.MULTILINE))
+        if not options:
+            continue
         assert options["job-name"] == path.stem
         assert (options["ntasks-per-node"], options["signal"], options["open-mode"]) == ("1", "B:USR1@300", "append")
         assert "requeue" in options
+        if not path.name.startswith(("nvae_", "vdvae_")):
+            continue
         assert int(options["cpus-per-task"]) == 6 * int(options["gpus-per-node"])
         (recipe,) = re.findall(r"^recipe=(\w+)$", text, re.MULTILINE)
         found[recipe] = int(options["nodes"]), int(options["gpus-per-node"])
@@ -240,3 +244,29 @@ def test_an_interrupted_run_is_not_requeued(tmp_path):
     count, last = attempts_until_the_end(tmp_path, ["killed 2", "interrupted 3", "killed 4"])
     assert (count, last.returncode) == (2, 75), last.stderr
     assert "unfinished, not requeued: interrupted at step 3 by SIGINT" in last.stderr
+
+
+def test_without_an_answer_of_squeue_the_step_still_gets_time_to_save(tmp_path):
+    write_stand_ins(tmp_path)
+    (tmp_path / "bin" / "squeue").write_text("#!/usr/bin/env bash\n$SQUEUE\n")
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    script = 'source "$FROZEN_CODE/slurm/launch.sh"; now=$(date +%s); echo $(($(nine_tenths_of_the_time_left) - now))'
+    settings = {"FROZEN_CODE": str(tmp_path / "code"), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    for answer, least, most in (("false", 215, 219), ("true", 215, 219), ("echo NONE", 3239, 3243)):
+        environment = os.environ | settings | {"SQUEUE": answer}
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert least <= int(done.stdout) <= most, (answer, done)
+
+
+def test_what_cannot_be_submitted_is_named(tmp_path):
+    def run(*words: str) -> tuple[int, str]:
+        done = subprocess.run(["bash", *words], cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    missing = "error: there is no slurm/nvae.sh; slurm/baselines.sh RECIPE trains any recipe\n"
+    assert run("slurm/submit.sh", "--nodes=2", "slurm/nvae.sh") == (2, missing)
+    assert run("slurm/submit.sh", "--nodes=2")[0] == 2
+    assert run("slurm/baselines.sh") == (2, "error: name a recipe, or a recipe file: slurm/baselines.sh conv_vae\n")
+    write_stand_ins(tmp_path)
+    done = attempt(tmp_path, 0, "finished 1", ("baselines.sh", "mine.yaml"))
+    assert (done.returncode, done.stderr) == (2, f"error: there is no file mine.yaml in {tmp_path}\n")
