@@ -1,7 +1,6 @@
 """What `metrics.jsonl` says of a run, read once from start to end, in memory that does not grow with its length."""
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -145,9 +144,13 @@ class HistoryReader:
 
     def __init__(self, path: Path, only: frozenset[str] | None = None):
         self.path = path
-        self.history = History(only)
+        self.only = only
+        self._start_again()
+
+    def _start_again(self) -> None:
+        self.history = History(self.only)
         self._offset = 0
-        self._file_number: int | None = None  # another one: a restart has replaced the file
+        self._last_line = b""  # before the offset
         self._in_long_line = False
 
     def read(self, progress: Callable[[int], object] = lambda num_bytes: None) -> History:
@@ -156,16 +159,16 @@ class HistoryReader:
         Raises OSError where there is no such file, or it is none.
         """
         with open_regular(self.path) as file:
-            facts = os.fstat(file.fileno())
-            if facts.st_ino != self._file_number or facts.st_size < self._offset:
-                self.history, self._offset = History(self.history.only), 0
-                self._file_number = facts.st_ino
-            file.seek(self._offset)
+            file.seek(self._offset - len(self._last_line))
+            if file.read(len(self._last_line)) != self._last_line:  # a restart cut the file, or that record grew
+                self._start_again()
+                file.seek(0)
             while line := file.readline(MAX_RECORD + 1):
                 progress(len(line))
                 if not line.endswith(b"\n") and len(line) <= MAX_RECORD:
                     break  # the last line, which is being written
                 self._offset += len(line)
+                self._last_line = line
                 self._add(line)
         return self.history
 

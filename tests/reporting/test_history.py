@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline.reporting.history import MAX_NAMES, HistoryReader
-from pipeline.storage.metrics_file import MAX_RECORD
+from pipeline.storage.metrics_file import MAX_RECORD, MetricsFile
 
 
 def line(step, **values):
@@ -60,6 +60,31 @@ def test_a_file_that_a_restart_has_cut_is_read_again(path):
     other.write_text(line(1, loss=3.0) + line(2, loss=9.0) + line(3, loss=8.0))
     other.replace(path)
     assert reader.read().curves["loss"].points() == [(1, 3.0), (2, 9.0), (3, 8.0)]
+
+
+def test_a_file_that_was_written_anew_in_its_place_is_read_again(path):
+    """As when a run folder is deleted and its file system gives the new file the old one's number."""
+    path.write_text(line(1, loss=3.0) + line(2, loss=2.0))
+    reader = HistoryReader(path)
+    reader.read()
+    path.write_text("".join(line(step, loss=7.0) for step in range(10)))
+    history = reader.read()
+    assert history.curves["loss"].points() == [(step, 7.0) for step in range(10)]
+    assert (history.not_records, history.out_of_order) == (0, 0)
+
+
+def test_a_record_that_is_read_between_its_two_parts_is_read_again(path):
+    """A step that is validated and logged gets one record, whose line is written twice."""
+    file, reader = MetricsFile(path, last_step=-1), HistoryReader(path)
+    file.add(1, {"train/loss": 5.0})
+    file.add(2, {"val/elbo": -3.0})
+    assert reader.read().curves["val/elbo"].points() == [(2, -3.0)]
+    file.add(2, {"train/loss": 4.0})
+    file.add(3, {"train/loss": 3.0})
+    file.close()
+    history = reader.read()
+    assert history.curves["train/loss"].points() == [(1, 5.0), (2, 4.0), (3, 3.0)]
+    assert (history.num_records, history.not_records) == (3, 0)
 
 
 def test_attempts_and_speed(path):
