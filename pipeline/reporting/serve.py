@@ -3,18 +3,24 @@
 import errno
 import hashlib
 import logging
+import sys
 import threading
+import time
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from pipeline.reporting.build_page import Options, build_page
 from pipeline.reporting.run_folder import RunReader, entries
+from pipeline.storage.run_lock import is_held
+from pipeline.storage.status import read_status
 
 log = logging.getLogger("pipeline")
 
 FILES = ("metrics.jsonl", "status.json", "config.yaml", "log.txt")
 FOLDERS = ("samples", "reconstructions", "evaluations", "checkpoints")
+RUNNING_SECONDS = 60
+"""After which the page of a run that states `running` is made again, also where its folder did not change."""
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -33,7 +39,10 @@ class Pages:
         """A name for the present state of the folders; another one when something changed."""
         paths = [folder / name for folder in self._folders for name in FILES]
         paths += [path for folder in self._folders for name in FOLDERS for path in sorted(entries(folder / name))]
-        state = [(str(path), _state(path)) for path in paths]
+        state: list[object] = [(str(path), _state(path)) for path in paths]
+        running = [folder for folder in self._folders if read_status(folder).state == "running"]
+        if running:  # a run that is killed or hangs writes nothing, and its time left passes
+            state += [int(time.time() / RUNNING_SECONDS), *map(is_held, running)]
         return hashlib.sha256(repr(state).encode()).hexdigest()
 
     def page(self) -> bytes:
@@ -73,8 +82,8 @@ class Handler(BaseHTTPRequestHandler):
                 self._answer(200, "text/html", self.server.pages.page())
             else:
                 self._answer(404, "text/plain", b"there is only the page /")
-        except BrokenPipeError:
-            pass  # the browser has gone
+        except ConnectionError:
+            raise  # see Server.handle_error
         except (OSError, ValueError) as error:
             self._answer(500, "text/plain", f"the runs cannot be read: {error}".encode())
 
@@ -107,6 +116,11 @@ class Server(ThreadingHTTPServer):
             raise ValueError(f"--host {host} --port {port}: cannot be served ({error.strerror})") from None
         except OverflowError:
             raise ValueError(f"--port {port}: must be from 0 to 65535") from None
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Says nothing of a browser that has gone."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def address(self) -> str:

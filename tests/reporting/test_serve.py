@@ -4,6 +4,8 @@ import http.client
 import json
 import os
 import shutil
+import socket
+import struct
 import threading
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from pipeline import report
 from pipeline.reporting.serve import Pages, Server
+from pipeline.storage.run_lock import RunLock
 
 OLD_RUNS = Path(__file__).parents[1] / "old_runs"
 
@@ -88,3 +91,36 @@ def test_a_folder_that_vanished_is_an_answer_and_not_the_end(server, run):
     assert "There is no metrics.jsonl" in get(server)[1]
     os.rename(run.with_name("moved"), run)
     assert "There is no metrics.jsonl" not in get(server)[1]
+
+
+def test_a_run_that_is_killed_is_news_although_its_folder_did_not_change(server, run, monkeypatch):
+    monkeypatch.setattr("pipeline.reporting.serve.RUNNING_SECONDS", 1e12)
+    status = {"state": "running", "step": 4, "total_steps": 9, "attempt": 1, "time": time.time()}
+    (run / "status.json").write_text(json.dumps(status))
+    with RunLock(run):
+        alive, page = get(server, "/version")[1], get(server)[1]
+    assert ">running<" in page
+    assert get(server, "/version")[1] != alive
+    assert ">killed<" in get(server)[1]
+
+
+@pytest.mark.parametrize(("state", "is_news"), [("running", True), ("finished", False)])
+def test_time_that_passes_is_news_of_a_run_that_is_trained(run, monkeypatch, state, is_news):
+    """Its estimates change, and its silence may mean that it hangs."""
+    (run / "status.json").write_text(json.dumps({"state": state, "step": 4}))
+    pages, now = Pages([run], contact_sheet=False), time.time()
+    versions = []
+    for later in (0, 61):
+        monkeypatch.setattr(time, "time", lambda later=later: now + later)
+        versions.append(pages.version())
+    assert (versions[0] != versions[1]) is is_news
+
+
+def test_a_browser_that_ends_the_connection_is_no_error(server, monkeypatch, capsys):
+    ended = threading.Event()
+    monkeypatch.setattr(server, "shutdown_request", lambda request: ended.set())
+    with socket.create_connection(server.server_address) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
+        connection.sendall(b"GET /")
+    assert ended.wait(20)
+    assert capsys.readouterr().err == ""
