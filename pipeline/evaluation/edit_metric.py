@@ -6,7 +6,8 @@ target attribute, and for the other attributes with the original.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -90,6 +91,7 @@ def edit_figures(
     seed: int,
     hides: Tensor,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, float]:
     """Shares in [0, 1], exact on any number of processes; NaN if there was nothing to count.
 
@@ -106,10 +108,11 @@ def edit_figures(
     Not counted are attributes that are unknown or hidden in the original or, according to `hides` (see `hidden_by`),
     in the edit; and, among the others, the rivals of the edited attribute.
 
-    `batches`: this rank's share (see `held_out_faces`). Latents are posterior samples, a function of (seed, image). The
-    model keeps its mode. Raises ValueError for a judge of other images, or without the model's attributes.
+    `batches`: this rank's share (see `held_out_faces`). Latents are posterior samples, a function of (seed, image).
+    `autocast` is for the model; the judge computes in the precision of the weights. The model keeps its mode. Raises
+    ValueError for a judge of other images, or without the model's attributes.
     """
-    figures = Edits(model, condition, judge, seed, hides)
+    figures = Edits(model, condition, judge, seed, hides, autocast)
     with evaluating(model):
         for faces in batches:
             figures.add(faces)
@@ -119,8 +122,17 @@ def edit_figures(
 class Edits:
     """Counts of the judge's predictions, batch by batch."""
 
-    def __init__(self, model: VAE, condition: AttributeCondition, judge: Classifier, seed: int, hides: Tensor):
+    def __init__(
+        self,
+        model: VAE,
+        condition: AttributeCondition,
+        judge: Classifier,
+        seed: int,
+        hides: Tensor,
+        autocast: Callable[[], AbstractContextManager],
+    ):
         self.model = model
+        self.autocast = autocast
         self.condition = condition
         self.seed = seed
         reference = next(model.parameters())
@@ -135,21 +147,21 @@ class Edits:
 
     def add(self, faces: Faces) -> None:
         noise = draw_noise(self.model.groups, self.seed, "edit", faces.positions, faces.x.device, faces.x.dtype)
-        latents = self.model.encode(faces.x, noise, faces.condition)
+        with self.autocast():
+            latents = self.model.encode(faces.x, noise, faces.condition)
         known = is_known(faces.truth)
         right = self._predict(faces.x) == faces.truth
         self._count("share", faces.truth == 1, known)
         self._count("judge_accuracy", right, known)
         self._count("judge_sensitivity", right, faces.truth == 1)
         self._count("judge_specificity", right, faces.truth == 0)
-        reconstruction = self.model.decode(latents, faces.condition)
-        self._count("reconstruction_accuracy", self._predict(reconstruction) == faces.truth, known)
+        self._count("reconstruction_accuracy", self._predict_decoded(latents, faces.condition) == faces.truth, known)
         for edit, value in EDITS.items():
             for name, column in zip(self.condition.chosen, self.columns, strict=True):
                 rows = (faces.truth[:, column] == 1 - value).nonzero()[:, 0]
                 if len(rows):
                     changed = self.condition.changed(faces.condition[rows], {name: value})
-                    predicted = self._predict(self.model.decode([latent[rows] for latent in latents], changed))
+                    predicted = self._predict_decoded([latent[rows] for latent in latents], changed)
                     self._add_edit(edit, name, column, predicted, faces.truth[rows])
 
     def _add_edit(self, edit: str, name: str, column: int, predicted: Tensor, truth: Tensor) -> None:
@@ -168,6 +180,12 @@ class Edits:
     def _predict(self, images: Tensor) -> Tensor:
         """(b, A) bool: the judge's predictions for images with the model's border."""
         return self.judge.present(without_border(images, self.border))
+
+    def _predict_decoded(self, latents: Sequence[Tensor], condition: Tensor) -> Tensor:
+        """The same for images decoded from latents."""
+        with self.autocast():
+            images = self.model.decode(latents, condition)
+        return self._predict(images.to(condition.dtype))
 
     def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The figures over all ranks."""

@@ -52,8 +52,9 @@ def main_figures(report: Mapping[str, Any]) -> dict[str, float]:
     errors, and figures that are not finite.
     """
     figures = {name: value for name, value in report["figures"].items() if _is_finite(value) and name[-3:] != "_se"}
+    figures.pop("skipped_samples", None)
     depth = min((name.count("/") for name in figures), default=0)
-    main = {name: value for name, value in figures.items() if name.count("/") == depth and name != "skipped_samples"}
+    main = {name: value for name, value in figures.items() if name.count("/") == depth}
     return {name: main[name] for name in TITLES if name in main} | main
 
 

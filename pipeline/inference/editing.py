@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline.data.shards import TarShards
 from pipeline.inference.infer_condition import infer_attributes, infer_class
 from pipeline.inference.latents import Latents, MeanDifference, added, linear, moved, spherical
-from pipeline.inference.parse_condition import check_attributes, class_number, parse_settings
+from pipeline.inference.parse_condition import check_attributes, check_strength, class_number, parse_settings
 from pipeline.inference.passes import IMAGES_PER_PASS
 from pipeline.inference.trained import TrainedModel
 from pipeline.models.conditions import ClassCondition, find_name
@@ -94,8 +94,11 @@ def find_direction(
     """The sum over attributes of the mean latent with minus without, from the first images of a set; with the opposite
     sign for attributes set to 0.
 
-    Raises ValueError for an attribute that the set does not have, and if all images have it or none.
+    Raises ValueError for an attribute that the set does not have, a strength outside [0, 1], and if all images have it
+    or none.
     """
+    for name, value in settings.items():
+        check_strength(name, value)
     names = shards.attribute_names
     columns = {name: names.index(find_name(name, names, f"attribute of {shards.root}")) for name in settings}
     differences = {name: MeanDifference() for name in settings}

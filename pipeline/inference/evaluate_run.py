@@ -203,7 +203,7 @@ def load_all(
     reads_images = any(metric.reads_images for metric in metrics)
     if reads_images and request.data is None:
         check_at_hand(trained.recipe.data.root)
-    recipe = evaluation_recipe(trained.recipe, request.data, options, request.batch_size)
+    recipe = evaluation_recipe(trained, request.data, options, request.batch_size)
     check_binarizations(options, recipe)
     if reads_images and not is_address(recipe.data.root) and not recipe.data.holdout:
         check_split(recipe.data.root, options.split)

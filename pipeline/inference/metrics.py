@@ -1,7 +1,7 @@
 """The metrics of evaluate.py. A new one is a function here, which calls the computation, and an entry in METRICS."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from pipeline.config import build
 from pipeline.data.holdout import SPLIT as HELD_OUT
-from pipeline.data.loader import is_binarized
+from pipeline.data.loader import Batch, is_binarized
+from pipeline.data.shards import UnreadableShard
+from pipeline.data.unreadable import SkippedSample
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.class_recognition import recognition
 from pipeline.evaluation.edit_metric import edit_figures, held_out_faces, hidden_by
@@ -112,16 +114,30 @@ def bound_figures(measurement: Measurement) -> dict[str, float]:
 
 def edit_measurement(measurement: Measurement) -> dict[str, float]:
     """See pipeline.evaluation.edit_metric.edit_figures."""
-    trained, data, judge = measurement.trained, measurement.data, measurement.judge
-    return edit_figures(
+    trained, data, judge, runtime = measurement.trained, measurement.data, measurement.judge, measurement.runtime
+    skipped: list[SkippedSample] = []
+    errors: list[UnreadableShard] = []
+
+    def batches() -> Iterator[Batch]:
+        try:
+            for batch in data.held_out_batches():
+                skipped.extend(batch.skipped)
+                yield batch
+        except UnreadableShard as error:
+            errors.append(error)
+
+    figures = edit_figures(
         trained.model,
         trained.recipe.condition,
-        held_out_faces(data.held_out_batches(), data.held_out, data.model_inputs, judge),
+        held_out_faces(batches(), data.held_out, data.model_inputs, judge),
         judge,
         measurement.options.seed,
         hidden_by(data.held_out, judge),
-        sum_after_barrier(measurement.runtime),
+        sum_after_barrier(runtime),
+        runtime.autocast,
     )
+    num_skipped = data.report_unreadable(trained.step, skipped, errors[0] if errors else None, split="held_out")
+    return figures | ({"skipped_samples": float(num_skipped)} if num_skipped else {})
 
 
 def recognition_measurement(measurement: Measurement) -> dict[str, float]:
@@ -136,8 +152,10 @@ def recognition_measurement(measurement: Measurement) -> dict[str, float]:
     def shown(passes: Sequence[Tensor]) -> Iterable[Tensor]:
         return with_progress(passes, Progress("samples", len(passes), "batches", write=log.info, shown=runtime.is_main))
 
-    model = sampled_model(trained, options, len(classes) * options.per_class, condition_of)
-    return recognition(model, judge, options.per_class, options.temperature, options.seed, *ranks, shown)
+    with runtime.autocast():
+        model = sampled_model(trained, options, len(classes) * options.per_class, condition_of)
+    how = options.per_class, options.temperature, options.seed
+    return recognition(model, judge, *how, *ranks, shown, runtime.autocast)
 
 
 IMAGES = ("split", "images", "images_seed")
@@ -183,18 +201,19 @@ def applicable_metrics(trained: TrainedModel) -> list[str]:
     return [name for name, metric in METRICS.items() if not metric.condition or isinstance(condition, metric.condition)]
 
 
-def evaluation_recipe(recipe: Recipe, root: str | None, options: Options, batch_size: int = 100) -> Recipe:
-    """The recipe of a run with one split as its data, of its own shard set where `root` is None. For a run with
-    `data.holdout`, `val` is the held-out images, and the training split is without them. Another set may have a `val`
-    of its own. Of a set that is binarized already, the images are measured as they are (`data.binarize=fixed`), also
-    by a model that was trained on dynamic binarizations.
+def evaluation_recipe(trained: TrainedModel, root: str | None, options: Options, batch_size: int = 100) -> Recipe:
+    """The recipe of a run with one split as its data, of its own shard set where `root` is None, or the place of a copy
+    of it. For a run with `data.holdout`, `val` is the held-out images, and the training split is without them. Another
+    set may have a `val` of its own. Of a set that is binarized already, the images are measured as they are
+    (`data.binarize=fixed`), also by a model that was trained on dynamic binarizations.
 
     Raises ConfigError for numbers out of range.
     """
+    recipe, facts = trained.recipe, trained.facts
     settings = recipe.model_dump(mode="json")
+    own_set = root in (None, recipe.data.root) or load_manifest(root)["fingerprint"] == facts.get("data_fingerprint")
     root = recipe.data.root if root is None else root
     settings["data"] |= {"root": root, "train_split": options.split}
-    own_set = root == recipe.data.root
     if recipe.data.holdout and options.split == HELD_OUT and (own_set or HELD_OUT not in load_manifest(root)["splits"]):
         settings["data"]["train_split"] = recipe.data.train_split
     elif options.split != recipe.data.train_split or not own_set:

@@ -104,12 +104,17 @@ def _attributes(target: ConditionLike, condition: AttributeCondition) -> Tensor:
     return condition.changed(torch.full((1, condition.size), UNKNOWN), target or {})
 
 
+def check_strength(name: str, value: float) -> None:
+    """Raises ValueError for a strength of an attribute outside [0, 1]."""
+    if not 0 <= float(value) <= 1:  # NaN is not either
+        raise ValueError(f"attribute {name}={value:g}: a strength is from 0 (absent) to 1 (present)")
+
+
 def check_attributes(target: Mapping[str, float], condition: AttributeCondition) -> None:
     """Raises ValueError for unknown attributes, several exclusive ones, and strengths outside [0, 1]."""
     for name, value in target.items():
         find_name(name, condition.chosen, "attribute")
-        if not 0 <= float(value) <= 1:
-            raise ValueError(f"attribute {name}={value:g}: a strength is from 0 (absent) to 1 (present)")
+        check_strength(name, value)
     for group in condition.exclusive:
         present = [name for name in group if target.get(name, 0) > UNKNOWN]
         if len(present) > 1:

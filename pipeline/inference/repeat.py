@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from pipeline.distributed.runtime import Precision, Runtime
+from pipeline.inference.announce import some_of
 from pipeline.inference.evaluate_run import EvaluationRequest, describe, measure, prepare
 from pipeline.inference.locations import is_hub, local_path
 from pipeline.inference.metrics import METRICS, Options
@@ -68,6 +69,10 @@ class Difference(NamedTuple):
     now: float
     allowed: float
     """The largest difference that counts as agreement; infinite where the figures cannot be compared."""
+
+    @property
+    def is_compared(self) -> bool:
+        return math.isfinite(self.allowed)
 
     @property
     def agrees(self) -> bool:
@@ -140,7 +145,8 @@ def options_of(report: Report, files: Mapping[str, Path | None]) -> Options:
 
 
 def repeat(report: Report, request: EvaluationRequest, runtime: Runtime) -> bool:
-    """Measures again, prints each figure before and now, and returns whether they agree. Writes nothing.
+    """Measures again, prints each figure before and now, and returns whether they agree: all that can be compared, and
+    at least one. Writes nothing.
 
     Raises ValueError, before anything is measured, where weights, data or judge are not those of the report.
     """
@@ -154,7 +160,7 @@ def repeat(report: Report, request: EvaluationRequest, runtime: Runtime) -> bool
     differences = compare(report.content, now | {"figures": to_finite(figures)}, changes)
     if runtime.is_main:
         show(differences, changes)
-    return all(difference.agrees for difference in differences)
+    return all(difference.agrees for difference in differences) and any(each.is_compared for each in differences)
 
 
 def check_same(report: Report, now: dict[str, Any]) -> None:
@@ -198,7 +204,7 @@ def compare(before: dict[str, Any], now: dict[str, Any], changes: Sequence[str])
 
 
 def show(differences: Sequence[Difference], changes: Sequence[str]) -> None:
-    """Prints a line for each figure, then whether all agree."""
+    """Prints a line for each figure, then which are not compared, and whether the others agree."""
     rows = [
         [name, f"{before:16.8f}", f"{now:16.8f}", f"{now - before:11.2e}", f"{allowed:9.1e}"]
         for name, before, now, allowed in differences
@@ -206,5 +212,17 @@ def show(differences: Sequence[Difference], changes: Sequence[str]) -> None:
     print("\n".join(map(printable, joined([["", "before", "now", "difference", "allowed"], *rows]))))
     if changes:
         print(printable(f"not to the bit, since conditions changed: {'; '.join(changes)}"))
+    skipped = [difference.name for difference in differences if not difference.is_compared]
+    if skipped:
+        print(f"not compared, since the latent noise is another and they have no standard error: {some_of(skipped)}")
+    print(printable(conclusion(differences, len(skipped))))
+
+
+def conclusion(differences: Sequence[Difference], num_skipped: int) -> str:
+    """The last line."""
     disagreeing = [difference.name for difference in differences if not difference.agrees]
-    print(printable(f"these figures do not agree: {', '.join(disagreeing)}" if disagreeing else "all figures agree"))
+    if disagreeing:
+        return f"these figures do not agree: {', '.join(disagreeing)}"
+    if num_skipped == len(differences):
+        return "no figure can be compared; repeat the report on the kind of device that it states"
+    return "all other figures agree" if num_skipped else "all figures agree"

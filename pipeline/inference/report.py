@@ -251,7 +251,7 @@ def reports_of(folder: Path, weights_sha256: str) -> dict[str, dict[str, Any]]:
 def headline(report: dict[str, Any]) -> str:
     """The main figures, those of the fewest slashes in their names, on one line, with their standard errors."""
     figures = {name: value for name, value in report["figures"].items() if isinstance(value, float)}
-    depth = min((name.count("/") for name in figures), default=0)
+    depth = min((name.count("/") for name in figures if name != "skipped_samples"), default=0)
     main = {name: value for name, value in figures.items() if name.count("/") == depth and not name.endswith("_se")}
     errors = {name: f" (se {figures[f'{name}_se']:.4f})" for name in main if f"{name}_se" in figures}
     shown = [f"{printable(name)} {value:.4f}{errors.get(name, '')}" for name, value in main.items()]

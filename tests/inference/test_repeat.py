@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.evaluate import main
-from pipeline.inference.repeat import compare
+from pipeline.inference.repeat import compare, show
 from tests.helpers.shard_sets import random_samples, write_set
 from tests.helpers.trained_runs import fast_settings, make_judge, make_run
 
@@ -178,11 +178,24 @@ def test_a_report_of_an_earlier_version_is_repeated_if_it_names_the_weights(repo
     assert (code, "not a whole report: metrics: Field required" in printed) == (2, True)
 
 
-def test_other_noise_is_compared_by_standard_errors():
-    """On another kind of device: 4 x sqrt(2) standard errors; figures without one are not compared."""
+def test_other_noise_is_compared_by_standard_errors(capsys):
+    """On another kind of device: 4 x sqrt(2) standard errors; figures without one are not compared, and are named."""
     before = {"device": "CPU", "figures": {"elbo": -80.0, "elbo_se": 0.3, "kl": 10.0}}
     for elbo, agrees in ((-81.6, True), (-81.8, False)):
         now = {"device": "GPU", "precision": "fp32", "figures": {"elbo": elbo, "elbo_se": 0.3, "kl": 20.0}}
         found = {difference.name: difference for difference in compare(before, now, ["device"])}
         assert found["elbo"].agrees == agrees
         assert math.isinf(found["kl"].allowed)
+        show(list(found.values()), ["device"])
+        *_, skipped, last = capsys.readouterr().out.splitlines()
+        assert skipped.endswith("no standard error: elbo_se, kl")
+        assert last == ("all other figures agree" if agrees else "these figures do not agree: elbo")
+
+
+def test_figures_that_cannot_be_compared_do_not_agree(report, ask):
+    """Of a report by a GPU, of which only figures without standard errors are left."""
+    figures = {name: value for name, value in read(report)["figures"].items() if "/" in name}
+    code, printed = ask("--repeat", edited(report, device="a GPU", figures=figures))
+    assert code == 1
+    assert "no figure can be compared; repeat the report on the kind of device that it states" in printed
+    assert "agree" not in printed

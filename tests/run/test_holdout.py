@@ -1,6 +1,7 @@
 """Runs with data.holdout: the best checkpoint is chosen on held-out training images, and never on the test set."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -100,6 +101,16 @@ def test_val_of_another_set_is_refused(train, make_runtime, tmp_path):
     report = evaluated(make_runtime("fp64"), tmp_path / "run", tmp_path / "x.json", "--split", "train", "--data",
                        str(other))  # fmt: skip
     assert report["images"] == 41
+
+
+def test_a_copy_of_the_set_has_the_same_share(train, make_runtime, tiny_set, tmp_path):
+    """Named by another path, the training split is without the held-out images, too."""
+    train(tmp_path / "run", *HELD_OUT, "validation.every=0", "train.steps=1")
+    copy = shutil.copytree(tiny_set, tmp_path / "copy")
+    for root in (f"{tiny_set}/", str(copy)):
+        report = evaluated(make_runtime("fp64"), tmp_path / "run", tmp_path / "x.json", "--split", "train", "--data",
+                           root)  # fmt: skip
+        assert (report["images"], report["data"]["holdout"]["count"]) == (32, 9)
 
 
 def test_another_set_is_evaluated_on_its_own_val(train, make_runtime, tmp_path):

@@ -204,6 +204,11 @@ BAD = {
         ["--image", "FACE", "--data", "SHARDS", "--set", "Smiling=1"],
         "Known: Attribute_0",
     ),
+    "an attribute that is no number": (
+        "plain",
+        ["--image", "FACE", "--data", "SHARDS", "--set", "Attribute_1=nan"],
+        "attribute Attribute_1=nan: a strength is from 0 (absent) to 1 (present)",
+    ),
     "too few for a direction": (
         "plain",
         ["--image", "FACE", "--data", "SHARDS", "--images", "1", "--set", "Attribute_1=1"],

@@ -13,12 +13,15 @@ from pipeline.data.preprocess import to_model_input
 from pipeline.data.shards import TarShards
 from pipeline.evaluate import build_parser, build_request, evaluate, main
 from pipeline.inference.load_model import load
+from pipeline.inference.report import headline
 from pipeline.models.base import LatentGroup
+from pipeline.models.classifier import Classifier
 from pipeline.models.noise import draw_noise
+from pipeline.models.nvae import NVAE
 from pipeline.storage.checkpoint import Checkpoints
 from tests.helpers.launching import ROOT, launch
-from tests.helpers.recipes import tiny_settings
-from tests.helpers.shard_sets import random_samples, write_set
+from tests.helpers.recipes import merged, tiny_settings
+from tests.helpers.shard_sets import flip_byte, random_samples, write_set
 from tests.helpers.trained_runs import STEP, make_judge, make_run
 
 SCRIPT = str(ROOT / "pipeline" / "evaluate.py")
@@ -258,6 +261,48 @@ def test_edits_and_recognition_are_measured_with_a_judge(tmp_path, make_runtime)
     assert (report["per_class"], report["temperature"], report["readjust"]) == (4, 0.5, 1)
     assert shares["recognized"] == pytest.approx(np.mean([shares[f"recognized/{i}"] for i in range(10)]))
     assert all(4 * share == int(4 * share) for name, share in shares.items() if "/" in name)
+
+
+@pytest.fixture
+def judged(tmp_path) -> tuple[Path, list[str]]:
+    """A run conditional on attributes, one of whose nine test images cannot be read; and the words for its judge."""
+    samples = random_samples(9, 16, 16, attributes=2, seed=3)
+    data = write_set(tmp_path / "set", {"train": samples, "test": samples}, [9], encoding="png")
+    flip_byte(data / "test-000000.tar", int(np.load(data / "test-000000.index.npy")["offset"][4]) + 20)
+    names = ["Attribute_0", "Attribute_1"]
+    settings = merged(tiny_settings(data), {"data": {"on_error": "skip", "verify": False}})
+    run = make_run(tmp_path / "faces", settings | {"condition": {"name": "attributes", "chosen": names}})
+    return run, ["--classifier", make_judge(tmp_path / "judge", "attributes", names), "--metrics", "edit"]
+
+
+def test_faces_that_cannot_be_read_are_counted(judged, make_runtime):
+    run, words = judged
+    report = measured(run, make_runtime, *words)
+    assert (report["figures"]["skipped_samples"], report["images"], report["split_images"]) == (1, 8, 9)
+    assert headline(report).startswith("edit/clear ")
+
+
+@pytest.mark.parametrize(("precision", "in_bf16"), [("fp32", False), ("bf16", True)])
+def test_the_model_computes_in_the_stated_precision_and_the_judge_in_float32(
+    judged, shards, tmp_path, make_runtime, monkeypatch, precision, in_bf16
+):
+    """Edits and recognition, whose reports state the precision."""
+    seen = {NVAE: set(), Classifier: set()}
+    for kind, name in ((NVAE, "pixel_distribution"), (Classifier, "forward")):
+        plain = getattr(kind, name)
+
+        def watched(self, *arguments, plain=plain, kind=kind):
+            seen[kind].add(torch.is_autocast_enabled("cpu"))
+            return plain(self, *arguments)
+
+        monkeypatch.setattr(kind, name, watched)
+    run, words = judged
+    measured(run, make_runtime, *words, precision=precision)
+    assert seen == {NVAE: {in_bf16}, Classifier: {False}}
+    digits = make_run(tmp_path / "run", tiny_settings(shards) | {"condition": {"name": "class", "num_classes": 10}})
+    words = ["--classifier", make_judge(tmp_path / "other", "classes", list("0123456789")), "--metrics", "recognition"]
+    measured(digits, make_runtime, *words, "--per-class", "2", "--readjust", "1", precision=precision)
+    assert seen == {NVAE: {in_bf16}, Classifier: {False}}
 
 
 def test_other_metrics_need_a_judge(shards, tmp_path, capfd, make_runtime):
