@@ -201,6 +201,11 @@ print(status.state, status.step)' "$run_dir")
     if [ "$(mark_time)" = "$2" ] && [ "$state" != finished ]; then
         [ "$1" != 0 ] || exit 0 # nothing was to be trained: --dry-run
         state=$([ -n "$stopping" ] && echo preempted || echo none)
+        # At a job's first start: an error in the command. Later it worked before, so a disk or a host has a fault.
+        if [ "$1" = 2 ] && [ "$attempt$state" = 0none ]; then
+            say "refused: nothing was trained in $run_dir; see the message above"
+            exit 2
+        fi
     fi
     case $state in
         finished)

@@ -137,6 +137,8 @@ print(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 state, step = os.environ["ENDS"].split()
 folder = Path(sys.argv[sys.argv.index("--run-dir") + 1])
 folder.mkdir(parents=True, exist_ok=True)
+if state == "refused":
+    sys.exit(2)
 file = StatusFile(folder)
 file.begin(int(step), 100)
 if state == "killed":
@@ -230,6 +232,16 @@ def test_a_finished_or_failed_run_is_not_requeued(tmp_path):
     failed = attempt(tmp_path, 0, "failed 3")
     assert failed.returncode == 1
     assert "not requeued" in failed.stderr
+
+
+def test_a_refused_command_ends_the_job_at_its_first_attempt_alone(tmp_path):
+    """Such as other settings than the run's. A command that worked before is tried again."""
+    count, last = attempts_until_the_end(tmp_path, ["refused 0", "killed 0"])
+    assert (count, last.returncode) == (1, 2), last.stderr
+    assert "refused: nothing was trained in runs/mlp_vae" in last.stderr
+    assert [attempt(tmp_path, number, end).returncode for number, end in enumerate(["killed 3", "refused 3"])] == [0, 0]
+    assert (tmp_path / ".slurm/job-7.attempts").read_text() == "running 3\nnone 3\n"
+    assert attempt(tmp_path, 0, "refused 3").returncode == 2  # another job in the run's folder
 
 
 def test_every_attempt_finds_the_code_that_an_earlier_one_compiled(tmp_path, monkeypatch):

@@ -63,9 +63,9 @@ def run_attempt(
     except ResumeRefused:
         raise
     except (ValueError, TrainingDiverged, OutOfMemory) as error:
-        # Not OSError: a disk may be there again at the next attempt.
-        if lock is not None:
-            StatusFile(folder).end("failed", str(error))
+        # Not OSError: a disk may be there again at the next attempt. A run stays finished if its command had a mistake.
+        if lock is not None and (status := StatusFile(folder)).status.state != "finished":
+            status.end("failed", str(error))
         raise
     finally:
         if lock is not None:

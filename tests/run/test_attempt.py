@@ -114,6 +114,19 @@ def test_the_log_file_starts_with_the_first_message(attempt, tmp_path):
     assert all(re.match(r"\d{4}-\d\d-\d\d \S+ [A-Z]+ ", line) for line in lines)
 
 
+def test_a_mistake_in_the_command_leaves_a_finished_run_finished(attempt, at_step, tmp_path):
+    attempt(tmp_path / "run")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no complete shard set"):
+            attempt(tmp_path / "run", f"data.root={tmp_path / 'missing'}")
+    assert read_status(tmp_path / "run").state == "finished"
+    at_step(7, lambda: signal.raise_signal(signal.SIGTERM))
+    assert attempt(tmp_path / "run", "train.steps=9") == "preempted"
+    with pytest.raises(ValueError, match="no complete shard set"):
+        attempt(tmp_path / "run", f"data.root={tmp_path / 'missing'}")
+    assert read_status(tmp_path / "run").state == "failed"
+
+
 def test_init_starts_at_step_0_and_repeating_the_command_continues(attempt, at_step, tmp_path):
     attempt(tmp_path / "first", "train.ema_decay=0")
     weights = Checkpoints(tmp_path / "first/checkpoints").load("latest").tensors["model"]
