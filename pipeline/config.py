@@ -139,10 +139,11 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError where the file is missing or is not a mapping."""
-    if not path.is_file():
-        what = "not a regular file" if path.exists() else "no such recipe file"
+    if not path.exists():
         recipes = [str(other) for other in path.parent.glob("*.yaml")]
-        raise ConfigError(f"{path}: {what}{_did_you_mean(str(path), recipes, cutoff=0.8)}")
+        raise ConfigError(f"{path}: no such recipe file{_did_you_mean(str(path), recipes, cutoff=0.8)}")
+    if not path.is_file():
+        raise ConfigError(f"{path}: not a regular file")
     with path.open("rb") as file:
         content = file.read(MAX_RECIPE_BYTES + 1)
     if len(content) > MAX_RECIPE_BYTES:

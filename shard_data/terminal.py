@@ -93,7 +93,7 @@ class Progress:
     """Shows how far long work is: a bar on a terminal; elsewhere a line per minute, with the time that is left.
 
     `what` is done with `total` things (None: not known) called `unit`, of which `done` were done before. `write` takes
-    a line; `shown` false shows nothing. A context manager.
+    a line (None: for work that writes lines of its own, a bar alone); `shown` false shows nothing. A context manager.
     """
 
     def __init__(
@@ -102,20 +102,22 @@ class Progress:
         total: int | None,
         unit: str,
         done: int = 0,
-        write: Callable[[str], object] = print_line,
+        write: Callable[[str], object] | None = print_line,
         shown: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ):
-        on_terminal = is_terminal(sys.stderr)
+        has_bar = shown and is_terminal(sys.stderr)
         self.what, self.total, self.unit, self.done = what, total, unit, done
-        self._write, self._clock, self._has_lines = write, clock, shown and not on_terminal
+        self._write, self._clock, self._has_lines = write, clock, shown and not has_bar and write is not None
         self._begun, self._started = done, clock()
         self._shown, self._figures = self._started, ""
         scaled = unit == BYTES
         self._bar = tqdm(
             total=total, initial=done, desc=what, unit=unit if scaled else f" {unit}", unit_scale=scaled,
-            disable=not (shown and on_terminal), delay=BAR_DELAY,
+            disable=not has_bar, delay=BAR_DELAY, smoothing=0.05,
         )  # fmt: skip
+        if has_bar and (self._bar.ncols or 0) < 1:  # a terminal that states no size, where tqdm draws an empty line
+            self._bar.ncols = self._bar.nrows = None
 
     def update(self, count: int = 1, figures: str = "") -> None:
         """So many more are done. `figures` stand behind the bar or the line from now on."""

@@ -178,8 +178,9 @@ def test_yaml_cannot_make_objects(tmp_path, text):
 def test_a_recipe_must_be_there_and_be_a_mapping(tmp_path):
     with pytest.raises(ConfigError, match="no such recipe file"):
         load_yaml(tmp_path / "missing.yaml")
-    with pytest.raises(ConfigError, match="not a regular file"):
-        load_yaml(tmp_path)
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(ConfigError, match="folder.yaml: not a regular file$"):
+        load_yaml(tmp_path / "folder.yaml")
     (tmp_path / "list.yaml").write_text("[1, 2]")
     with pytest.raises(ConfigError, match="lists.yaml: no such recipe file; did you mean '.*list.yaml'"):
         load_yaml(tmp_path / "lists.yaml")

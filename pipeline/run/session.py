@@ -32,6 +32,7 @@ from pipeline.storage.status import StatusFile
 from pipeline.tracking.meters import BY_RANK, extremes, host_memory
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.trainer import Cadence
+from shard_data.terminal import Progress
 
 log = logging.getLogger("pipeline")
 
@@ -112,7 +113,9 @@ class Session:
         trainer, observers = self.trainer, []
         if self.recipe.data.trace:
             observers.append(Trace(self.folder, trainer.step, self.data.train, self.runtime, self.files).add)
+        bar = Progress("train", trainer.total_steps, "steps", trainer.step, write=None, shown=self.runtime.is_main)
         with ExitStack() as stack:
+            stack.enter_context(bar)
             left = trainer.total_steps - trainer.step
             if num_steps := min(self.recipe.train.profile, left):
                 profile = StepProfile(self.folder, num_steps, left, self.runtime, self.files, trainer.throughput)
@@ -121,6 +124,7 @@ class Session:
             def on_batches(step: int, micro_batches: list[Batch]) -> None:
                 for observe in observers:
                     observe(step, micro_batches)
+                bar.update()
 
             completed = trainer.fit(cadences, should_stop, on_batches)
         if not completed:

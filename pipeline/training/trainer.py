@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pipeline.data.loader import Batch
 from pipeline.data.shards import UnreadableShard
@@ -138,20 +137,18 @@ class Trainer:
         """
         stream = iter(self.data.batches(self.step))
         self.throughput.restart()
-        with self._progress_bar() as bar:
-            while self.step < self.total_steps:
-                with self.throughput.waiting():
-                    micro_batches = self._next_batches(stream, should_stop)
-                if micro_batches is None:
-                    return False
-                if not self._is_compiled:
-                    self._compile(micro_batches[0])
-                skipped = self.train_step(self.step, micro_batches)
-                self.throughput.count(self.config.batch_size)
-                on_batches(self.step, micro_batches)
-                self.progress.count_step(skipped, self.config.max_skipped_steps)
-                self._run_cadences(cadences)
-                bar.update()
+        while self.step < self.total_steps:
+            with self.throughput.waiting():
+                micro_batches = self._next_batches(stream, should_stop)
+            if micro_batches is None:
+                return False
+            if not self._is_compiled:
+                self._compile(micro_batches[0])
+            skipped = self.train_step(self.step, micro_batches)
+            self.throughput.count(self.config.batch_size)
+            on_batches(self.step, micro_batches)
+            self.progress.count_step(skipped, self.config.max_skipped_steps)
+            self._run_cadences(cadences)
         return True
 
     def _next_batches(self, stream: Iterator[Batch], should_stop: Callable[[], bool]) -> list[Batch] | None:
@@ -182,12 +179,6 @@ class Trainer:
         self.state.undo_forward()
         self.statistics.discard()
         self.state.optimizer.zero_grad(set_to_none=True)
-
-    def _progress_bar(self) -> tqdm:
-        hidden = None if self.runtime.is_main else True  # None: shown on a terminal only
-        return tqdm(
-            total=self.total_steps, initial=self.step, desc="train", unit="step", disable=hidden, smoothing=0.05
-        )
 
     def _run_cadences(self, cadences: Sequence[Cadence]) -> None:
         due = [cadence for cadence in cadences if cadence.due(self.step, self.total_steps)]

@@ -1,6 +1,7 @@
 """What commands show: a bar on a terminal, a line per minute elsewhere, aligned facts, and colors where they fit."""
 
 import io
+import os
 import sys
 
 import pytest
@@ -64,6 +65,25 @@ def test_on_a_terminal_there_is_a_bar_and_no_line(monkeypatch):
     assert "2/3" in terminal.getvalue()
     assert "loss 0.5" in terminal.getvalue()
     assert "\x1b[3" not in terminal.getvalue()
+
+
+def test_a_terminal_of_no_width_has_a_bar(monkeypatch):
+    """As containers and `script` make them: no one has set its size."""
+    terminal_for(monkeypatch)
+    ours, theirs = os.openpty()
+    with open(theirs, "w") as terminal, open(ours, "rb", buffering=0) as screen:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with Progress("train", 3, "steps", clock=iter([0.0, 1.0]).__next__) as progress:
+            progress.update(2)
+        assert b"2/3" in screen.read(4096)
+
+
+def test_work_that_writes_its_own_lines_has_a_bar_alone(monkeypatch):
+    for stream, has_bar in ((terminal_for(monkeypatch), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with Progress("train", 3, "steps", write=None, clock=iter([0.0, 99.0]).__next__) as progress:
+            progress.update()
+        assert ("1/3" in stream.getvalue(), stream.getvalue() != "") == (has_bar, has_bar)
 
 
 def test_what_is_not_shown_writes_nothing(monkeypatch):
