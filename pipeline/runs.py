@@ -6,8 +6,8 @@
     python -m pipeline.runs runs --json
 
 The column `of` says what `newest` and `best` are: the ELBO in nats of binary images, bits per dimension of others; of
-the validation split, or of training where there was no validation. `age` is the time since the run wrote something,
-`left` an estimate from its last records. States are those of `python -m pipeline.status`, and
+the split that is validated (val, test), or of training where there was no validation. `age` is the time since the run
+wrote something, `left` an estimate from its last records. States are those of `python -m pipeline.status`, and
 
     killed      the run states that it is running, and no process of this machine trains in its folder
     running?    it wrote nothing for long, and its process is not on this machine: it may have been killed

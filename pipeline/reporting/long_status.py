@@ -79,7 +79,7 @@ def describe_checkpoints(run: Run) -> str:
 
 def next_commands(run: Run, summary: Summary) -> list[str]:
     """What one does with a run in this state."""
-    folder = shlex.quote(str(run.folder))
+    folder = printable(shlex.quote(str(run.folder)))
     watch = f"python pipeline/report.py {folder}{' --serve' if summary.state.startswith('running') else ''}"
     if not run.checkpoints or summary.state.startswith("running"):
         return [watch]

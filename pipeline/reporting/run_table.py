@@ -38,7 +38,7 @@ class Row:
     total_steps: int
     seconds_left: float | None
     objective: str
-    """`ELBO` (nats) or `bits/dim`, after the split: `val ELBO`, `train bits/dim`."""
+    """`ELBO` (nats) or `bits/dim`, after the split: `val ELBO`, `test ELBO`, `train bits/dim`."""
     newest: float | None
     best: float | None
     best_step: int | None
@@ -60,7 +60,7 @@ def row_of(run: Run, name: str, now: float | None = None) -> Row:
     now = time.time() if now is None else now
     summary, objective, facts = summarize(run, now), objective_of(run), run.attempts[-1] if run.attempts else None
     best = best_of(run, objective) if objective else None
-    split = ("val" if objective.held_out else "train") if objective else ""
+    split = run.settings.get("validation.split", "val") if objective and objective.held_out else "train"
     return Row(
         name=printable(name),
         folder=str(run.folder),
@@ -71,7 +71,7 @@ def row_of(run: Run, name: str, now: float | None = None) -> Row:
         step=summary.step,
         total_steps=summary.total_steps,
         seconds_left=summary.seconds_left,
-        objective=f"{split} {objective.label}" if objective else "",
+        objective=f"{_text(split)} {objective.label}" if objective else "",
         newest=run.history.last(objective.key) if objective else None,
         best=best[1] if best else None,
         best_step=best[0] if best else None,

@@ -79,6 +79,12 @@ def objective_of(run: Run) -> Objective | None:
     return next((objective for objective in candidates if objective.key in run.history.best), None)
 
 
+def split_of(run: Run, objective: Objective) -> str:
+    """`training`, or the split that was validated; `held out` where the settings do not name it."""
+    split = run.settings.get("validation.split") if objective.held_out else "training"
+    return split[:100] if isinstance(split, str) else "held out"
+
+
 def best_of(run: Run, objective: Objective) -> tuple[int, float] | None:
     """Step and value of the best one."""
     best = run.history.best.get(objective.key)
@@ -133,9 +139,8 @@ def figures_of(run: Run, pace: float | None) -> list[Figure]:
     history, figures = run.history, []
     for objective in _objectives_shown(run):
         step, value = best_of(run, objective)
-        split = run.settings.get("validation.split", "held out") if objective.held_out else "training"
         label = f"best {objective.label}" + (f", {objective.unit}" if objective.unit else "")
-        figures.append(Figure(label, number(value), f"{split}, step {step:,}"))
+        figures.append(Figure(label, number(value), f"{split_of(run, objective)}, step {step:,}"))
     if (kl := history.last("train/kl")) is not None:
         figures.append(Figure("KL, nats", number(kl), "training, newest"))
     if (speed := history.last("perf/images_per_second")) is not None:

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.reporting.curves import group_order
 from pipeline.reporting.defaults import REQUIRED, default_of
 from pipeline.reporting.run_folder import Run
-from pipeline.reporting.summary import Objective, best_of, objective_of, summarize
+from pipeline.reporting.summary import Objective, best_of, objective_of, split_of, summarize
 from pipeline.reporting.text import moment, number, setting
 from pipeline.reporting.thinning import evenly
 from shard_data.terminal import duration
@@ -157,12 +157,11 @@ def environment_of(run: Run) -> list[tuple[str, str]]:
     return [*rows, ("folder", str(run.folder)), ("last written", moment(run.changed))]
 
 
-def describe_objective(objective: Objective | None) -> str:
-    """`ELBO, nats, held out`; empty for a run without figures."""
+def describe_objective(run: Run, objective: Objective | None) -> str:
+    """`ELBO, nats, test`; empty for a run without figures."""
     if objective is None:
         return ""
-    where = "held out" if objective.held_out else "training"
-    return ", ".join(part for part in (objective.label, objective.unit, where) if part)
+    return ", ".join(part for part in (objective.label, objective.unit, split_of(run, objective)) if part)
 
 
 def comparison_table(runs: Sequence[Run]) -> list[dict[str, object]]:
@@ -170,15 +169,16 @@ def comparison_table(runs: Sequence[Run]) -> list[dict[str, object]]:
     objectives = [objective_of(run) for run in runs]
     bests = [best_of(run, one) if one else None for run, one in zip(runs, objectives, strict=True)]
     rows = []
-    for run, objective, best in zip(runs, objectives, bests, strict=True):
+    kinds = [describe_objective(run, objective) for run, objective in zip(runs, objectives, strict=True)]
+    for run, objective, best, kind in zip(runs, objectives, bests, kinds, strict=True):
         history, summary = run.history, summarize(run)
-        rivals = [other[1] for other, one in zip(bests, objectives, strict=True) if other and one == objective]
+        rivals = [other[1] for other, one in zip(bests, kinds, strict=True) if other and one == kind]
         wins = best is not None and len(rivals) > 1 and best[1] == (max if objective.larger_is_better else min)(rivals)
         rows.append(
             {
                 "summary": summary,
                 "best": number(best[1]) if best else "\N{EN DASH}",
-                "best_of": describe_objective(objective),
+                "best_of": kind,
                 "best_step": number(best[0]) if best else "\N{EN DASH}",
                 "wins": wins,
                 "kl": number(history.last("train/kl")),

@@ -64,20 +64,21 @@ def describe_data(session: Session, facts: AttemptFacts) -> str:
 
 def last_lines(session: Session) -> list[str]:
     """What a finished run has cost and reached, where its files are, and what comes next."""
-    folder, trainer = shlex.quote(str(session.folder)), session.trainer
+    folder, trainer, recipe = shlex.quote(str(session.folder)), session.trainer, session.recipe
     seconds, best = read_end(session)
     attempts = session.status.status.attempt
     took = f"{duration(seconds)} of training, in {attempts} attempt{'' if attempts == 1 else 's'}" if seconds else ""
+    pictures = ", samples/, reconstructions/" if recipe.samples.every else ""
     longer = f"train.steps above {trainer.total_steps} trains longer; a new run has another --run-dir, for instance"
     return aligned(
         {
             "took": took,
             "best": best,
             "checkpoint": str(session.checkpoints.folder / f"step_{trainer.step:08d}"),
-            "files": f"{folder}: metrics.jsonl, log.txt, samples/, reconstructions/",
+            "files": f"{folder}: metrics.jsonl, log.txt{pictures}",
             "more": f"{longer} {shlex.quote(str(unused_name(session.folder)))}",
             "next": [
-                as_called(f"python pipeline/evaluate.py {folder} --split {session.recipe.validation.split}"),
+                as_called(f"python pipeline/evaluate.py {folder} --split {recipe.validation.split}"),
                 as_called(f"python pipeline/sample.py {folder} --temperature 0.7 1.0"),
                 as_called(f"python pipeline/report.py {folder}"),
             ],

@@ -1,5 +1,6 @@
 """What a run's metrics call for the attention of: skipped steps, latent groups out of use, and a drop in speed."""
 
+from collections import deque
 from collections.abc import Mapping
 from statistics import median
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ class Alerts:
 
     SLOW_INTERVALS = 3
     """Intervals in a row at less than half of the usual speed: a short hiccup is no alert."""
+    USUAL_INTERVALS = 500
+    """Those before them whose median is the usual speed: of a run of a million records, the last ones."""
 
     def __init__(self, beta: float):
         """`beta`: the weight of the KL at the end of the warm-up (`objective.beta`)."""
@@ -24,7 +27,7 @@ class Alerts:
         self._skipped_until: tuple[float, float, float] | None = None  # step; skips as not finite and by the norm
         self._is_stuck = False
         self._inactive: set[str] = set()
-        self._speeds: list[float] = []
+        self._speeds: deque[float] = deque(maxlen=self.USUAL_INTERVALS + self.SLOW_INTERVALS)
         self._is_slow = False
 
     @classmethod
@@ -74,7 +77,8 @@ class Alerts:
         if speed is None:
             return []
         self._speeds.append(speed)
-        recent, before = self._speeds[-self.SLOW_INTERVALS :], self._speeds[: -self.SLOW_INTERVALS]
+        speeds = list(self._speeds)
+        recent, before = speeds[-self.SLOW_INTERVALS :], speeds[: -self.SLOW_INTERVALS]
         if len(before) < self.SLOW_INTERVALS:
             return []
         usual, was_slow = median(before), self._is_slow

@@ -259,6 +259,15 @@ def test_curves_over_the_time_of_training(browser, tmp_path):
     assert browser.get_log("browser") == []
 
 
+def test_a_series_named_like_a_part_of_the_language_is_a_series(browser, tmp_path):
+    named = {"step": 1, "constructor": 1.0, "__proto__": 2.0, "toString": 3.0}
+    runs = [write_metrics(tmp_path / "named", [named]), write_metrics(tmp_path / "other", [{"step": 1, "a": 1.0}])]
+    assert report.main([*map(str, runs), "--out", str(tmp_path / "page.html")]) == 0
+    open_page(browser, tmp_path / "page.html")
+    assert len(elements(browser, ".charts canvas")) == 4
+    assert browser.get_log("browser") == []
+
+
 def test_heat_maps_of_several_runs_share_their_colors_and_steps(browser, tmp_path):
     records = [[{"step": step, "kl/4x4_group00": kl} for step in range(10 * kl)] for kl in (1, 9)]
     runs = [write_metrics(tmp_path / f"run{number}", records[number]) for number in range(2)]

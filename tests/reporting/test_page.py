@@ -218,6 +218,16 @@ def test_several_runs_are_compared(tmp_path):
     assert "train.seed" not in differing
 
 
+def test_figures_of_different_splits_have_no_best_of_all(tmp_path):
+    for split, elbo in (("val", -90.0), ("test", -80.0)):
+        config = json.dumps({"model": {"likelihood": {"name": "bernoulli"}}, "validation": {"split": split}})
+        make_run(tmp_path / split, [{"step": 2, "time": 1, "val/elbo": elbo}], {"state": "finished"}, config)
+    page = page_of(tmp_path / "val", tmp_path / "test")
+    assert "ELBO, nats, val" in page
+    assert "ELBO, nats, test" in page
+    assert "(best of all)" not in page
+
+
 def test_figures_of_all_processes_are_in_the_charts_of_the_main_one(tmp_path):
     found = dict.fromkeys(BY_RANK, 2.0)
     record = found | extremes([found, dict.fromkeys(BY_RANK, 1.0)])

@@ -317,6 +317,23 @@ def test_the_long_status(root, running, capsys):
     assert capsys.readouterr().out == "running\n"
 
 
+def test_commands_that_come_next_have_no_letters_that_a_terminal_obeys(tmp_path, capsys):
+    run = tmp_path / "run\x1b]0;title\x07"
+    write_run(run, "finished")
+    assert status.main([str(run), "--long"]) == 0
+    text = capsys.readouterr().out
+    assert "report.py" in text
+    assert "\x1b" not in text
+
+
+def test_a_row_names_the_split_that_is_validated(tmp_path):
+    write_run(tmp_path / "run", "finished")
+    (tmp_path / "run/config.yaml").write_text("validation: {split: test}\n")
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "time": 1, "val/bpd": 2.0}\n')
+    assert [row.objective for row in rows_of(tmp_path)] == ["test bits/dim"]
+
+
 def test_the_long_status_of_an_older_run_says_what_its_log_says(capsys):
     assert status.main([str(OLD_RUNS / "nvae"), "--long"]) == 0
     text = capsys.readouterr().out

@@ -59,6 +59,7 @@ def test_a_group_without_active_units_counts_after_the_warm_up_and_once():
         ([10, 100, 100, 100, 60, 60, 60], []),  # the first interval compiles
         ([100] * 5 + [30] * 3 + [100] * 6 + [30] * 3, [8, 17]),
         ([40, 40, 40], []),
+        ([10] * 600 + [100] * 501 + [40] * 3, [1104]),  # usual is what the last intervals were
     ],
 )
 def test_half_the_usual_speed(speeds, steps):

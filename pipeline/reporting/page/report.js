@@ -109,7 +109,7 @@
   function linesOf(chart) {
     return page.runs.flatMap((run, number) =>
       chart.keys.flatMap((key, place) =>
-        run.curves[key] && isOnAxis(run)
+        Object.hasOwn(run.curves, key) && isOnAxis(run)
           ? [{ run: number, key, place, xs: onAxis(run, run.curves[key][0]), values: run.curves[key][1] }]
           : [],
       ),
@@ -189,7 +189,7 @@
         width: Math.max(200, this.place.clientWidth),
         height: 190,
         legend: { show: false },
-        padding: [6, 10, 0, 0],
+        padding: [6, 18, 0, 0],
         scales: {
           x: { time: false, range: () => state.zoom ?? [0, axis.end] },
           y: state.log ? { distr: positive ? 3 : 4 } : { range: (u, smallest, largest) => this.rangeOf(smallest, largest) },
