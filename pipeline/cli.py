@@ -10,8 +10,9 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 from pipeline.distributed.logs import launched_rank, log_lines, report_error, start_logging
 from shard_data import progress
@@ -52,6 +53,15 @@ class CommandLine(argparse.ArgumentParser):
     def format_help(self) -> str:
         """The text of --help."""
         return as_called(super().format_help())
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with 2 and one line, without the usage, which can have 15 lines."""
+        if option := re.match(r"argument (--\S+): expected one argument$", message):
+            message += f", and one that begins with a dash as {option[1]}=-1"
+        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            options = re.findall(r"--[\w-]+", self.format_usage())
+            message += "".join(f"; did you mean {option}?" for option in get_close_matches(unknown[1], options, n=1))
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
 def as_called(text: str) -> str:

@@ -122,7 +122,9 @@ def recipe_path(name: str) -> Path:
     if not path.is_file():
         known = shipped_recipes()
         close = get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+        hint = (
+            f"did you mean {close[0]}? " if close else "a file is named with --config; " if Path(name).exists() else ""
+        )
         raise ConfigError(f"--model {name}: there is no such recipe; {hint}known: {', '.join(known)}")
     return path
 

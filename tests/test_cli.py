@@ -78,3 +78,18 @@ def test_a_copy_of_the_code_names_the_scripts_of_the_checkout_that_it_runs_in(tm
     assert cli.as_called(command) == command
     monkeypatch.chdir(tmp_path)
     assert cli.as_called(command) == "nvae-report runs/nvae --serve"
+
+
+def test_a_mistake_on_the_command_line_is_one_line(capsys):
+    parser = CommandLine("edit.py", "About.")
+    parser.add_argument("--strength", metavar="S")
+    dash = "expected one argument, and one that begins with a dash as --strength=-1"
+    for words, message in {
+        "--strength -1..2": f"argument --strength: {dash}",
+        "--strenght=1": "unrecognized arguments: --strenght=1; did you mean --strength?",
+        "--epochs 1": "unrecognized arguments: --epochs 1",
+    }.items():
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args(words.split())
+        assert capsys.readouterr().err == f"edit.py: error: {message} (see --help)\n"
+    assert parser.parse_args(["--strength=-1..2"]).strength == "-1..2"

@@ -119,6 +119,8 @@ def test_an_unknown_model_lists_the_known():
         recipe_path("nvea")
     with pytest.raises(ConfigError, match="--config nvae: no such file; did you mean --model nvae"):
         load_recipe(Path("nvae"), [])
+    with pytest.raises(ConfigError, match=r"no such recipe; a file is named with --config; known: "):
+        recipe_path(str(RECIPES / "nvae.yaml"))
 
 
 def test_the_page_of_settings_is_current_and_has_each_setting_once():

@@ -316,7 +316,7 @@ def test_an_unknown_option_is_answered_by_the_most_similar(argument, hint, capsy
 
 
 @pytest.mark.parametrize("arguments", [[], ["--mod", "nvae"]])
-def test_without_a_whole_option_that_names_the_recipe_usage_is_shown(arguments, capsys):
+def test_without_a_whole_option_that_names_the_recipe_the_error_names_it(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
