@@ -43,8 +43,10 @@ class ClassifierTraining(NamedTuple):
     """Images per step."""
     width: int
     """Channels of the first stage."""
+    noise: float
+    """Largest standard deviation of the Gaussian noise that is added to images in [0, 1]; 0: none."""
     seed: int
-    """Of weights and order."""
+    """Of weights, order and noise."""
     threads: int | None
     """On CPU; None: all cores."""
 
@@ -62,7 +64,7 @@ def train_classifier(training: ClassifierTraining, folder: Path) -> None:
     held_out = LabeledImages(training.data, training.held_out, training.seed)
     steps = max(1, round(training.epochs * len(images.shards) / training.batch_size))
     log_lines(first_lines(training, config, images, steps, folder))
-    classifier = fit(config, images, steps, training.batch_size, training.seed)
+    classifier = fit(config, images, steps, training)
     figures = accuracy(classifier, held_out)
     for name, share in figures.items():
         log.info("%-32s %6.2f %% of %s", name, 100 * share, training.held_out)
@@ -70,6 +72,7 @@ def train_classifier(training: ClassifierTraining, folder: Path) -> None:
         "held_out": {name: None if math.isnan(share) else share for name, share in figures.items()},
         "held_out_split": training.held_out,
         "data_fingerprint": images.shards.fingerprint,
+        "noise": training.noise,
         "seed": training.seed,
     }
     save_classifier(classifier, folder, steps, facts)
@@ -138,21 +141,30 @@ def describe_images(shards: TarShards, width: int) -> ClassifierConfig:
     return ClassifierConfig(kind=kind, names=names, image_shape=(channels, height, across), width=width)
 
 
-def fit(config: ClassifierConfig, images: LabeledImages, steps: int, batch_size: int, seed: int) -> Classifier:
+def fit(config: ClassifierConfig, images: LabeledImages, steps: int, training: ClassifierTraining) -> Classifier:
     """AdamW under a one-cycle learning rate (Smith & Topin 2017); the progress bar shows the loss, nats per image."""
-    torch.manual_seed(seed)
+    torch.manual_seed(training.seed)
     classifier = Classifier(config).to(images.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
     with Progress("train", steps, "steps", write=log.info) as bar:
-        for number, (x, target) in enumerate(images.training(batch_size, steps), start=1):
-            loss = classifier.loss(x, target)
+        for number, (x, target) in enumerate(images.training(training.batch_size, steps), start=1):
+            loss = classifier.loss(with_noise(x, training.noise) if training.noise else x, target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             bar.update(figures=f"loss {loss.item():.3f}" if number % 20 == 0 else "")
     return classifier
+
+
+def with_noise(x: Tensor, largest: float) -> Tensor:
+    """Images (B, C, H, W) with Gaussian noise, whose standard deviation is uniform in [0, largest] for each image.
+
+    A classifier trained on them depends less on fine patterns that people do not see: Kaur et al. 2019,
+    arXiv:1910.08640.
+    """
+    return x + largest * torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x)
 
 
 @torch.no_grad()

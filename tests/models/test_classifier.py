@@ -223,9 +223,37 @@ def test_the_same_command_gives_the_same_bytes(faces, tmp_path):
     assert a == b != c
 
 
+def recorded(monkeypatch, method: str) -> list[Tensor]:
+    """The images that this method of classifiers is called with from now on."""
+    seen, plain = [], getattr(Classifier, method)
+    monkeypatch.setattr(Classifier, method, lambda self, x, target: (seen.append(x), plain(self, x, target))[1])
+    return seen
+
+
+def test_noise_is_added_to_training_images_alone(faces, tmp_path, monkeypatch):
+    """Each image has a standard deviation of its own, uniform from 0 to the largest."""
+    trained, held_out = {}, {}
+    for amount in (0.0, 0.5):
+        with monkeypatch.context() as patched:
+            trained[amount], held_out[amount] = recorded(patched, "loss"), recorded(patched, "correct")
+            assert train(faces, tmp_path / str(amount), "--noise", str(amount)) == 0
+        assert facts_of(tmp_path / str(amount))["noise"] == amount
+    assert torch.equal(torch.cat(held_out[0.0]), torch.cat(held_out[0.5]))
+    noise = (torch.cat(trained[0.5]) - torch.cat(trained[0.0])).flatten(1)  # (2400, 192)
+    deviations = noise.std(1)
+    for share in (0.1, 0.5, 0.9):
+        assert deviations.quantile(share).item() == pytest.approx(0.5 * share, abs=0.03)
+    assert (deviations.view(-1, 20).std(1) > 0.05).all()  # within each batch
+    standard = noise / deviations[:, None]
+    assert standard.mean().item() == pytest.approx(0, abs=0.01)
+    assert standard.pow(4).mean().item() == pytest.approx(3, abs=0.1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--noise", "1.5"], "--noise 1.5: must be from 0 to 1, the range of the images' values"),
+        (["--noise", "nan"], "--noise nan: must be from 0 to 1"),
         (["--split", "all"], "no split 'all'; it has: train, test"),
         (["--held-out", "val"], "no split 'val'"),
         (["--epochs", "0"], "must be above 0"),
