@@ -29,14 +29,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandLine("report.py", __doc__)
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", type=Path, help="run folder of pipeline/train.py; several are compared")
-    add(
-        "--out",
-        metavar="FILE.html",
-        type=Path,
-        help="the page (default: RUN/report.html; of several runs, report.html)",
-    )
+    how = parser.add_mutually_exclusive_group()
+    page = "the page (default: RUN/report.html; of several runs, report.html)"
+    how.add_argument("--out", metavar="FILE.html", type=Path, help=page)
+    served = "serve the page until Ctrl-C, and refresh it while the runs are trained"
+    how.add_argument("--serve", action="store_true", help=served)
     add("--contact-sheet", action="store_true", help="show the first pictures of the data set also if they show people")
-    add("--serve", action="store_true", help="serve the page until Ctrl-C, and refresh it while the runs are trained")
     add("--port", type=int, default=8000, help="with --serve (default 8000; 0: any that is free)")
     add("--host", default="127.0.0.1", help="with --serve: the interface (default 127.0.0.1, this machine alone)")
     return parser

@@ -8,10 +8,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+PROC = Path("/proc")
 DEFAULT_SERVER = "https://api.wandb.ai"
 
 
@@ -73,10 +75,19 @@ def teardown() -> None:
 
 def kill_service() -> None:
     """Kill the wandb service that this process started, by its process id."""
-    for children in Path("/proc/self/task").glob("*/children"):
-        for pid in children.read_text().split():
-            if Path(f"/proc/{pid}/comm").read_text().startswith("wandb-core"):
-                os.kill(int(pid), signal.SIGKILL)
+    for thread in PROC.glob("self/task/*/children"):
+        for pid in _read(thread).split():
+            if _read(PROC / pid / "comm").startswith("wandb-core"):
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+
+
+def _read(path: Path) -> str:
+    """A file of PROC; empty where its process or thread, a worker that loads data for instance, has ended meanwhile."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def default_entity() -> str:

@@ -3,7 +3,9 @@
 import http.server
 import io
 import logging
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.tracking import wandb_connection
+from pipeline.tracking import wandb_connection, wandb_service
 from pipeline.tracking.wandb_connection import choose_mode
 from pipeline.tracking.wandb_service import describe, find_key
 from tests.helpers.launching import is_alive
@@ -163,6 +165,25 @@ def test_metrics_are_written_if_wandb_does_not_work(tmp_path, monkeypatch, caplo
         run.log(1, {"train/loss": 1.0})
     assert "W&B is off (no room for wandb)" in caplog.text
     assert len(read_metrics(tmp_path)) == 1
+
+
+def test_the_service_is_killed_also_where_other_processes_end_meanwhile(tmp_path, monkeypatch):
+    """Such as the workers that load data: their files in /proc vanish while these are read."""
+    killed = []
+
+    def kill(pid: int, signal_number: int) -> None:
+        killed.append((pid, signal_number))
+        raise ProcessLookupError
+
+    for name, content in (("self/task/1/children", "11 12 13"), ("12/comm", "python\n"), ("13/comm", "wandb-core\n")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(content)
+    (tmp_path / "self/task/2").mkdir()
+    (tmp_path / "self/task/2/children").symlink_to("gone")
+    monkeypatch.setattr(wandb_service, "PROC", tmp_path)
+    monkeypatch.setattr(os, "kill", kill)
+    wandb_service.kill_service()
+    assert killed == [(13, signal.SIGKILL)]
 
 
 SERVICE_PROCESS = """
