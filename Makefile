@@ -26,7 +26,7 @@ demo: $(STAMP)   ## Train a small NVAE on synthetic faces; results are in runs/n
 chaos: $(STAMP)  ## Kill training runs 100 times and compare them with uninterrupted runs (half an hour)
 	$(BIN)/python -m tests.chaos --kills 100
 
-mutate: $(STAMP) ## Make deliberate mistakes in the code and check that the tests notice them (half an hour)
+mutate: $(STAMP) ## Make deliberate mistakes in the code and check that the tests notice them (long)
 	$(BIN)/python -m tests.mutate
 
 test: $(STAMP)   ## Run the tests on up to four cores (8.6 minutes on two)

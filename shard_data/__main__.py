@@ -155,7 +155,11 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    _print(info.describe(arguments.root))
+    try:
+        _print(info.describe(arguments.root))
+        sys.stdout.flush()
+    except BrokenPipeError:  # its reader ended early (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if arguments.sheet:
         info.contact_sheet(arguments.root, arguments.sheet)
         _print(f"contact sheet: {arguments.sheet}")

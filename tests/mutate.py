@@ -1,6 +1,6 @@
 """Makes deliberate mistakes in the code, one at a time, and checks that the tests notice each of them.
 
-    python -m tests.mutate                       what `make mutate` runs: at most 30 minutes on two cores
+    python -m tests.mutate                       what `make mutate` runs
     python -m tests.mutate --only learning_rate  those whose name contains this
 
 The mistakes are listed in tests/mutations: a file, a text that occurs once in it, what replaces it, and the tests

@@ -93,3 +93,8 @@ def test_a_mistake_on_the_command_line_is_one_line(capsys):
             parser.parse_args(words.split())
         assert capsys.readouterr().err == f"edit.py: error: {message} (see --help)\n"
     assert parser.parse_args(["--strength=-1..2"]).strength == "-1..2"
+
+
+def test_a_fault_of_the_system_is_reported_without_its_number(tmp_path, capsys):
+    assert cli.run_tool(lambda: (tmp_path / "missing" / "a.png").write_text("")) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/missing/a.png: No such file or directory\n"

@@ -1,5 +1,8 @@
 """info, its contact sheets, and what the command line says of skipped files and of names from files."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,6 +11,7 @@ from shard_data import Npz, convert, info
 from shard_data.__main__ import main
 from shard_data.errors import Damaged
 from shard_data.info import contact_sheet, describe
+from tests.helpers.launching import ROOT
 from tests.helpers.shard_sets import Samples, random_samples, rewrite_index, write_set
 
 NAMES = [f"Attribute_Number_{i:02d}" for i in range(40)]
@@ -117,3 +121,12 @@ def test_partial_says_how_many_files_were_skipped(tmp_path, broken, capsys):
     assert f"skipped {files}; manifest.json lists all:\n  train: {files}, cannot be decoded" in output
     assert ("09.png and 2 more" in output) == (broken == 12)
     assert "skipped when the set was made:" in describe(tmp_path / "out")
+
+
+def test_info_may_be_read_in_part(tmp_path):
+    """As by `info DIR | head -1`."""
+    write_set(tmp_path / "set", {"train": random_samples(3)}, [3])
+    command = [sys.executable, "-m", "shard_data", "info", str(tmp_path / "set")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)

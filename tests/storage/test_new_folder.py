@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pipeline.storage.new_folder import new_folder
+from pipeline.storage.new_folder import check_new, new_folder
 
 
 def fill(path, text="all of it"):
@@ -49,6 +49,17 @@ def test_an_empty_folder_is_replaced_and_a_full_one_refused(tmp_path, monkeypatc
     assert names(tmp_path / "empty") == ["file"]
 
 
+def test_a_place_that_cannot_be_written_to_is_refused_beforehand(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=r"file/a/new cannot be made, as \S+/file cannot be written to; name another"):
+        check_new(tmp_path / "file" / "a" / "new")
+    check_new(tmp_path / "a" / "b")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
+    with pytest.raises(ValueError, match="b cannot be made, as"):
+        check_new(tmp_path / "a" / "b")
+    assert names(tmp_path) == ["file"]
+
+
 def test_a_file_or_a_link_in_its_place_is_refused(tmp_path):
     (tmp_path / "outside").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "outside")
@@ -70,7 +81,7 @@ def test_one_that_fails_leaves_nothing(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pipeline.storage.new_folder import new_folder
+from pipeline.storage.new_folder import check_new, new_folder
 with new_folder(Path(sys.argv[1])) as hidden:
     hidden.mkdir()
     (hidden / "file").write_text("half")
