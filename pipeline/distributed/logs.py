@@ -58,12 +58,15 @@ def report_error(error: Exception) -> None:
     """
     if getattr(error, "is_reported", False):
         return
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror:  # without its number
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     rank = launched_rank()
     if rank > 0:
         time.sleep(REPORT_DELAY)
-        log.error("error on rank %d: %s", rank, error)
+        log.error("error on rank %d: %s", rank, message)
     else:
-        log.error("error: %s", error)
+        log.error("error: %s", message)
     error.is_reported = True
 
 

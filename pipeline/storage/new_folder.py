@@ -35,8 +35,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def check_new(path: Path) -> None:
-    """Raises ValueError where `path` is there and is not an empty folder."""
+    """Raises ValueError where `path` is there and is not an empty folder, or where it cannot be made."""
     if not os.path.lexists(path):
+        parent = next(parent for parent in Path(os.path.abspath(path)).parents if parent.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise ValueError(f"{path} cannot be made, as {parent} cannot be written to; name another place")
         return
     if path.is_symlink() or not path.is_dir():
         raise ValueError(f"{path} is there and is not a folder; name a new folder")
