@@ -44,7 +44,7 @@ from pipeline.inference.export_run import shows_real_faces  # noqa: E402
 from pipeline.inference.load_model import find_device  # noqa: E402
 from pipeline.inference.locations import LOCATIONS, find_model  # noqa: E402
 from pipeline.inference.model_folder import ModelContent, write_model_folder  # noqa: E402
-from pipeline.inference.readjust import add_arguments, parse_arguments, readjusted_content  # noqa: E402
+from pipeline.inference.readjust import Readjustment, add_arguments, parse_arguments, readjusted_content  # noqa: E402
 from pipeline.inference.releases import license_of  # noqa: E402
 from pipeline.storage.new_folder import check_new  # noqa: E402
 
@@ -84,7 +84,7 @@ def import_file(parsed: argparse.Namespace) -> None:
     """From a file of another implementation to a model folder."""
     if parsed.checkpoint != "latest" or parsed.weights:
         raise ValueError("--checkpoint and --weights: apply to --to")
-    how = parse_arguments(parsed)
+    how = parse_readjustment(parsed)
     check_new(parsed.out)
     content = read_file(parsed)
     device = find_device(parsed.device) if how else None
@@ -95,6 +95,13 @@ def import_file(parsed: argparse.Namespace) -> None:
     about = model_card.About(name, location=name, license=license_of(content.facts), real_faces=is_real)
     write_model_folder(parsed.out, content, model_card.render(content, about))
     log.info("%s", announce.written_to(parsed.out))
+
+
+def parse_readjustment(parsed: argparse.Namespace) -> Readjustment | None:
+    """As `parse_arguments`; the device too is only for it."""
+    if parsed.device and parsed.readjust is None:
+        raise ValueError("--device: applies to --readjust N")
+    return parse_arguments(parsed)
 
 
 def first_lines(parsed: argparse.Namespace, content: ModelContent, device: torch.device | None) -> list[str]:
@@ -126,7 +133,7 @@ def read_file(parsed: argparse.Namespace) -> ModelContent:
 
 def export_file(parsed: argparse.Namespace) -> None:
     """From a model of this project to a file for another implementation."""
-    if parse_arguments(parsed) is not None:
+    if parse_readjustment(parsed) is not None:
         raise ValueError("--readjust: applies to --from; readjust a model folder with export.py")
     if parsed.recipe:
         raise ValueError("--recipe: applies to --from openai-vdvae; a model of this project has its own")

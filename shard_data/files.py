@@ -47,8 +47,8 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def open_regular(path: Path, follow: bool = False) -> Iterator[BinaryIO]:
-    """Open a regular file for reading. Raises OSError for a pipe or a device, and for a symbolic link unless `follow`;
-    its `strerror` says so.
+    """Open a regular file for reading. Raises OSError for a folder, a pipe or a device, and for a symbolic link unless
+    `follow`; its `strerror` says so.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
@@ -56,9 +56,12 @@ def open_regular(path: Path, follow: bool = False) -> Iterator[BinaryIO]:
         if error.errno == errno.ELOOP and not follow:
             raise OSError(errno.ELOOP, "is a symbolic link, which is refused", str(path)) from error
         raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        code, problem = (errno.EISDIR, "is a folder") if stat.S_ISDIR(mode) else (errno.EINVAL, "not a regular file")
+        raise OSError(code, problem, str(path))
     with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
         yield file
 
 

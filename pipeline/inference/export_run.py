@@ -70,13 +70,14 @@ def export_model_folder(request: ExportRequest) -> None:
     check_new(request.out)
     found, place = find_model(request.location, request.checkpoint)
     content, digest = content_of(found), found.sha256[weights_stem(found)]
+    license = choose_license(request.license, found)
     log_lines(first_lines(request, found, place))
     reports = reports_of(results_folder(request.location), digest)
     manifest = find_manifest(content)
     about = model_card.About(
         name=request.repository.name.partition("/")[2] if request.repository else request.out.resolve().name,
         location=f"{HUB}{request.repository.name}" if request.repository else request.out.resolve().name,
-        license=request.license or license_of(found.facts),
+        license=license,
         datasets=request.datasets,
         manifest=manifest,
         real_faces=shows_real_faces(content.recipe, manifest),
@@ -92,6 +93,14 @@ def export_model_folder(request: ExportRequest) -> None:
         log.info("no picture of samples, because the data set shows real people; --picture yes adds it")
     write_model_folder(request.out, described, model_card.render(described, about, reports), picture)
     log.info("%s; evaluations of these weights in its card: %d", announce.written_to(request.out), len(reports))
+
+
+def choose_license(given: model_card.License | None, found: Checkpoint) -> model_card.License | None:
+    """Raises ValueError where another one is given than that of the release that the weights came from."""
+    of_release = license_of(found.facts)
+    if given and of_release:
+        raise ValueError(f"--license {given.id}: the weights have a license already, {of_release.name}; leave it out")
+    return given or of_release
 
 
 def first_lines(request: ExportRequest, found: Checkpoint, place: str) -> list[str]:
@@ -114,7 +123,7 @@ def first_lines(request: ExportRequest, found: Checkpoint, place: str) -> list[s
 def push_folder(folder: Path, repository: hub.Repository, private: bool) -> None:
     """Verifies a model folder, and uploads it as it is. Raises ValueError, which says how to try again."""
     read_model_folder(folder)
-    log.info("%s is uploaded to %s", folder, hub.address(repository))
+    log.info("uploading %s to %s", folder, hub.address(repository))
     try:
         commit = hub.push(folder, repository, private)
     except ValueError as error:
@@ -160,15 +169,18 @@ def _relative(path: str | None, folder: str) -> str | None:
 
 def find_manifest(content: ModelContent) -> Mapping[str, Any] | None:
     """The manifest of the shard set that the model was trained on, if it is at hand and still the same set."""
-    root = content.recipe.data.root
+    root, trained_on = content.recipe.data.root, content.facts.get("data_fingerprint")
     if root is None:
+        return None
+    if trained_on is None:
+        log.warning("the card does not describe the data, as the model does not state which shard set it is of")
         return None
     try:
         found = manifests.parse(fetch_manifest(root), root) if is_address(root) else manifests.load(Path(root))
     except (ValueError, OSError) as error:
         log.warning("the card does not describe the data, as the shard set cannot be read: %s", error)
         return None
-    if found["fingerprint"] != content.facts.get("data_fingerprint"):
+    if found["fingerprint"] != trained_on:
         log.warning("the card does not describe the data: %s is another set than the one that was trained on", root)
         return None
     return found

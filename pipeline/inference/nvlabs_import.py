@@ -6,7 +6,7 @@ can run code, and every option is checked before memory for a model is allocated
 
 import argparse
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,11 @@ OTHER_OPTIONS = {
     *("distributed", "node_rank", "local_rank", "global_rank", "master_address"),
 }
 """Options that decide neither the model nor its training."""
+ENTRIES = {
+    *("state_dict", "args", "arch_instance", "epoch", "global_step"),
+    *("optimizer", "scheduler", "grad_scalar"),
+}
+"""Entries of a checkpoint; the last three resume training in the release."""
 MAX_COUNT = 2**53
 
 
@@ -57,6 +62,7 @@ def read_release(path: Path) -> ModelContent:
 
 def _content(path: Path, saved: Any) -> ModelContent:
     state, args = _parts(saved)
+    _warn_of("entries", saved.keys() - ENTRIES)
     options = read_options(args)
     _check_cells(options, saved.get("arch_instance"))
     recipe = recipe_for(options)
@@ -89,14 +95,23 @@ def read_options(args: Mapping[str, Any]) -> ReleaseOptions:
     for name, value in used.items():
         if type(value) not in (bool, int, float, str):
             raise ValueError(f"option {name} is a {type(value).__name__}, not a number or text")
-    unknown = sorted(str(name)[:40] for name in args.keys() - used.keys() - OTHER_OPTIONS)
-    if unknown:
-        log.warning("options that are not used, because the release does not have them: %s", printable(str(unknown)))
+    _warn_of("options", args.keys() - used.keys() - OTHER_OPTIONS)
     try:
-        return build(ReleaseOptions, used)
+        options = build(ReleaseOptions, used)
     except ConfigError as error:
         problems = "; ".join(str(error).splitlines())
         raise ValueError(f"its options (args) cannot be used: {problems}") from None
+    assumed = [f"{name}={value}" for name, value in options.model_dump().items() if name not in used]
+    if assumed:
+        log.warning("options that the file does not state, taken as the release's default: %s", ", ".join(assumed))
+    return options
+
+
+def _warn_of(what: str, unknown: Set[Any]) -> None:
+    """Names what a file has and the release does not."""
+    if unknown:
+        names = printable(str(sorted(str(name)[:40] for name in unknown)))
+        log.warning("%s that are not used, because the release does not have them: %s", what, names)
 
 
 def _check_cells(options: ReleaseOptions, found: Any) -> None:

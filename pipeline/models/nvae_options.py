@@ -50,7 +50,7 @@ class ReleaseOptions(Section):
     num_cell_per_cond_dec: Layers
     num_nf: Annotated[int, Field(ge=0, le=100)]
     num_mixture_dec: Annotated[int, Field(ge=1, le=2**10)] = 10
-    num_x_bits: Annotated[int, Field(ge=1, le=8)] = 8
+    num_x_bits: Annotated[int, Field(ge=1, le=8)]
     use_se: bool
     res_dist: bool
 

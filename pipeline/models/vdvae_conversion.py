@@ -135,13 +135,13 @@ def options_for(network: Network) -> dict[str, Any]:
 
 
 def _without_rounding(config: VDVAEConfig, described: VDVAEConfig) -> VDVAEConfig:
-    """`config`, with the release's pixel_mean, pixel_std and bin rule. Bin rules for one number of bits differ by
-    rounding, or at the highest levels only.
+    """`config`, with the release's pixel_mean and pixel_std, and its bin rule in place of `exact`, which differs from
+    it in bins of probability below 1e-5 only.
     """
     pixels = {"pixel_mean": described.pixel_mean, "pixel_std": described.pixel_std}
     likelihood = config.likelihood
-    if getattr(likelihood, "makes_5_bits", None) == described.likelihood.makes_5_bits:
-        likelihood = likelihood.model_copy(update={"bin_rule": described.likelihood.bin_rule})
+    if getattr(likelihood, "bin_rule", None) == "exact" and described.likelihood.bin_rule == "vdvae":
+        likelihood = likelihood.model_copy(update={"bin_rule": "vdvae"})
     return config.model_copy(update=pixels | {"likelihood": likelihood})
 
 

@@ -1,5 +1,6 @@
 """Image files in a folder, or in a ZIP file that is read without unpacking it to the disk."""
 
+import errno
 import os
 import zlib
 from functools import cached_property
@@ -9,8 +10,11 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
 from shard_data.errors import BadImage, DataError
 from shard_data.file_kinds import HEAD, describe_kind
+from shard_data.files import open_regular
 
 MAX_BYTES = 256 << 20  # of one image file
+UNREADABLE = (errno.ENOENT, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EINVAL)
+"""Errors of one file, which is skipped; EINVAL: a pipe or a device. Others are the disk's."""
 LOCAL_HEADER = 30  # bytes of a ZIP member's local header before its name
 
 
@@ -37,9 +41,11 @@ class ImageFolder:
 def read_file(path: str | Path, name: str) -> bytes:
     """The bytes of an image file. Raises BadImage if it cannot be read or is larger than MAX_BYTES."""
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(Path(path), follow=True) as file:
             data = file.read() if os.fstat(file.fileno()).st_size <= MAX_BYTES else bytes(MAX_BYTES + 1)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise
         raise BadImage(name, f"cannot be read ({error.strerror})") from None
     if len(data) > MAX_BYTES:
         raise BadImage(name, f"more than {MAX_BYTES >> 20} MiB; no image of a data set is that large")

@@ -221,7 +221,7 @@ def test_another_model_is_refused_by_name(tmp_path):
 
 
 def test_an_exact_rule_is_written_as_the_release_s_own(tmp_path):
-    """At 8 bits they differ by rounding. The shapes are the table's, the names in its order."""
+    """At 8 bits they differ in improbable bins only. The shapes are the table's, the names in its order."""
     recipe = build(Recipe, tiny_vdvae_settings(model={"likelihood": MIXTURE | {"bin_rule": "exact"}}))
     assert release_options(recipe)["dataset"] == "cifar10"
     written = state_dict_to_reference(build_model(recipe).state_dict())

@@ -136,6 +136,12 @@ def test_a_folder_that_is_exported_again_keeps_license_and_statistics(folder, tm
     assert "No evaluation of these weights was at hand." in card
 
 
+def test_the_license_of_a_release_cannot_be_replaced(folder, tmp_path, capsys):
+    assert export.main([str(folder), "--out", str(tmp_path / "new"), "--license", "mit"]) == 2
+    assert "the weights have a license already, nvlabs-nvae-non-commercial" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
 def test_export_readjusts_only_what_it_writes(folder, capsys):
     words = ["--push", "alice/faces", "--readjust", "2", "--temperature", "0.6"]
     assert export.main([str(folder), *words]) == 2
@@ -173,6 +179,7 @@ def test_a_file_that_is_no_checkpoint_of_the_release_leaves_nothing(tmp_path, ca
         (["--readjust", "1", "--temperature", "1", "--batch-size", "1"], "--batch-size 1"),
         (["--readjust", "1", "--temperature", "1", "--seed", "-1"], "--seed -1"),
         (["--weights", "last"], "apply to --to"),
+        (["--device", "cpu"], "--device: applies to --readjust N"),
     ],
 )
 def test_arguments_out_of_range(words, message, file, tmp_path, capsys):

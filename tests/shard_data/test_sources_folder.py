@@ -164,6 +164,7 @@ def spoil(root: Path) -> dict[str, str]:
     picture(1, (1000, 3)).save(root / "dog/strip.png")
     picture(1).save(root / "dog/moving.gif", save_all=True, append_images=[picture(2)])
     (root / "dog/gone.png").symlink_to(root / "nowhere.png")
+    (root / "dog/device.png").symlink_to("/dev/null")  # of /dev/zero, and of a pipe, there would be no end
     (root / "linked").symlink_to(root / "cat")
     return {
         "cat/broken.jpg": "cannot be decoded",
@@ -172,6 +173,7 @@ def spoil(root: Path) -> dict[str, str]:
         "dog/strip.png": "1000 x 3 pixels, too elongated",
         "dog/moving.gif": "2 frames",
         "dog/gone.png": "No such file",
+        "dog/device.png": "not a regular file",
         "linked": "a link to a folder",
     }
 

@@ -127,6 +127,7 @@ def test_an_expanded_tensor_of_a_forged_file_is_noticed(tmp_path):
 
 def test_what_is_not_a_file_is_named(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for name, message in (("pipe", "not a regular file"), (".", "directory"), ("none", "No such file")):
-        with pytest.raises(OSError, match=message):
+    for name, message in (("pipe", "not a regular file"), (".", "is a folder"), ("none", "No such file")):
+        with pytest.raises(OSError, match=message) as caught:
             read_pickled(tmp_path / name)
+        assert caught.value.filename == str(tmp_path / name)
