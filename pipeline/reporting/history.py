@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.reporting.thinning import Envelope, HeatMap, Point
 from pipeline.storage.metrics_file import MAX_RECORD, read_record
+from pipeline.tracking.history import WALL_CLOCK
 from shard_data.files import open_regular
 
 MAX_RANGES = 1024
@@ -19,7 +20,6 @@ MAX_NAME = 200
 """Series that are read, and letters of a name. A run has some 20 series, and two for each latent group."""
 RECENT = 50
 """Records from which the speed is estimated."""
-WALL_CLOCK = "perf/wall_clock_s"
 GROUPS = {"kl": "kl/", "active_units": "active_units/"}
 """Heat maps by name: the start of the names of their series."""
 NOT_DRAWN = {"step", "time", "attempt", WALL_CLOCK, "samples_seen"}

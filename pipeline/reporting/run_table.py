@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -110,9 +111,11 @@ class RunList:
 
     def find(self) -> list[Path]:
         """The run folders at this moment."""
-        folders = list(find_runs(self.root))
-        self._readers = {folder: self._readers.get(folder) or RunReader(folder, READ) for folder in folders}
-        return folders
+        known, self._readers = self._readers, {}
+        for folder in find_runs(self.root):
+            with suppress(ValueError):  # a folder that was deleted since it was found
+                self._readers[folder] = known.get(folder) or RunReader(folder, READ)
+        return self.folders
 
     @property
     def folders(self) -> list[Path]:

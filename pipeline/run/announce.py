@@ -8,9 +8,9 @@ from pipeline.run.resume import unused_name
 from pipeline.run.session import Session
 from pipeline.storage.attempts import AttemptFacts
 from pipeline.storage.metrics_file import read_records
+from pipeline.tracking.history import WALL_CLOCK
 from shard_data.terminal import aligned, duration
 
-WALL_CLOCK = "perf/wall_clock_s"
 NO_BEST = "none is kept, since validation.split=test; data.holdout=N validation.split=val keeps one"
 
 

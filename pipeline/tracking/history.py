@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pipeline.storage.metrics_file import read_records
 
+WALL_CLOCK = "perf/wall_clock_s"
+"""Seconds of training over all attempts."""
 PICTURE_FOLDERS = ("samples", "reconstructions")
 PICTURE_NAME = re.compile(r"step_(\d{8,})(?:_(.+))?\.png")
 

@@ -15,15 +15,13 @@ import numpy as np
 
 from pipeline.storage.metrics_file import MetricsFile, read_records
 from pipeline.tracking.alerts import Alerts
-from pipeline.tracking.history import read_history
+from pipeline.tracking.history import WALL_CLOCK, read_history
 from pipeline.tracking.tensorboard_run import TensorBoardRun
 from pipeline.tracking.tracking_config import TrackingConfig
 from pipeline.tracking.wandb_connection import start_wandb
 from pipeline.tracking.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
-
-WALL_CLOCK = "perf/wall_clock_s"
 
 
 class Tracker:

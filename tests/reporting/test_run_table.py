@@ -103,6 +103,12 @@ def test_runs_are_found_up_to_three_folders_deep(root, tmp_path):
     assert names(tmp_path) == ["a/b/c"]
 
 
+def test_a_run_that_is_deleted_while_runs_are_found_is_no_error(root, monkeypatch):
+    found = [*find_runs(root), root / "deleted"]
+    monkeypatch.setattr("pipeline.reporting.run_table.find_runs", lambda folder: found)
+    assert RunList(root).find() == found[:-1]
+
+
 def test_a_row_says_what_the_folder_says(root, running):
     row = next(row for row in rows_of(root) if row.name == "sweep/seed_1")
     assert (row.state, row.step, row.total_steps, row.model, row.data) == ("running", 30, 90, "nvae", "data/faces32/")
