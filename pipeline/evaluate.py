@@ -16,8 +16,8 @@ Each metric is written, with everything that it depends on, to a file of its own
 was measured. The same evaluation again replaces its file, and the log says so; nothing else is overwritten.
 
 `--repeat FILE.json` runs the evaluation of a report again, on the same weights and images, and prints each figure
-before and now. It writes nothing. Exit code 0: all figures agree; 1: they do not. MODEL, `--data` and `--classifier`
-name places that have changed.
+before and now. It writes nothing. Exit code 0: all figures that can be compared agree; 1: some do not, or none can be
+compared. MODEL, `--data`, `--classifier` and `--feature-weights` name places that have changed.
 """
 
 import argparse

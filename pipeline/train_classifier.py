@@ -12,6 +12,7 @@ classifier takes for an attribute.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -41,9 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(parsed: argparse.Namespace) -> None:
     """From the command line to a written classifier."""
-    numbers = parsed.epochs, parsed.batch_size, parsed.width, 1 if parsed.threads is None else parsed.threads
-    if min(numbers) <= 0:
-        raise ValueError("--epochs, --batch-size, --width and --threads must be above 0")
+    for name in ("epochs", "batch_size", "width", "threads"):
+        value = getattr(parsed, name)
+        if value is not None and not 0 < value < math.inf:  # NaN is not either
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be a finite number above 0")
+    if not 0 <= parsed.seed < 2**63:
+        raise ValueError(f"--seed {parsed.seed}: must be from 0 to 2^63 - 1")
     if not 0 <= parsed.noise <= 1:
         raise ValueError(f"--noise {parsed.noise:g}: must be from 0 to 1, the range of the images' values")
     training = ClassifierTraining(

@@ -256,7 +256,10 @@ def test_noise_is_added_to_training_images_alone(faces, tmp_path, monkeypatch):
         (["--noise", "nan"], "--noise nan: must be from 0 to 1"),
         (["--split", "all"], "no split 'all'; it has: train, test"),
         (["--held-out", "val"], "no split 'val'"),
-        (["--epochs", "0"], "must be above 0"),
+        (["--epochs", "0"], "--epochs 0.0: must be a finite number above 0"),
+        (["--epochs", "inf"], "--epochs inf: must be a finite number above 0"),
+        (["--batch-size", "0"], "--batch-size 0: must be a finite number above 0"),
+        (["--seed", "-1"], "--seed -1: must be from 0 to 2^63 - 1"),
     ],
 )
 def test_user_errors(faces, tmp_path, capsys, arguments, message):
