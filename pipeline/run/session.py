@@ -133,7 +133,7 @@ class Session:
         return completed
 
     def _report_unsaved(self, step: int, message: str) -> None:
-        self.tracker.alert(f"checkpoint of step {step} not written", f"{message}. Training continues.")
+        self.tracker.alert("A checkpoint was not written", f"Step {step}: {message}. Training continues.")
 
     @cached_property
     def flops_per_image(self) -> int:

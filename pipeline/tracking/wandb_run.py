@@ -16,6 +16,9 @@ from pipeline.tracking.wandb_service import describe, how_to_upload, kill_servic
 
 logger = logging.getLogger(__name__)
 
+ALERT_WAIT = 3600
+"""Seconds: a disk that stays full for a night is no message for each checkpoint."""
+
 
 class WandbRun:
     """A W&B run that can neither stop nor delay training.
@@ -64,8 +67,8 @@ class WandbRun:
         return missing
 
     def alert(self, title: str, text: str) -> None:
-        """Send an alert to those who watch this run."""
-        self.send(lambda run: run.alert(title=title[:63], text=text, level="WARN"))
+        """Send an alert to those who watch this run. W&B sends one of the same title only after ALERT_WAIT."""
+        self.send(lambda run: run.alert(title=title[:63], text=text, level="WARN", wait_duration=ALERT_WAIT))
 
     def send(self, call: Callable[[Any], None]) -> None:
         """Queue a call with wandb's run. An error of it switches W&B off."""

@@ -96,6 +96,7 @@ def test_settings_name_tags_and_alert_arrive(logged_run):
     alerts = [record.alert for record in logged_run[1] if record.WhichOneof("record_type") == "alert"]
     assert [alert.title for alert in alerts] == ["Steps were skipped", "Steps were skipped", "Loss is not finite"]
     assert (alerts[-1].text, alerts[-1].level) == ("step 30 was skipped", "WARN")
+    assert {alert.wait_duration for alert in alerts} == {3_600_000}  # milliseconds
 
 
 def test_no_code_no_git_and_no_terminal(logged_run):
