@@ -118,7 +118,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         progress=True,
     )
     counts = ", ".join(f"{split} {entry['count']:,}" for split, entry in manifest["splits"].items())
-    state, omitted = "is incomplete" if manifest["omitted"] else "is complete", manifest["omitted"]
+    omitted = manifest["omitted"]
+    state = "is complete but for skipped files" if omitted else "is complete"
     _print(f"{arguments.out}: {manifest['name']} {state} ({counts} images) after {time.monotonic() - start:.1f} s")
     if omitted:
         _print(f"skipped {info.num_files(sum(entry['count'] for entry in omitted))}; manifest.json lists all:")

@@ -61,7 +61,7 @@ def describe_model(recipe: Recipe) -> list[str]:
     return [
         f"model       {recipe.model.name}: {parameters:,} parameters in {len(list(model.parameters()))} tensors",
         *describe_memory(recipe, model, 4 * parameters),
-        f"latents     {len(model.groups)} groups, {dimensions:,} dimensions",
+        f"latents     {len(model.groups)} group{'s' * (len(model.groups) > 1)}, {dimensions:,} dimensions",
         *(f"  {group.name:<18} {'x'.join(map(str, group.shape))}" for group in model.groups),
     ]
 
@@ -83,7 +83,8 @@ def describe_memory(recipe: Recipe, model: VAE, weights: int) -> list[str]:
     for processes in process_counts(images):
         peak = found.peak(images // processes, processes)
         name = "process" if processes == 1 else "processes"
-        lines += [f"  {readable(peak):>10} on each GPU with {processes} {name}, {images // processes} images each"]
+        share = f"{images // processes} image{'s' * (images > processes)} each"
+        lines += [f"  {readable(peak):>10} on each GPU with {processes} {name}, {share}"]
     return lines
 
 

@@ -128,7 +128,7 @@ def test_a_dry_run_states_the_peak_by_the_number_of_processes(make_recipe, monke
     assert [line.split("on each GPU with ")[1] for line in lines[2:]] == [
         "1 process, 4 images each",
         "2 processes, 2 images each",
-        "4 processes, 1 images each",
+        "4 processes, 1 image each",
     ]
     recomputing = make_recipe("train.micro_batch=4", "train.recompute=cells")  # a model that can be changed once only
     assert len(describe_memory(recomputing, meta_model(recomputing), 1)) == len(lines)

@@ -117,7 +117,7 @@ def test_partial_says_how_many_files_were_skipped(tmp_path, broken, capsys):
     )
     assert main([*words, "--workers", "1", "--partial"]) == 0
     output = capsys.readouterr().out
-    assert "folder is incomplete (train 1 images)" in output
+    assert "folder is complete but for skipped files (train 1 images)" in output
     assert f"skipped {files}; manifest.json lists all:\n  train: {files}, cannot be decoded" in output
     assert ("09.png and 2 more" in output) == (broken == 12)
     assert "skipped when the set was made:" in describe(tmp_path / "out")
