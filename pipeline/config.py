@@ -304,6 +304,9 @@ BOUNDS = {
     "less_than": "must be less than {lt}",
     "less_than_equal": "must be at most {le}",
     "too_short": "needs {min_length} or more values",
+    "too_long": "must have at most {max_length} values",
+    "string_too_short": "needs {min_length} or more characters",
+    "string_too_long": "must have at most {max_length} characters",
     "json_invalid": "nested too deeply",
 }
 """Messages in place of pydantic's, by the type of its error."""

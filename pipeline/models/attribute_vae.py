@@ -85,11 +85,13 @@ class AttributeVAEConfig(VectorVAEConfig):
     def _check(self) -> Self:
         if self.classification_weight and self.classifier is None:
             raise ValueError(
-                "classification_weight needs model.classifier, a folder made with: "
+                "model.classification_weight needs model.classifier, a folder made with: "
                 "python -m pipeline.train_classifier --data DIR --out FOLDER"
             )
         if self.independence_weight and not self.local_channels:
-            raise ValueError("independence_weight needs local_channels above 0: it compares local and global units")
+            raise ValueError(
+                "model.independence_weight needs model.local_channels above 0: it compares local and global units"
+            )
         return self
 
     @property

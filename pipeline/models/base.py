@@ -7,13 +7,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.models.conditions import Condition
-from pipeline.models.likelihoods import PixelDistribution
+from pipeline.models.likelihoods import Likelihood, PixelDistribution
 from pipeline.nn.recompute import recompute
 from pipeline.schema import Section
 
@@ -22,13 +22,15 @@ Temperature = float | Sequence[float]
 
 
 class ModelConfig(Section):
-    """The settings of one model. A subclass sets `name`, adds its settings and implements `build`."""
+    """The settings of one model. A subclass sets `name` and `likelihood`, adds its settings and implements `build`."""
 
     supports_regularizers: ClassVar[bool] = False
     """Whether the penalties of section `regularizers` support the model's layers."""
 
     name: str
     """The model."""
+    if TYPE_CHECKING:  # at runtime a field of the subclass alone, listed after those of its architecture
+        likelihood: Likelihood
 
     @property
     def classifier_folder(self) -> str | None:
@@ -96,8 +98,7 @@ class VAE(nn.Module, ABC):
     depth. `bound` and `num_dimensions` leave out the border. A subclass sets `config` and `groups`.
     """
 
-    config: Any
-    """Its section, with a likelihood."""
+    config: ModelConfig
     groups: tuple[LatentGroup, ...]
     """In the order of sampling."""
     image_shape: tuple[int, int, int]

@@ -184,8 +184,17 @@ def two_convs(channels, out_channels, resize, op=BNSwishConv, dilations=(1, 1)) 
 
 
 def inverted(channels, out_channels, resize, expansion, kernel=5, groups=None) -> list[nn.Module]:
-    """One inverted residual. `groups`: of the spatial convolution; depthwise if None."""
-    group_width = 1 if groups is None else channels * expansion // groups
+    """One inverted residual. `groups`: of the spatial convolution; depthwise if None.
+
+    Raises ValueError for channels that cannot be divided into these groups.
+    """
+    hidden = channels * expansion
+    if groups is not None and hidden % groups:
+        raise ValueError(
+            f"model.cells: {hidden} channels ({expansion} times {channels}) cannot be divided into {groups} groups; "
+            f"model.encoder_channels and model.decoder_channels must be multiples of {groups}"
+        )
+    group_width = 1 if groups is None else hidden // groups
     return [InvertedResidual(channels, out_channels, resize, expansion, kernel, group_width)]
 
 

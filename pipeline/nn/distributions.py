@@ -216,7 +216,9 @@ class LogisticScale:
     def log_scale(self, raw: Tensor) -> Tensor:
         """Logarithms of the scales."""
         if self.rule == "softplus":
-            return torch.log(softplus(raw, self.beta)).clamp(min=self.minimum)
+            # A softplus that underflows to 0 would have a gradient that is not a number.
+            scale = softplus(raw, self.beta).clamp(min=torch.finfo(raw.dtype).tiny)
+            return torch.log(scale).clamp(min=self.minimum)
         clamped = raw.clamp(min=self.minimum)
         return clamped if self.beta == 1 else self.beta * clamped
 

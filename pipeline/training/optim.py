@@ -55,7 +55,7 @@ class OptimConfig(Section):
     def _check(self) -> Self:
         if self.warmup_steps and self.warmup_epochs:
             raise ValueError("optim.warmup_steps and optim.warmup_epochs are both set; keep one of them")
-        if self.lr_min > self.lr:
+        if self.schedule.startswith("cosine") and self.lr_min > self.lr:
             raise ValueError(f"optim.lr_min={self.lr_min} is above optim.lr={self.lr}; lower it")
         return self
 

@@ -36,7 +36,10 @@ class RegularizerConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.initial_strength and not self.strength:
-            raise ValueError("initial_strength is set but strength is 0: unset the first or raise the second")
+            raise ValueError(
+                f"regularizers.initial_strength={self.initial_strength:g} is set, but regularizers.strength is 0; "
+                "unset the first (null) or raise the second"
+            )
         return self
 
 

@@ -14,9 +14,9 @@ Recompute = Literal["none", "norms", "cells"]
 class TrainConfig(Section):
     """Length, batch size, precision and processes."""
 
-    steps: int | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0, le=10**12)
     """Optimizer steps of the whole run. Give this or `epochs`."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, le=10**9)
     """Passes over the training split. Give this or `steps`."""
     batch_size: int = Field(32, gt=0, lt=2**31)
     """Images per optimizer step over all processes."""
@@ -53,16 +53,16 @@ class TrainConfig(Section):
     ema_warmup: bool = True
     """Whether that decay is at most (1 + step) / (10 + step), so that the initial weights fade quickly. false: the same
     decay from the first step, as in VDVAE."""
-    cpu_threads: int | None = Field(None, gt=0)
+    cpu_threads: int | None = Field(None, gt=0, le=2**12)
     """Threads of each process on CPU. Default: this machine's cores shared by its processes."""
     profile: int = Field(0, ge=0, le=1000)
     """Record this number of steps, after the first eleven, with torch's profiler: the trace of each process in
     profile/ of the run folder, the most expensive operators in log.txt. 0: none."""
     expect_processes: int | None = Field(None, gt=0)
     """Required number of processes; training with another number is refused."""
-    collective_timeout: float = Field(120.0, gt=0)
+    collective_timeout: float = Field(120.0, gt=0, le=10**9)
     """Seconds that processes wait for a rank in a collective; then all end, and the message names that rank."""
-    progress_timeout: float = Field(600.0, gt=0)
+    progress_timeout: float = Field(600.0, gt=0, le=10**9)
     """Seconds that work which other processes wait for (hashing, fetching, making shards, reading or writing a
     checkpoint) may make no progress; then all end, and the message names the work."""
     max_skipped_steps: int = Field(20, gt=0)

@@ -1,5 +1,8 @@
 """Efficient-VDVAE: its settings, its initial weights, and the scales of its distributions."""
 
+import re
+import shlex
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -7,8 +10,12 @@ from pydantic import ValidationError
 from pipeline.models.efficient_vdvae import LN_2, EfficientVDVAE, EfficientVDVAEConfig
 from pipeline.nn.distributions import LogisticScale
 from pipeline.nn.latent_normals import LatentNormals
+from pipeline.recipe import build_model, load_recipe, recipe_path
+from pipeline.training.objective import Objective
 from tests.helpers.model_cases import EFFICIENT
+from tests.helpers.pages import ROOT
 
+LEVELS = "model={name: efficient_vdvae"
 SMALL = {name: tuple(value) if isinstance(value, list) else value for name, value in EFFICIENT.items()}
 
 
@@ -83,6 +90,10 @@ def test_scales_in_float32_are_those_of_float64(rule):
         scale = LogisticScale(rule, beta, -80.0).log_scale(raw)
         torch.testing.assert_close(scale.double(), exact.log(), rtol=1e-5, atol=1e-6)
         assert torch.autograd.grad(scale.sum(), raw)[0].isfinite().all()
+    tiny = torch.tensor([-200.0, -1e4], requires_grad=True)  # their softplus is 0 in float32
+    scale = LogisticScale(rule, LN_2, -7.0).log_scale(tiny)
+    assert torch.equal(scale, torch.full((2,), -7.0 * (LN_2 if rule == "exp" else 1)))
+    assert torch.equal(torch.autograd.grad(scale.sum(), tiny)[0], torch.zeros(2))
     assert LogisticScale("softplus", LN_2, -2.0).log_scale(raw).min() == -2
     assert LogisticScale("exp", 0.5, -2.0).log_scale(raw).min() == -1  # the minimum applies before beta
 
@@ -95,3 +106,26 @@ def test_a_residual_posterior_of_zeros_scales_the_prior():
         posterior, prior = normals.posterior(zeros, raw_prior), normals.prior(raw_prior)
         assert torch.equal(posterior.mean, prior.mean)
         torch.testing.assert_close(posterior.sigma, factor * prior.sigma, rtol=1e-7, atol=0)
+
+
+def test_the_command_of_the_page_has_the_published_levels_and_schedules():
+    """CIFAR-10: 33 levels with 47 groups. The KL's weight is clamp((step - 21) / 5021, 1e-4, 1) for steps counted from
+    1, and groups are weighted by their KL up to step 10,000.
+    """
+    command = next(
+        text for text in re.findall(r"```\n(.*?)```", (ROOT / "docs/models.md").read_text(), re.S) if LEVELS in text
+    )
+    words = [word for word in shlex.split(command) if "=" in word]
+    recipe = load_recipe(recipe_path("vdvae_cifar10"), words)
+    levels = recipe.model.levels(32)
+    assert [sum(level.resolution == r for level in levels) for r in (32, 16, 8, 4, 1)] == [12, 7, 7, 4, 3]
+    second = {level.resolution: above for level, above in zip(levels[1:], levels, strict=False) if level.stride > 1}
+    assert {r: level.groups for r, level in second.items()} == {32: 11, 16: 5, 8: 1, 4: 1}
+    with torch.device("meta"):
+        groups = build_model(recipe).groups
+    assert len(groups) == 47
+    objective = Objective(recipe.objective, groups, recipe.train.steps)
+    for step in (1, 21, 22, 1000, 5041, 5042, 700_000):
+        expected = min(max((step - 21) / 5021, 1e-4), 1)
+        assert objective.beta(step - 1) == pytest.approx(expected, rel=1e-9)
+    assert [objective.balances(step - 1) for step in (1, 10_000, 10_001)] == [True, True, False]

@@ -201,6 +201,7 @@ def test_warmup_in_epochs_equals_warmup_in_steps():
     [
         ({"warmup_steps": 5, "warmup_epochs": 1.0}, "keep one"),
         ({"lr": 1e-5}, "lr_min"),
+        ({"lr": 1e-5, "schedule": "cosine_per_epoch"}, "lr_min"),
         ({"lr": 0.0}, "greater than 0"),
         ({"name": "sgd"}, "adamax"),
         ({"schedule": "linear"}, "cosine_per_epoch"),
@@ -210,3 +211,8 @@ def test_warmup_in_epochs_equals_warmup_in_steps():
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValidationError, match=message):
         OptimConfig(**options)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "step"])
+def test_the_end_of_a_cosine_limits_no_other_schedule(schedule):
+    assert rates(3, schedule=schedule, lr=1e-5) == [1e-5] * 3
