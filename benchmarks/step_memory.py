@@ -3,10 +3,10 @@
     python -m benchmarks.step_memory
 
 The peak is counted on fake tensors (benchmarks/counts.py) with the paper's batch per GPU (two images for one) and with
-half of it, in the recipe's precision: the difference is what images add, the rest (gradients, copies of weights) what a
-step adds whatever its batch; with recomputation the rest is taken to be the same. VDVAE has no rest: in float32
-its peak is at the end of the forward pass, before the first gradient. Run it after a change to a model, to a recipe or
-to the trainer; it takes some minutes. Settings without figures are estimated more coarsely.
+half of it, in the recipe's precision: the difference is what images add, the rest (copies of weights) what a step adds
+whatever its batch; with recomputation the rest is taken to be the same. The peak is at the end of the forward pass,
+before the first gradient, so gradients that accumulate come on top. Run it after a change to a model, to a recipe or to
+the trainer; it takes some minutes. Settings without figures are estimated more coarsely.
 """
 
 import argparse

@@ -74,7 +74,8 @@ def describe_memory(recipe: Recipe, model: VAE, weights: int) -> list[str]:
         return [*lines, "  a step's memory has not been counted for these settings (python -m benchmarks.step_memory)"]
     averaged = ", moving average" if recipe.train.ema_decay else ""
     fixed = found.fixed + found.gradients * found.accumulates
-    others = f"gradients and temporary weights {readable(fixed)}" if fixed >= 2**20 else "no gradients at that moment"
+    kinds = "gradients and temporary weights" if found.accumulates else "temporary weights"
+    others = f"{kinds} {readable(fixed)}" if fixed >= 2**20 else "no gradients at that moment"
     parts = f"weights, optimizer{averaged} {readable(found.state)}, {others}"
     lines += [f"  a step's peak, estimated: {parts}, and {readable(found.per_image)} for each image"]
     if recipe.train.micro_batch == "auto":

@@ -31,9 +31,9 @@ class StepMemory(NamedTuple):
     pass; else each is made in the backward pass, while activations are freed.
     """
     fixed: int
-    """What else a pass adds at its peak whatever the number of images: normalized weights, temporary copies, gradients
-    that are there by then. Nothing for VDVAE in float32: it uses the weights as they are, and its peak is at the end of
-    the forward pass, before the first gradient.
+    """What else a pass adds at its peak whatever the number of images: normalized weights and temporary copies. The
+    peak is at the end of the forward pass, before the first gradient. Nothing for VDVAE in float32, which uses the
+    weights as they are.
     """
     per_image: int
     """What a pass adds for each image: activations."""
@@ -65,7 +65,8 @@ def estimate(recipe: Recipe, model: VAE | None = None) -> StepMemory | None:
         return None
     recompute_activations(model, recipe.train.recompute)
     fixed, per_image = count_saved(model, {"bf16": 0.5, "fp32": 1, "fp64": 2}[recipe.train.precision])
-    return StepMemory(state, weights, weights + fixed, per_image)  # all gradients are in it, also those that accumulate
+    # Temporary tensors are not saved; as many bytes as the weights have stand for them.
+    return StepMemory(state, weights, weights + fixed, per_image, recipe.train.micro_batches > 1)
 
 
 def meta_model(recipe: Recipe) -> VAE:

@@ -54,6 +54,11 @@ def make_model(shape=SHAPE, border=0, **settings) -> AttributeVAE:
     return model
 
 
+def classifying(classifier: Path | str, shape=SHAPE, **settings) -> AttributeVAE:
+    """A model with the term of this classifier, of weight 1."""
+    return make_model(shape, classification_weight=1.0, classifier=str(classifier), **settings)
+
+
 def inputs(model: AttributeVAE, count: int = 6) -> tuple[Tensor, list[Tensor], Tensor]:
     x = torch.sigmoid(random(count, *model.image_shape))
     noise = draw_noise(model.noise_groups, 0, "train", range(count), dtype=torch.float64)
@@ -170,18 +175,11 @@ def test_every_parameter_gets_a_gradient(option, classifier_folder):
 
 def test_a_weight_multiplies_its_term(classifier_folder):
     settings = {"classifier": str(classifier_folder), "local_channels": 1}
-    ones, others = (
-        make_model(
-            **settings,
-            classification_weight=weights[0],
-            adversary_weight=weights[1],
-            independence_weight=weights[2],
-            pull_weight=weights[3],
-        )
-        for weights in ((1.0, 1.0, 1.0, 1.0), (2.0, 3.0, 4.0, 5.0))
-    )
+    weights = {"classification": 2.0, "adversary": 3.0, "independence": 4.0, "pull": 5.0}
+    ones = make_model(**settings, **{f"{name}_weight": 1.0 for name in weights})
+    others = make_model(**settings, **{f"{name}_weight": weight for name, weight in weights.items()})
     plain, weighted = (model(*inputs(model)).penalties for model in (ones, others))
-    for name, weight in zip(("classification", "adversary", "independence", "pull"), (2, 3, 4, 5), strict=True):
+    for name, weight in weights.items():
         torch.testing.assert_close(weighted[name], weight * plain[name])
 
 
@@ -213,7 +211,7 @@ def test_the_adversary_minimizes_the_term_and_the_encoder_maximizes_it():
 
 
 def test_one_attribute_is_changed_and_its_rivals_with_it(classifier_folder):
-    model = make_model(classification_weight=1.0, classifier=str(classifier_folder))
+    model = classifying(classifier_folder)
     condition = some_conditions(500)
     condition[:, 1:3] *= (torch.arange(500) % 3 > 0)[:, None]
     condition[::50, 0] = 0.5
@@ -236,7 +234,7 @@ def test_one_attribute_is_changed_and_its_rivals_with_it(classifier_folder):
 
 
 def test_the_classification_term_is_that_of_the_edited_image(classifier_folder):
-    model = make_model((3, 12, 12), border=2, classification_weight=1.0, classifier=str(classifier_folder))
+    model = classifying(classifier_folder, (3, 12, 12), border=2)
     x, noise, condition = inputs(model)
     found = copy.deepcopy(model)(x, noise, condition).penalties["classification"]
     classifier = load_classifier(classifier_folder).double()
@@ -254,7 +252,7 @@ def test_images_and_edits_are_normalized_as_in_evaluation(classifier_folder):
     reconstructions of training. They did not while edits had a pass of their own: a run whose images had log p(x | z)
     of -3,400 nats with the statistics of the batch had -41,500 with the running ones.
     """
-    model = make_model(classification_weight=1.0, classifier=str(classifier_folder))
+    model = classifying(classifier_folder)
     x, noise, condition = inputs(model)
     noise = [noise[0], torch.full_like(noise[1], 0.5)]  # one attribute is changed in all images
     for name, module in model.named_modules():
@@ -270,7 +268,7 @@ def test_images_and_edits_are_normalized_as_in_evaluation(classifier_folder):
 
 
 def test_the_classifier_stays_frozen_and_outside_the_model(classifier_folder):
-    model = make_model(classification_weight=1.0, classifier=str(classifier_folder))
+    model = classifying(classifier_folder)
     plain = make_model()
     model(*inputs(model)).penalties["classification"].sum().backward()
     assert model.state_dict().keys() - plain.state_dict().keys() == {"classifier_seen"}
@@ -299,16 +297,16 @@ def test_a_missing_classifier_ends_training_before_it_starts(tmp_path, make_runt
 
 
 def test_a_run_resumes_with_the_same_classifier_only_in_any_folder(tmp_path, classifier_folder):
-    first = make_model(classification_weight=1.0, classifier=str(classifier_folder))
+    first = classifying(classifier_folder)
     first(*inputs(first))
     moved = shutil.copytree(classifier_folder, tmp_path / "elsewhere")
     other = write_classifier(tmp_path / "other", seed=4)
-    second = make_model(classification_weight=1.0, classifier=str(moved))
+    second = classifying(moved)
     second.load_state_dict(first.state_dict())
     second(*inputs(second))
-    third = make_model(classification_weight=1.0, classifier=str(other))
+    third = classifying(other)
     third(*inputs(third))  # fine for a run of its own
-    fourth = make_model(classification_weight=1.0, classifier=str(other))
+    fourth = classifying(other)
     fourth.load_state_dict(first.state_dict())
     with pytest.raises(ValueError, match="another classifier than the one that the run started with"):
         fourth(*inputs(fourth))
@@ -324,11 +322,11 @@ def test_a_run_resumes_with_the_same_classifier_only_in_any_folder(tmp_path, cla
 def test_a_classifier_that_does_not_fit_is_refused(tmp_path, names, shape, message):
     folder = write_classifier(tmp_path / "unfit", 5, names, shape)
     with pytest.raises(ValueError, match=message):
-        make_model(classification_weight=1.0, classifier=str(folder))
+        classifying(folder)
 
 
 def test_under_bf16_the_terms_and_the_classifier_stay_in_float32(classifier_folder):
-    model = make_model(classification_weight=1.0, classifier=str(classifier_folder), **ALL).float()
+    model = classifying(classifier_folder, **ALL).float()
     x, noise, condition = inputs(model)
     x, noise, condition = x.float(), [each.float() for each in noise], condition.float()
     plain = model(x, noise, condition).penalties
@@ -359,7 +357,7 @@ def worker(rank: int, folder: str, classifier: str) -> None:
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     for conditioning in ("join", "batch_norm"):
-        model = make_model(classification_weight=1.0, classifier=classifier, conditioning=conditioning, **ALL)
+        model = classifying(classifier, conditioning=conditioning, **ALL)
         loss, penalties, gradients = loss_and_gradients(model, slice(4 * rank, 4 * rank + 4))
         dist.all_reduce(loss)
         for gradient in gradients.values():
@@ -375,9 +373,7 @@ def test_two_processes_equal_one(tmp_path, classifier_folder):
     """Every penalty of every image, the loss, every gradient, and the running statistics of conditional norms."""
     mp.spawn(worker, (str(tmp_path), str(classifier_folder)), nprocs=2)
     for conditioning in ("join", "batch_norm"):
-        model = make_model(
-            classification_weight=1.0, classifier=str(classifier_folder), conditioning=conditioning, **ALL
-        )
+        model = classifying(classifier_folder, conditioning=conditioning, **ALL)
         loss, penalties, gradients = loss_and_gradients(model, slice(None))
         found = [torch.load(tmp_path / f"{conditioning}_{rank}.pt", weights_only=True) for rank in (0, 1)]
         for name, penalty in penalties.items():

@@ -13,7 +13,13 @@ from pipeline.distributed import collectives
 from pipeline.distributed.preemption import StopRequest
 from pipeline.run import micro_batch
 from pipeline.run.attempt import FAILURES, run_attempt
-from pipeline.run.micro_batch import fits, largest_that_fits, resolve_micro_batch, take_trial_step
+from pipeline.run.micro_batch import (
+    fits,
+    largest_that_fits,
+    resolve_micro_batch,
+    take_trial_step,
+    with_micro_batch,
+)
 from pipeline.run.out_of_memory import OutOfMemory
 from pipeline.run.step_memory import estimate, meta_model
 from pipeline.storage.checkpoint import Checkpoints
@@ -90,7 +96,7 @@ def test_on_a_gpu_sizes_are_tried_from_the_largest_down(make_recipe, make_runtim
 
 def test_on_cpus_the_estimate_is_compared_with_the_available_memory(make_recipe, make_runtime, monkeypatch):
     recipe, runtime = make_recipe(), make_runtime()
-    needed = estimate(recipe).peak(4)
+    needed = estimate(with_micro_batch(recipe, 4)).peak(4)  # of a batch of 8: gradients accumulate
     monkeypatch.setattr(micro_batch, "available_bytes", lambda: 1.01 * needed / micro_batch.USABLE)
     assert [fits(recipe, runtime, images) for images in (8, 4)] == [False, True]
 

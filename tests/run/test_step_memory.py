@@ -85,6 +85,8 @@ def test_several_processes_keep_the_gradients_in_buckets(make_recipe):
     found = estimate(recipe)
     assert found.state == 4 * weights  # two moments and the moving average
     assert found.peak(1, processes=2) == found.peak(1) + weights
+    accumulating = estimate(make_recipe("train.micro_batch=4"))  # gradients take the same outside of buckets
+    assert accumulating.peak(1) == accumulating.peak(1, processes=2) == found.peak(1, processes=2)
 
 
 def test_gradients_that_accumulate_are_there_during_every_pass():
@@ -118,6 +120,9 @@ def test_a_dry_run_says_whether_there_are_gradients_at_the_peak():
     whole, half = (describe_memory(one, model, 1)[1] for one in (recipe, halves))
     assert re.search(r"moving average [\d.]+ MiB, no gradients at that moment, and 633\.0 MiB for each image", whole)
     assert re.search(r"gradients and temporary weights 149\.3 MiB, and 633\.0 MiB for each image", half)
+    recipe = load_recipe(recipe_path("nvae_mnist"), [])  # its peak is at the end of the forward pass too
+    assert "moving average" not in (line := describe_memory(recipe, meta_model(recipe), 1)[1])
+    assert re.search(r"optimizer [\d.]+ MiB, temporary weights 442\.6 MiB, and", line)
 
 
 def test_a_dry_run_states_the_peak_by_the_number_of_processes(make_recipe, monkeypatch):
