@@ -213,7 +213,8 @@ def read_evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
         if isinstance(report, dict) and isinstance(report.get("figures"), dict):
             evaluations.append(Evaluation(path.name, report))
         else:
-            notes.append(f"{path.relative_to(folder)} is not an evaluation that can be read; skipped.")
+            name = printable(str(path.relative_to(folder)))
+            notes.append(f"{name} is not an evaluation that can be read; skipped.")
     return evaluations
 
 

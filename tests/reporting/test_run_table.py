@@ -323,12 +323,15 @@ def test_the_long_status(root, running, capsys):
     assert capsys.readouterr().out == "running\n"
 
 
-def test_commands_that_come_next_have_no_letters_that_a_terminal_obeys(tmp_path, capsys):
+def test_names_of_files_and_folders_have_no_letters_that_a_terminal_obeys(tmp_path, capsys):
     run = tmp_path / "run\x1b]0;title\x07"
     write_run(run, "finished")
+    (run / "evaluations").mkdir()
+    (run / "evaluations/\x1b[2J.json").write_text("torn")
     assert status.main([str(run), "--long"]) == 0
     text = capsys.readouterr().out
     assert "report.py" in text
+    assert "is not an evaluation" in text
     assert "\x1b" not in text
 
 
