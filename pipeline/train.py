@@ -130,7 +130,7 @@ def run(parsed: argparse.Namespace) -> int:
     with StopRequest() as stop:
         runtime = build_runtime(recipe.train)
         runtime.watchdog.stacks = folder / "stacks"
-        runtime.watchdog.was_interrupted = lambda: stop.interrupted
+        runtime.watchdog.is_stopping = lambda: stop.has_arrived
         with runtime.closing():
             may_make_data = parsed.data is None
             state = run_attempt(folder, recipe, runtime, stop, parsed.resume, parsed.init, parsed.wait, may_make_data)

@@ -34,8 +34,10 @@ class StopRequest:
     def __init__(self):
         self.reason: str | None = None
         """The name of the first signal, for instance "SIGTERM"."""
+        self.has_arrived = False
+        """Whether any of the signals has. True at once, even while the main thread is in a long C call."""
         self.interrupted = False
-        """Whether SIGINT has arrived. True at once, also while the main thread is in a long call of a C function."""
+        """Whether SIGINT has arrived; likewise."""
         self._interrupted_at = 0.0
         self._end_at_once: Callable[[], None] | None = None
         self._previous: dict[signal.Signals, Any] = {}
@@ -89,6 +91,7 @@ class StopRequest:
 
     def _receive(self, number: int) -> None:
         end_at_once = self._end_at_once
+        self.has_arrived = self.has_arrived or number in (*SIGNALS, signal.SIGINT)
         if not self.interrupted and number == signal.SIGINT:
             self.interrupted, self._interrupted_at = True, time.monotonic()
             if end_at_once is not None:

@@ -90,8 +90,8 @@ class Watchdog:
     def __init__(self, work: Work | None = None, progress_timeout: float = math.inf):
         """`progress_timeout`: seconds that `work`, or that of another process, may make no progress."""
         self.stacks: Path | None = None  # folder for the stacks of a hanging run
-        # Ctrl-C also ends `accelerate launch`, within a quarter of a second: the launcher's end is then no failure.
-        self.was_interrupted: Callable[[], bool] = lambda: False
+        # A signal that stops training also ends `accelerate launch`, at once or soon: its end is then no failure.
+        self.is_stopping: Callable[[], bool] = lambda: False
         self.failed = False  # whether this process has reported its failure
         self._launcher = Launcher()
         self._world: World | None = None
@@ -176,7 +176,7 @@ class Watchdog:
         """Also the work of a process alone, and whether the store answers, whose launcher may be stopped."""
         last, answers, silence = time.monotonic(), self._answers, 0.0
         while not self._closed.wait(PERIOD):
-            if self._launcher.is_gone() and not self.was_interrupted():
+            if self._launcher.is_gone() and not wait_until(self.is_stopping, PERIOD):
                 self._end_orphan()
             elapsed = min(time.monotonic() - last, LONGEST_TICK)
             last = time.monotonic()

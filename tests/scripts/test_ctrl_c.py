@@ -1,4 +1,6 @@
-"""Ctrl-C: the first finishes the step, writes a checkpoint and ends with 130; the second ends at once."""
+"""Ctrl-C: the first finishes the step, writes a checkpoint and ends with 130; the second ends at once. Likewise SIGTERM
+where it ends the launcher.
+"""
 
 import os
 import signal
@@ -99,6 +101,21 @@ def test_ctrl_c_under_accelerate_finishes_the_step_and_saves(recipe, tmp_path, p
     assert "launcher" not in (run_dir / "log.txt").read_text()  # its end is not taken for a failure
     if processes == 1:
         assert_resumes(recipe, run_dir, status.step)
+
+
+@pytest.mark.slow
+def test_sigterm_of_the_group_under_accelerate_finishes_the_step_and_saves(recipe, tmp_path):
+    """As `kill %1` and `timeout` send it. With one process it ends the launcher at once."""
+    command = launch_command(1, recipe.parent / "train.py", *arguments(recipe, tmp_path / "run"))
+    with started(command, env=environment(A_SECOND)) as launcher:
+        await_step(tmp_path / "run", 3)
+        ranks = ranks_of(launcher)
+        os.killpg(launcher.pid, signal.SIGTERM)
+        _, output = launcher.communicate(timeout=120)
+        assert psutil.wait_procs(ranks, timeout=60)[1] == []
+    status = read_status(tmp_path / "run")
+    assert (status.state, status.reason) == ("preempted", "SIGTERM"), output
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [f"step_{status.step:08d}"]
 
 
 def assert_resumes(recipe: Path, run_dir: Path, step: int) -> None:
