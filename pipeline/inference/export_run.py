@@ -172,7 +172,7 @@ def find_manifest(content: ModelContent) -> Mapping[str, Any] | None:
     root, trained_on = content.recipe.data.root, content.facts.get("data_fingerprint")
     if root is None:
         return None
-    if trained_on is None:
+    if not trained_on:
         log.warning("the card does not describe the data, as the model does not state which shard set it is of")
         return None
     try:

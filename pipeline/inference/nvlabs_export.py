@@ -104,7 +104,7 @@ def _release_options(recipe: Recipe, network: Network, noted: Mapping[str, Any])
         original = build(ReleaseOptions, noted["options"])
         if original.network() == network:
             return FIXED_OPTIONS | original.model_dump()
-    options = ReleaseOptions(**options_for(network), **_training_options(recipe))
+    options = build(ReleaseOptions, options_for(network) | _training_options(recipe))
     return FIXED_OPTIONS | options.model_dump()
 
 

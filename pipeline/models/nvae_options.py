@@ -163,6 +163,11 @@ def options_for(network: Network, dataset: str | None = None) -> dict[str, Any]:
     """
     config = network.config
     likelihood = config.likelihood
+    if config.is_vanilla and config.encoder_channels != config.decoder_channels:
+        raise ValueError(
+            f"model.encoder_channels={config.encoder_channels}, model.decoder_channels={config.decoder_channels}: the "
+            "release has models of a single latent group with equal widths only"
+        )
     options = {
         "dataset": dataset or _dataset_for(network),
         "arch_instance": config.cells,

@@ -372,6 +372,8 @@ def test_a_run_with_a_moving_average_needs_a_choice(kept, tmp_path):
             "model.likelihood",
         ),
         ({"model": {"groups_per_scale": [1, 5]}}, "model.groups_per_scale"),
+        ({"model": {"groups_per_scale": [1], "decoder_channels": 8}}, "model.decoder_channels=8: the release"),
+        ({"train": {"batch_size": 2**21}}, r"batch_size: must be at most 1048576 \(given: 2097152\)$"),
         ({"data": {"pad": 2, "size": 28}}, "data.pad"),
     ],
 )

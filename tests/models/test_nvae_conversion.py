@@ -20,6 +20,7 @@ from pipeline.nn.layers import WNConv2d, find_convs
 from tests.helpers.nvae_cases import NVAE_VARIANTS, build_nvae
 
 COMMON = {
+    "num_x_bits": 8,
     "arch_instance": "res_mbconv",
     "num_latent_per_group": 20,
     "num_cell_per_cond_enc": 2,

@@ -164,6 +164,9 @@ def test_data_that_are_not_at_hand_are_not_described(run, shards, here, capfd):
     other = make_run(here / "other", tiny_settings(shards), fingerprint="f" * 64)
     assert export.main([str(other), "--out", "a", "--picture", "no"]) == 0
     assert "is another set than the one that was trained on" in capfd.readouterr().err
+    unknown = make_run(here / "unknown", tiny_settings(shards))
+    assert export.main([str(unknown), "--out", "c", "--picture", "no"]) == 0
+    assert "the model does not state which shard set it is of" in capfd.readouterr().err
     gone = make_run(here / "gone", tiny_settings("nowhere"), fingerprint="f" * 64)
     assert export.main([str(gone), "--out", "b", "--picture", "no"]) == 0
     assert "the shard set cannot be read: nowhere: no such folder" in capfd.readouterr().err
