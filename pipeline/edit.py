@@ -165,6 +165,8 @@ def check_arguments(parsed: argparse.Namespace) -> None:
         raise ValueError("--traverse: give a shard set with --data DIR; the directions are those of its images")
     if parsed.temperature is not None and parsed.keep_groups is None and parsed.traverse is None:
         raise ValueError("--temperature: applies to --keep-groups and --traverse")
+    if parsed.strength is not None and not (parsed.set or parsed.traverse):
+        raise ValueError("--strength: applies to --set and --traverse")
     if animations(parsed) and not parsed.interpolate:
         raise ValueError("--gif, --webp: only --interpolate is animated")
     for option, least in (("steps", 2), ("frames", 2), ("images", 1), ("directions", 1)):
@@ -174,6 +176,8 @@ def check_arguments(parsed: argparse.Namespace) -> None:
         raise ValueError(f"--seed {parsed.seed}: must be from 0 to 2^63 - 1")
     if parsed.out is not None and parsed.out.is_dir():
         raise ValueError(f"--out {parsed.out}: is a folder; name a file")
+    if parsed.out is not None and parsed.out.suffix not in ("", ".png", ".gif", ".webp"):
+        raise ValueError(f"--out {parsed.out}: pictures are PNG files; name it {parsed.out.with_suffix('.png').name}")
 
 
 def parse_strengths(text: str, steps: int) -> Tensor:

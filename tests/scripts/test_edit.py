@@ -174,6 +174,16 @@ BAD = {
         ["--data", "SHARDS", "--key", "1", "--known", "Attribute_1=1", "--set", "Attribute_1=0"],
         "--known: applies to pictures of --image",
     ),
+    "a strength of nothing": (
+        "plain",
+        ["--image", "FACE", "--keep-groups", "--strength", "0..1"],
+        "--strength: applies to --set and --traverse",
+    ),
+    "a JPEG file": (
+        "plain",
+        ["--image", "FACE", "--keep-groups", "--out", "kept.jpg"],
+        "--out kept.jpg: pictures are PNG files; name it kept.png",
+    ),
     "nothing to edit": ("plain", ["--interpolate"], "give pictures with --image"),
     "nothing to do": (
         "plain",
@@ -257,7 +267,7 @@ def test_wrong_arguments_get_one_line_and_exit_code_2(runs, faces, shards, tmp_p
     kind, words, message = BAD[what]
     places = {"FACE": faces[0], "SHARDS": str(shards)}
     words = [places.get(word, word) for word in words]
-    assert main([str(runs.get(kind, tmp_path / kind)), *words, "--out", str(tmp_path / "out.png")]) == 2
+    assert main([str(runs.get(kind, tmp_path / kind)), "--out", str(tmp_path / "out.png"), *words]) == 2
     error = capfd.readouterr().err
     assert message in error
     assert "Traceback" not in error
