@@ -70,7 +70,7 @@ def render(content: ModelContent, about: About, reports: Reports = NO_REPORTS) -
         f"## Figures\n\n{tables(reports)}",
         f"## Training\n\n{_training(content)}",
         f"## Intended use and limits\n\n{_limits(content, about)}",
-        f"## License\n\n{_license(about.license)}",
+        f"## License\n\n{license_text(about.license)}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -229,7 +229,8 @@ def _limits(content: ModelContent, about: About) -> str:
     return bullets(lines)
 
 
-def _license(license: License | None) -> str:
+def license_text(license: License | None) -> str:
+    """Markdown; says so where none is stated."""
     if license is None:
         return "None is stated. Ask the author before you use or share these weights."
     name = escape(license.name or license.id)

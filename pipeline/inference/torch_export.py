@@ -32,6 +32,8 @@ from pipeline.evaluation.images import to_uint8
 from pipeline.inference import announce, check_programs
 from pipeline.inference.export_run import ExportRequest
 from pipeline.inference.load_model import load
+from pipeline.inference.model_card import license_text
+from pipeline.inference.releases import license_of
 from pipeline.inference.trained import TrainedModel
 from pipeline.models.base import VAE, without_border
 from pipeline.models.conditions import ClassCondition
@@ -296,6 +298,10 @@ scales the sigmas of the prior.{condition}
 
 `python check.py` compares the programs on this machine with what the model gave where they were made; the largest
 accepted error is {tolerance:g} of an output's largest value.
+
+## License
+
+{license}
 """
 
 
@@ -310,7 +316,8 @@ def readme(trained: TrainedModel, description: Mapping[str, Any]) -> str:
     condition = f", torch.eye({len(columns['columns'])})[torch.zeros(16, dtype=torch.long)]" if columns else ""
     arguments = f"[{noise}], torch.tensor(0.7){condition}"
     meaning = f"\nColumns of `condition` ({columns['values']}): {', '.join(columns['columns'])}." if columns else ""
-    return README.format(**{**description, "rows": "\n".join(rows), "condition": meaning, "arguments": arguments})
+    texts = {"rows": "\n".join(rows), "condition": meaning, "arguments": arguments}
+    return README.format(**{**description, **texts, "license": license_text(license_of(trained.facts))})
 
 
 def shown(shapes: Sequence) -> str:

@@ -4,6 +4,7 @@ import functools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,14 @@ def test_what_the_readme_shows_is_there(programs, monkeypatch):
     exec(text.split("```python\n")[1].split("```")[0], given)
     assert tuple(given["images"].shape) == (16, 3, 16, 16)
     assert "| `decoder.pt2` | `latents` list of 1 (batch, 8, 1, 1) | `images` (batch, 3, 16, 16) |" in text
+
+
+def test_the_readme_states_the_license_of_a_release(programs, run):
+    assert "None is stated" in (programs / "README.md").read_text()
+    trained = replace(pipeline.load(run, device="cpu"), facts={"source": {"kind": "nvlabs"}})
+    text = torch_export.readme(trained, json.loads((programs / "programs.json").read_text()))
+    assert "None is stated" not in text
+    assert "non-commercial use only" in text
 
 
 @pytest.mark.parametrize(
