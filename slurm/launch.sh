@@ -203,7 +203,7 @@ print(status.state, status.step)' "$run_dir")
         state=$([ -n "$stopping" ] && echo preempted || echo none)
         # At a job's first start: an error in the command. Later it worked before, so a disk or a host has a fault.
         if [ "$1" = 2 ] && [ "$attempt$state" = 0none ]; then
-            say "refused: nothing was trained in $run_dir; see the message above"
+            say "refused: nothing was trained in $run_dir; see the message above. RUN_DIR names another folder."
             exit 2
         fi
     fi
