@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from pipeline.config import without_defaults
-from pipeline.models.base import VAE, recomputable_methods, recompute_activations
+from pipeline.models.base import VAE, recomputable_methods
 from pipeline.recipe import RECIPES, Recipe, build_model
 
 COUNTED = RECIPES / "step_memory.json"
@@ -52,8 +54,7 @@ def estimate(recipe: Recipe, model: VAE | None = None) -> StepMemory | None:
     enough and trains without a classifier; else None. Workspaces of convolutions and the allocator's rounding are not
     in it.
 
-    `model`: the recipe's, on the meta device, where it has been built already; from then on it recomputes as the recipe
-    says.
+    `model`: the recipe's, on the meta device, where it has been built already.
     """
     model = meta_model(recipe) if model is None else model
     weights = sum(tensor.numel() for tensor in model.parameters()) * (8 if recipe.train.precision == "fp64" else 4)
@@ -63,8 +64,8 @@ def estimate(recipe: Recipe, model: VAE | None = None) -> StepMemory | None:
         return StepMemory(state, weights, counted["fixed"], counted["per_image"], recipe.train.micro_batches > 1)
     if len(list(model.parameters())) > MAX_TENSORS or recipe.model.classifier_folder is not None:
         return None
-    recompute_activations(model, recipe.train.recompute)
-    fixed, per_image = count_saved(model, {"bf16": 0.5, "fp32": 1, "fp64": 2}[recipe.train.precision])
+    recomputed = recomputable_methods(model)[recipe.train.recompute]
+    fixed, per_image = count_saved(model, {"bf16": 0.5, "fp32": 1, "fp64": 2}[recipe.train.precision], recomputed)
     # Temporary tensors are not saved; as many bytes as the weights have stand for them.
     return StepMemory(state, weights, weights + fixed, per_image, recipe.train.micro_batches > 1)
 
@@ -101,29 +102,69 @@ def key_of(recipe: Recipe, model: VAE) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def count_saved(model: VAE, scale: float) -> tuple[int, int]:
-    """Bytes that a forward pass saves for backward: whatever the batch, and for each image.
+class SavedBytes:
+    """Bytes by storage of what a forward pass of ROWS images saves for backward."""
 
-    `model` is on the meta device and in float32; `scale` is the ratio of its activations' bytes to that.
-    """
-    saved: dict[int, tuple[int, bool]] = {}
+    def __init__(self) -> None:
+        self.fixed: dict[int, int] = {}
+        self.growing: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        """With the method whose recomputation makes them; 0: they are kept. Held, so that no other gets their place."""
+        self._running = 0
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage._cdata] = storage.nbytes(), tensor.shape[:1] == (ROWS,)
+    def pack(self, tensor: Tensor) -> Tensor:
+        """For `saved_tensors_hooks`."""
+        self._save(tensor, self._running)
         return tensor
 
+    def tracked(self, number: int, method: Callable[..., Any]) -> Callable[..., Any]:
+        """The method, of which only the inputs are kept. `number`: from 1."""
+
+        def run(*inputs: Tensor | None) -> Any:
+            for tensor in inputs:
+                if tensor is not None:
+                    self._save(tensor, 0)
+            self._running = number
+            result = method(*inputs)
+            self._running = 0
+            return result
+
+        return run
+
+    def _save(self, tensor: Tensor, method: int) -> None:
+        storage = tensor.untyped_storage()
+        if tensor.shape[:1] != (ROWS,):
+            self.fixed[storage._cdata] = storage.nbytes()
+        elif method == 0 or storage._cdata not in self.growing:
+            self.growing[storage._cdata] = storage, method
+
+    def peak_of_growing(self) -> int:
+        """What is kept, and what the largest method makes: backward runs one at a time again."""
+        by_method: Counter[int] = Counter()
+        for storage, method in self.growing.values():
+            by_method[method] += storage.nbytes()
+        return by_method.pop(0, 0) + max(by_method.values(), default=0)
+
+
+def count_saved(model: VAE, scale: float, recomputed: Sequence[tuple[nn.Module, str]] = ()) -> tuple[int, int]:
+    """Bytes that are saved for backward: whatever the batch, and for each image.
+
+    `model` is on the meta device and in float32; `scale` is the ratio of its activations' bytes to that. `recomputed`:
+    modules and methods that backward runs again.
+    """
+    saved = SavedBytes()
+    for number, (module, name) in enumerate(recomputed, start=1):
+        setattr(module, name, saved.tracked(number, getattr(module, name)))
     x = torch.empty(ROWS, *model.image_shape, device="meta")
     noise = [torch.empty(ROWS, *group.shape, device="meta") for group in model.noise_groups]
     condition = torch.empty(ROWS, model.condition_size, device="meta") if model.condition_size else None
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors_hooks(saved.pack, lambda tensor: tensor):
         out = model(x, noise, condition)
+    for module, name in recomputed:
+        delattr(module, name)
     for tensor in [*model.parameters(), *model.buffers()]:
-        saved.pop(tensor.untyped_storage()._cdata, None)
+        saved.fixed.pop(tensor.untyped_storage()._cdata, None)
     del out
-    fixed = sum(size for size, grows in saved.values() if not grows)
-    per_image = sum(size for size, grows in saved.values() if grows) / ROWS
-    return round(fixed * scale), round(per_image * scale)
+    return round(sum(saved.fixed.values()) * scale), round(saved.peak_of_growing() / ROWS * scale)
 
 
 def readable(count: float) -> str:

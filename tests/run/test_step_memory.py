@@ -49,11 +49,11 @@ def test_figures_are_of_one_architecture():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_small_model_is_estimated_by_a_forward_pass(make_recipe, precision):
+@pytest.mark.parametrize(("precision", "recompute"), [("fp32", "none"), ("bf16", "none"), ("fp32", "cells")])
+def test_a_small_model_is_estimated_by_a_forward_pass(make_recipe, precision, recompute):
     """Against the memory that is alive in a whole step, counted operator by operator."""
     changes = ("model.encoder_channels=16", "model.decoder_channels=16", "train.batch_size=32")
-    recipe = make_recipe(f"train.precision={precision}", *changes)
+    recipe = make_recipe(f"train.precision={precision}", f"train.recompute={recompute}", *changes)
     found = estimate(recipe)
     assert found.peak(32) - found.state == pytest.approx(count_step(recipe, 1).memory.peak, rel=0.3)
 
@@ -77,6 +77,43 @@ def test_what_is_saved_once_and_for_each_image():
     # The exponential of 20 numbers is saved once; x and the result for each image. The parameter itself is no copy.
     assert count_saved(model, scale=1) == (4 * 20, 4 * (5 + 4))
     assert count_saved(model, scale=0.5) == (2 * 20, 2 * (5 + 4))
+
+
+class Waves(nn.Module):
+    """Saves five numbers for each image and wave."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.count = count
+
+    def forward(self, x):
+        for _ in range(self.count):
+            x = x.exp() * 2  # saves the exponential
+        return x
+
+
+class Chain(nn.Module):
+    image_shape, noise_groups, condition_size = (5, 1, 1), (), 0
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.cells = nn.Parameter(torch.empty(5)), nn.ModuleList([Waves(3), Waves(4)])
+
+    def forward(self, x, noise, condition):
+        x = x.flatten(1) * self.weight  # saves x
+        for cell in self.cells:
+            x = cell(x)
+        return x.sin()  # saves the cells' result
+
+
+def test_of_what_is_recomputed_the_inputs_and_the_largest_part_count():
+    with torch.device("meta"):
+        model = Chain()
+    assert count_saved(model, scale=1) == (0, 4 * 5 * (1 + 3 + 4 + 1))
+    cells = [(cell, "forward") for cell in model.cells]
+    for _ in range(2):  # the model is not changed
+        assert count_saved(model, 1, cells) == (0, 4 * 5 * (1 + 2 + 4 + 1))
+    assert count_saved(model, scale=1) == (0, 4 * 5 * (1 + 3 + 4 + 1))
 
 
 def test_several_processes_keep_the_gradients_in_buckets(make_recipe):
