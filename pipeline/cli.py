@@ -16,7 +16,7 @@ from typing import BinaryIO, NoReturn
 
 from pipeline.distributed.logs import launched_rank, log_lines, report_error, start_logging
 from shard_data import progress
-from shard_data.terminal import next_lines
+from shard_data.terminal import has_reader, next_lines
 
 log = logging.getLogger("pipeline")
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,14 +87,19 @@ def with_installed_names(text: str) -> str:
 def run_tool(work: Callable[[], int | None], interrupted: str = "", failures: Failures = NO_FAILURES) -> int:
     """Runs a command, on one process or several, and returns its exit code.
 
-    0, or what `work` returns: done. 2: a user error, reported in one message. 130: interrupted by Ctrl-C; the message
-    continues with `interrupted`. `failures`: exit codes of further errors that are reported in one message.
+    0, or what `work` returns: done; 0 also where the reader of what it prints ends early (`| head`). 2: a user error,
+    reported in one message. 130: interrupted by Ctrl-C; the message continues with `interrupted`. `failures`: exit
+    codes of further errors that are reported in one message.
     """
     start_logging(launched_rank() == 0)
     codes = {ValueError: 2, OSError: 2, **failures}
     try:
-        return work() or 0
+        code = work() or 0
+        has_reader()
+        return code
     except tuple(codes) as error:
+        if isinstance(error, BrokenPipeError) and not has_reader("\n"):  # a pipe of another kind is an error
+            return 0
         report_error(error)
         return next(code for kind, code in codes.items() if isinstance(error, kind))
     except KeyboardInterrupt:

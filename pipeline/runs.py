@@ -17,7 +17,6 @@ What is missing in a folder, or cannot be read, is named below the table; the re
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -61,15 +60,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """From the command line to the table. Where its reader ends early (`| head`), so does it."""
-    try:
-        show(parsed)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
-
-
-def show(parsed: argparse.Namespace) -> None:
     """Prints the table, once or again and again."""
     wanted = Wanted(parsed.state, parsed.name, parsed.model, parsed.data, parsed.sort, parsed.reverse)
     if parsed.watch is None:

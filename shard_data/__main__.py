@@ -13,7 +13,7 @@ from shard_data.errors import Damaged, DataError, Incomplete
 from shard_data.manifest import Manifest
 from shard_data.shard import ENCODINGS
 from shard_data.sources import SOURCES
-from shard_data.terminal import next_lines
+from shard_data.terminal import has_reader, next_lines
 from shard_data.writer import convert
 
 STYLE = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
@@ -156,13 +156,10 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    try:
-        _print(info.describe(arguments.root))
-        sys.stdout.flush()
-    except BrokenPipeError:  # its reader ended early (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if arguments.sheet:
         info.contact_sheet(arguments.root, arguments.sheet)
+    _print(info.describe(arguments.root))
+    if arguments.sheet:
         _print(f"contact sheet: {arguments.sheet}")
     return 0
 
@@ -176,7 +173,13 @@ def _print(text: str, stream=None) -> None:
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        has_reader()
+        return code
+    except BrokenPipeError:
+        if has_reader("\n"):  # a pipe of another kind
+            raise
+        return 0
     except DataError as error:
         _print(f"error: {error}", sys.stderr)
         if isinstance(error, Incomplete):

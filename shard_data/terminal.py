@@ -31,6 +31,18 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
+def has_reader(end: str = "") -> bool:
+    """Writes out what was printed, and `end`. False where the program that reads it has ended (`| head`); the rest is
+    dropped then.
+    """
+    try:
+        print(end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
 def paint(text: str, style: str, stream: TextIO) -> str:
     """The text in one of STYLES where it is written to a terminal with colors; as it is elsewhere."""
     if not style or os.environ.get("NO_COLOR") or not is_terminal(stream):

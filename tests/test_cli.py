@@ -1,5 +1,6 @@
 """What the commands share: other commands that they start."""
 
+import os
 import re
 import time
 
@@ -98,3 +99,22 @@ def test_a_mistake_on_the_command_line_is_one_line(capsys):
 def test_a_fault_of_the_system_is_reported_without_its_number(tmp_path, capsys):
     assert cli.run_tool(lambda: (tmp_path / "missing" / "a.png").write_text("")) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}/missing/a.png: No such file or directory\n"
+
+
+@pytest.mark.parametrize("letters", [1, 1_000_000])
+def test_a_reader_that_ends_early_is_no_error(letters, monkeypatch, capsys):
+    """As in `| head -1`: noticed when the command ends, or while it prints."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patched, open(writer, "w") as printed:
+        patched.setattr("sys.stdout", printed)
+        assert cli.run_tool(lambda: print("x" * letters)) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_another_broken_pipe_is_an_error(capsys):
+    def write() -> None:
+        raise BrokenPipeError("the service has gone")
+
+    assert cli.run_tool(write) == 2
+    assert capsys.readouterr().err == "error: the service has gone\n"

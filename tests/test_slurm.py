@@ -14,10 +14,8 @@ from tests.helpers.slurm_lab import ON_CPUS, Checkout, Job, Lab
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]  # one cluster for all of them
 
-SCRIPTS = (
-    *("nvae_celeba", "nvae_cifar10", "nvae_mnist", "nvae_imagenet32", "nvae_celebahq256", "nvae_ffhq256"),
-    *("baselines", "shard_data", "evaluate"),
-)
+SLURM = Path(__file__).parents[1] / "slurm"
+SCRIPTS = sorted(path.stem for path in SLURM.glob("*.sh") if "#SBATCH" in path.read_text())
 long = pytest.mark.skipif(not os.environ.get("SLURM_LONG"), reason="SLURM_LONG is unset: make test-slurm runs it")
 
 TINY = """

@@ -118,7 +118,7 @@ class RunReader:
         try:
             history = self._metrics.read(progress)
         except FileNotFoundError:
-            notes.append("There is no metrics.jsonl, so there are no curves; what the folder holds else is shown.")
+            notes.append("There is no metrics.jsonl, so there are no curves; the rest of the folder is shown.")
             return History()
         except OSError as error:
             notes.append(f"metrics.jsonl cannot be read ({error.strerror}), so there are no curves.")

@@ -106,7 +106,7 @@ def test_nothing_is_fetched(tmp_path):
 @pytest.mark.parametrize(
     ("missing", "sentence"),
     [
-        ("metrics.jsonl", "There is no metrics.jsonl, so there are no curves; what the folder holds else is shown."),
+        ("metrics.jsonl", "There is no metrics.jsonl, so there are no curves; the rest of the folder is shown."),
         ("config.yaml", "There is no config.yaml, so no settings are shown."),
         ("status.json", "status.json is missing or cannot be read: the state and the number of steps are unknown."),
         ("checkpoints", None),
