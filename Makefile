@@ -29,7 +29,7 @@ chaos: $(STAMP)  ## Kill training runs 100 times and compare them with uninterru
 mutate: $(STAMP) ## Make deliberate mistakes in the code and check that the tests notice them (long)
 	$(BIN)/python -m tests.mutate
 
-test: $(STAMP)   ## Run the tests on up to four cores (8.6 minutes on two)
+test: $(STAMP)   ## Run the tests on up to four cores (ten minutes on two)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow"
 
 test-slow: $(STAMP) ## Run the slow tests, which start many processes or train for long
