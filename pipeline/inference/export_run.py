@@ -36,7 +36,7 @@ from shard_data import manifest as manifests
 
 log = logging.getLogger("pipeline")
 
-FACTS = ("data_fingerprint", "holdout", "classes", "torch", "world_size")
+FACTS = ("initialized_from", "data_fingerprint", "holdout", "classes", "torch", "world_size")
 """What a checkpoint states that a model folder keeps. Counters of training, for instance, it does not need."""
 REAL_FACES = re.compile(r"celeb|ffhq|lfw|vggface", re.IGNORECASE)
 """Names of data sets that show real people."""

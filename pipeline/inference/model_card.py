@@ -188,14 +188,20 @@ def _training(content: ModelContent) -> str:
     lines = [f"{steps} optimizer steps of {train.batch_size} images{precision}"]
     if source.get("averaged") is True:
         lines.append(f"The weights are a moving average over the steps, of decay {train.ema_decay:g}")
-    stated = {name: value for name, value in source.items() if name not in STATED and value is not None}
-    origin = [f"{escape(str(name).replace('_', ' '))} {code(value)}" for name, value in stated.items()]
-    if origin:
-        lines.append(f"Origin of the weights: {', '.join(origin)}")
+    lines += _origin("Origin of the weights", source)
+    lines += _origin("Training started from weights", content.facts.get("initialized_from"))
     lines += _readjusted(content.facts.get("readjusted"))
     lines += [f"{title}: {code(content.facts[name])}" for name, title in TRAINED_BY.items() if name in content.facts]
     settings = block(dump(content.recipe, defaults=False), "yaml")
     return f"{bullets(lines)}\n\nSettings that differ from their defaults (all of them: `{CONFIG}`):\n\n{settings}"
+
+
+def _origin(title: str, source: Any) -> list[str]:
+    """A line on where weights come from, if that is stated."""
+    facts = source.items() if isinstance(source, Mapping) else ()
+    stated = {name: value for name, value in facts if name not in STATED and value is not None}
+    shown = [f"{escape(str(name).replace('_', ' '))} {code(value)}" for name, value in stated.items()]
+    return [f"{title}: {', '.join(shown)}"] if shown else []
 
 
 def _readjusted(how: Any) -> list[str]:

@@ -56,8 +56,9 @@ def release_of(facts: Mapping[str, Any]) -> str | None:
 
 
 def license_of(facts: Mapping[str, Any]) -> License | None:
-    """The license of weights that came from a release; None for others."""
-    return RELEASES.get(release_of(facts) or "")
+    """The license of weights that came from a release, or were trained from such weights; None for others."""
+    release = release_of(facts) or release_of({"source": facts.get("initialized_from")})
+    return RELEASES.get(release or "")
 
 
 def one_line(error: Exception) -> str:

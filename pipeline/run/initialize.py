@@ -31,6 +31,8 @@ def initialize(session: Session, checkpoint: Checkpoint) -> None:
     trainer.model.load_state_dict(own | fitting)
     if trainer.state.ema is not None:
         trainer.state.ema.load_state(trainer.model.state_dict())
+    facts = checkpoint.facts  # of a release's weights, `source` decides on the license of what is trained from them
+    session.initialized_from = facts.get("initialized_from") or facts.get("source")
     log.info("initialized %d of %d tensors from %s", len(fitting), len(own), checkpoint.path)
     report("initialized at random, because the checkpoint does not have them in this shape", own.keys() - fitting)
     report("not loaded, because this model does not have them in this shape", weights.keys() - fitting)

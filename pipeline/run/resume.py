@@ -116,6 +116,7 @@ def restore(session: Session, checkpoint: Checkpoint, resume: str = "auto") -> N
     if any(change.partition(":")[0] in LENGTH for change in allowed):
         log.info("the schedules of the learning rate and of beta now span %d steps", session.trainer.total_steps)
     session.saved_step = session.trainer.step
+    session.initialized_from = checkpoint.facts.get("initialized_from")
     log.info("resumed from %s at step %d", checkpoint.path, session.trainer.step)
 
 

@@ -63,6 +63,7 @@ class Session:
         self.writer: CheckpointWriter | None = (
             None  # on the main process, while training: every rank has the same state
         )
+        self.initialized_from: dict[str, Any] | None = None  # what is stated of the weights that `--init` took
         self.saved_step: int | None = None
         self.stall_ms = 0.0
 
@@ -208,7 +209,8 @@ class Session:
         self.stall_ms = max(self.stall_ms, stall)
 
     def _facts(self) -> dict[str, Any]:
-        return {
+        origin = {"initialized_from": self.initialized_from} if self.initialized_from else {}
+        return origin | {
             "progress": self.trainer.counters(),
             "settings": self.settings,
             "data_fingerprint": self.data.train.fingerprint,

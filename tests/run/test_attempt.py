@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline import export
 from pipeline.distributed.preemption import StopRequest
+from pipeline.inference.model_folder import ModelContent, write_model_folder
 from pipeline.run.attempt import run_attempt
 from pipeline.storage.checkpoint import Checkpoints
 from pipeline.storage.run_lock import RunFolderLost
@@ -143,3 +145,24 @@ def test_init_starts_at_step_0_and_repeating_the_command_continues(attempt, at_s
     log = (tmp_path / "second/log.txt").read_text()
     assert log.count("initialized") == 1
     assert "resumed from" in log
+
+
+def test_weights_of_a_release_keep_their_license(attempt, at_step, make_recipe, tmp_path):
+    """In runs that start from them, over restarts, in model folders of these, and in runs that start from those."""
+    attempt(tmp_path / "first", "train.ema_decay=0")
+    weights = Checkpoints(tmp_path / "first/checkpoints").load("latest").tensors["model"]
+    source = {"kind": "nvlabs", "sha256": "0" * 64}
+    write_model_folder(tmp_path / "released", ModelContent(make_recipe(), weights, 0, {"source": source}), "")
+    at_step(4, lambda: signal.raise_signal(signal.SIGTERM))
+    assert attempt(tmp_path / "second", init=str(tmp_path / "released")) == "preempted"
+    at_step(-1, None)
+    assert attempt(tmp_path / "second", init=str(tmp_path / "released")) == "finished"
+    assert export.main([str(tmp_path / "second"), "--out", str(tmp_path / "model")]) == 0
+    attempt(tmp_path / "third", init=str(tmp_path / "model"))
+    for name in ("second", "third"):
+        found = Checkpoints(tmp_path / name / "checkpoints").load("latest")
+        assert found.facts["initialized_from"] == source
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "license_name: nvlabs-nvae-non-commercial" in card
+    assert f"Training started from weights: kind `nvlabs`, sha256 `{'0' * 64}`" in card
+    assert "initialized_from" not in Checkpoints(tmp_path / "first/checkpoints").load("latest").facts
