@@ -111,7 +111,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "convert: the card states no license",
         "pipeline/inference/releases.py",
-        'return RELEASES.get(release_of(facts) or "")',
+        'return RELEASES.get(release or "")',
         "return None",
         ("tests/scripts/test_convert.py",),
     ),
