@@ -122,9 +122,8 @@ def recipe_path(name: str) -> Path:
     if not path.is_file():
         known = shipped_recipes()
         close = get_close_matches(name, known, n=1)
-        hint = (
-            f"did you mean {close[0]}? " if close else "a file is named with --config; " if Path(name).exists() else ""
-        )
+        hint = "a file is named with --config; " if Path(name).exists() else ""
+        hint = f"did you mean {close[0]}? " if close else hint
         raise ConfigError(f"--model {name}: there is no such recipe; {hint}known: {', '.join(known)}")
     return path
 

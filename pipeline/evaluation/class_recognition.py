@@ -31,8 +31,8 @@ def recognition(
 
     The same on any number of processes: sample i is a function of (seed, i) and made on rank i mod world_size. The
     model keeps its mode. `shown` passes the batches on, and may show how far it is. `autocast` is for the model; the
-    classifier computes in the precision of its input. Raises ValueError unless model and
-    classifier have the same number of classes and take the same images.
+    classifier computes in the precision of its input. Raises ValueError unless model and classifier have the same
+    number of classes and take the same images.
     """
     num_classes = len(classifier.names)
     if classifier.kind != "classes" or model.condition_size != num_classes:

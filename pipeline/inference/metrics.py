@@ -1,7 +1,7 @@
 """The metrics of evaluate.py. A new one is a function here, which calls the computation, and an entry in METRICS."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,14 +11,13 @@ from torch import Tensor
 
 from pipeline.config import build
 from pipeline.data.holdout import SPLIT as HELD_OUT
-from pipeline.data.loader import Batch, is_binarized
-from pipeline.data.shards import UnreadableShard
-from pipeline.data.unreadable import SkippedSample
+from pipeline.data.loader import is_binarized
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.class_recognition import recognition
 from pipeline.evaluation.edit_metric import edit_figures, held_out_faces, hidden_by
 from pipeline.evaluation.likelihood_bounds import Evaluator, Journal
 from pipeline.inference.folders import load_manifest
+from pipeline.inference.held_out_batches import HeldOutBatches
 from pipeline.inference.readjust import check_batch_norm
 from pipeline.inference.sample_metrics import SampleOptions, SampleSets, sampled_model
 from pipeline.inference.trained import TrainedModel
@@ -115,28 +114,18 @@ def bound_figures(measurement: Measurement) -> dict[str, float]:
 def edit_measurement(measurement: Measurement) -> dict[str, float]:
     """See pipeline.evaluation.edit_metric.edit_figures."""
     trained, data, judge, runtime = measurement.trained, measurement.data, measurement.judge, measurement.runtime
-    skipped: list[SkippedSample] = []
-    errors: list[UnreadableShard] = []
-
-    def batches() -> Iterator[Batch]:
-        try:
-            for batch in data.held_out_batches():
-                skipped.extend(batch.skipped)
-                yield batch
-        except UnreadableShard as error:
-            errors.append(error)
-
+    batches = HeldOutBatches(data)
     figures = edit_figures(
         trained.model,
         trained.recipe.condition,
-        held_out_faces(batches(), data.held_out, data.model_inputs, judge),
+        held_out_faces(batches, data.held_out, data.model_inputs, judge),
         judge,
         measurement.options.seed,
         hidden_by(data.held_out, judge),
         sum_after_barrier(runtime),
         runtime.autocast,
     )
-    num_skipped = data.report_unreadable(trained.step, skipped, errors[0] if errors else None, split="held_out")
+    num_skipped = batches.report(trained.step)
     return figures | ({"skipped_samples": float(num_skipped)} if num_skipped else {})
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.remote import default_cache
-from pipeline.data.shards import UnreadableShard
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.frechet import frechet_distance
 from pipeline.evaluation.image_features import FeatureCollector, ImageFeatures, Rounding, sum_rows
@@ -21,6 +20,7 @@ from pipeline.evaluation.kernel_distance import kernel_distance
 from pipeline.evaluation.precision_recall import precision_recall
 from pipeline.inference.feature_cache import FeatureCache
 from pipeline.inference.feature_weights import INCEPTION
+from pipeline.inference.held_out_batches import HeldOutBatches
 from pipeline.inference.readjust import readjusted_model
 from pipeline.inference.trained import TrainedModel
 from pipeline.models.base import VAE, without_border
@@ -221,18 +221,14 @@ class SampleSets:
 
     def _compute_real(self) -> tuple[ImageFeatures, int]:
         """And how many images could not be read."""
-        collector, skipped, error = self._collector(self.num_real), [], None
-        try:
-            for batch in self.data.held_out_batches():
-                skipped += batch.skipped
-                if len(batch.images):
-                    x, _ = self.data.model_inputs(batch)
-                    collector.add(without_border(x, self.data.recipe.data.pad), batch.positions.tolist())
-                self.runtime.advance()
-        except UnreadableShard as unreadable:
-            error = unreadable
+        collector, batches = self._collector(self.num_real), HeldOutBatches(self.data)
+        for batch in batches:
+            if len(batch.images):
+                x, _ = self.data.model_inputs(batch)
+                collector.add(without_border(x, self.data.recipe.data.pad), batch.positions.tolist())
+            self.runtime.advance()
         self.runtime.barrier()
-        num_skipped = self.data.report_unreadable(self.trained.step, skipped, error, split="held_out")
+        num_skipped = batches.report(self.trained.step)
         return collector.finish(self._total), num_skipped
 
     def _from_main(self, found: ImageFeatures | None) -> ImageFeatures:
